@@ -1,0 +1,49 @@
+# make demo       boot a guest and type on it (root or not; sets itself up first)
+# make test       every test;  make check: the fast ones, under a minute
+# make install    on this host, for its users (root, systemd);  make uninstall
+# make lint       ruff and mypy;  make bench: the figures;  make setup: what all of these need
+VENV := .venv
+PY := $(VENV)/bin/python
+PYTEST := $(PY) -m pytest
+
+# Indispensable for running a guest; and what only tests, images and system hosts want.
+PROGRAMS := qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils bwrap:bubblewrap setpriv:util-linux
+# No openssh-server: installing it would start one. The tests' sshd runs in a host of its own, see tests/host.
+TEST_PROGRAMS := busybox:busybox-static cpio:cpio ssh:openssh-client rsync:rsync socat:socat strace:strace mke2fs:e2fsprogs \
+	mmdebstrap:mmdebstrap depmod:kmod ip:iproute2 man:man-db gcc:gcc /usr/include/stdio.h:libc6-dev
+
+.PHONY: demo test check lint bench install uninstall setup clean
+.DEFAULT_GOAL := demo
+
+demo: setup
+	@$(PY) etc/demo.py
+
+test: setup-all
+	$(PYTEST)
+
+check: setup
+	$(PYTEST) -m "not slow and not vm and not system" -q
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(PY) -m mypy
+
+bench: setup
+	$(PY) bench/run.py
+
+install:
+	sh etc/install.sh install
+
+uninstall:
+	sh etc/install.sh uninstall
+
+# As root missing packages are installed; otherwise the one command that does it is printed.
+setup:
+	@sh etc/setup.sh $(VENV) $(PROGRAMS)
+
+.PHONY: setup-all
+setup-all:
+	@sh etc/setup.sh $(VENV) $(PROGRAMS) $(TEST_PROGRAMS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,348 @@
+"""P6, P7, P8: the console relay's throughput, echo and fairness, beside `socat` as a plain hop or beside itself when quiet.
+
+A synthetic producer listens where QEMU's `console.sock` would be, so that nothing but the hop is measured. The relay is the real
+process with its log on a real disk; `socat` runs as `socat UNIX-LISTEN:… UNIX-CONNECT:…`, without a log. Pairs are
+interleaved, the figure is the median of the pairs' ratios with the smallest and the largest.
+
+    python3 bench/relay.py [PAIRS]
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from vmshell import wire  # noqa: E402
+from vmshell.layout import Layout  # noqa: E402
+from vmshell.messages import Attach, Forget, ToRelay, Watch  # noqa: E402
+
+PYTHON = "/usr/bin/python3" if os.path.exists("/usr/bin/python3") else sys.executable
+FLOOD_BYTES = 512 << 20
+CHUNK = 64 * 1024
+ECHOES = 1000
+LOG_MAX = 1 << 20
+VIRTIO = 12_000_000  # bytes a second: what a virtio console reaches under emulation, 24 times its serial port
+
+T = TypeVar("T")
+Row = tuple[str, str, str, float, str, bool]
+
+
+# --- the two ends -----------------------------------------------------------------------------------------------------
+
+
+class Guest:
+    """A process in QEMU's place: listens at *path* and, told to go, floods or echoes."""
+
+    def __init__(self, path: str, what: Callable[[socket.socket], None]) -> None:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(path)
+        listener.listen(4)
+        wait, self._go = os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                os.close(self._go)
+                sock, _ = listener.accept()
+                os.read(wait, 1)
+                what(sock)
+            except OSError:
+                pass
+            finally:
+                os._exit(0)
+        os.close(wait)
+        listener.close()
+
+    def go(self) -> None:
+        os.write(self._go, b"!")
+
+    def close(self) -> None:
+        os.close(self._go)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+
+def flood(total: int) -> Callable[[socket.socket], None]:
+    def run(sock: socket.socket) -> None:
+        block = os.urandom(CHUNK)
+        for _ in range(total // CHUNK):
+            sock.sendall(block)
+
+    return run
+
+
+def trickle(rate: int) -> Callable[[socket.socket], None]:
+    """*rate* bytes a second for ever, in pieces of 4 KiB."""
+
+    def run(sock: socket.socket) -> None:
+        block, began, sent = os.urandom(4096), time.monotonic(), 0
+        while True:
+            sock.sendall(block)
+            sent += len(block)
+            ahead = sent / rate - (time.monotonic() - began)
+            if ahead > 0.001:
+                time.sleep(ahead)
+
+    return run
+
+
+def echo(sock: socket.socket) -> None:
+    while data := sock.recv(CHUNK):
+        sock.sendall(data)
+
+
+class Hop:
+    """What stands between a guest and a viewer: `viewer` is the socket to read from, `tag` what a packet begins with."""
+
+    def __init__(self, viewer: socket.socket, tag: bytes) -> None:
+        self.viewer = viewer
+        self.tag = tag
+
+    def drain(self, total: int) -> float:
+        """Read *total* bytes of the guest's and return the seconds it took."""
+        buffer = bytearray(CHUNK + 1)
+        got, skip = 0, len(self.tag)
+        began = time.perf_counter()
+        while got < total:
+            size = self.viewer.recv_into(buffer)
+            if not size:
+                raise RuntimeError(f"the hop closed after {got} of {total} bytes")
+            if skip and buffer[0] == 0x6E:
+                raise RuntimeError(f"a notice in the flood: {bytes(buffer[:size])!r}")
+            got += size - skip
+        return time.perf_counter() - began
+
+    def echoes(self, count: int) -> list[float]:
+        """Type *count* characters, each after the echo of the one before; seconds of each, sorted."""
+        key, seen = self.tag + b"x", []
+        for _ in range(count):
+            began = time.perf_counter()
+            self.viewer.send(key)
+            self.viewer.recv(CHUNK)
+            seen.append(time.perf_counter() - began)
+        return sorted(seen)
+
+
+def percentile(values: list[float], share: float) -> float:
+    return values[min(len(values) - 1, int(len(values) * share))]
+
+
+# --- the two hops -----------------------------------------------------------------------------------------------------
+
+
+class Relay:
+    """The real relay process, spoken to as the broker does."""
+
+    def __init__(self, base: str) -> None:
+        self.layout = Layout(etc=f"{base}/etc", state=f"{base}/state", run=f"{base}/run", log=f"{base}/log", embedded=False)
+        os.makedirs(self.layout.run_vms)
+        starter = os.path.join(ROOT, "vmshell", "__main__.py")
+        self.process = subprocess.Popen([PYTHON, "-IS", starter, "relay", self.layout.to_args()])
+        self.broker = _until(lambda: wire.connect(self.layout.relay_socket, 20.0))
+        self._id = 0
+        self._number = 0
+
+    def call(self, message: ToRelay, fds: tuple[int, ...] = ()) -> None:
+        self._id += 1
+        wire.send(self.broker, {"id": self._id, **message.to_body()}, fds)
+        while True:
+            packet = wire.recv(self.broker)
+            if packet is None:
+                raise RuntimeError("the relay is gone")
+            if packet.body.get("id") == self._id:
+                if "ok" not in packet.body:
+                    raise RuntimeError(str(packet.body))
+                return
+
+    @contextmanager
+    def hop(self, what: Callable[[socket.socket], None]) -> Iterator[tuple[Guest, Hop]]:
+        self._number += 1
+        number = self._number
+        os.makedirs(self.layout.vm_run(number))
+        guest = Guest(f"{self.layout.vm_run(number)}/console.sock", what)
+        monitor = socket.socket(socket.AF_UNIX)
+        monitor.bind(f"{self.layout.vm_run(number)}/qmp.sock")
+        monitor.listen(4)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self.call(Watch(number=number, log_max=LOG_MAX))
+            self.call(Attach(number=number, label="bench"), (theirs.fileno(),))
+            theirs.close()
+            ours.settimeout(60)
+            ours.recv(CHUNK)  # hello
+            # A time-out on a socket costs a poll() for each call: only socat's side would do without.
+            ours.settimeout(None)
+            yield guest, Hop(ours, b"d")
+        finally:
+            ours.close()
+            guest.close()
+            monitor.close()
+            self.call(Forget(number=number, purge=True))
+
+    def close(self) -> None:
+        self.broker.close()
+        self.process.terminate()
+        self.process.wait(20)
+
+
+@contextmanager
+def socat(base: str, what: Callable[[socket.socket], None], *options: str) -> Iterator[tuple[Guest, Hop]]:
+    inner, outer = f"{base}/guest.sock", f"{base}/hop.sock"
+    for path in (inner, outer):
+        if os.path.exists(path):
+            os.unlink(path)
+    guest = Guest(inner, what)
+    process = subprocess.Popen(["socat", *options, f"UNIX-LISTEN:{outer}", f"UNIX-CONNECT:{inner}"], stderr=subprocess.DEVNULL)
+    viewer: socket.socket | None = None
+    try:
+        viewer = _until(lambda: _connect(outer))
+        yield guest, Hop(viewer, b"")
+    finally:
+        if viewer is not None:
+            viewer.close()
+        guest.close()
+        process.terminate()
+        process.wait(20)
+
+
+def _connect(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.connect(path)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _until(attempt: Callable[[], T]) -> T:
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return attempt()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+# --- the rows ---------------------------------------------------------------------------------------------------------
+
+
+def _ratio(pairs: list[tuple[float, float]]) -> tuple[float, str]:
+    ratios = [ours / theirs for ours, theirs in pairs]
+    return statistics.median(ratios), f"({min(ratios):.2f}-{max(ratios):.2f})"
+
+
+def throughput(base: str, relay: Relay, pairs: int, *options: str) -> tuple[str, float]:
+    """Bytes a second with one viewer: the figure as text, and the ratio."""
+    seen = []
+    for _ in range(pairs):
+        with relay.hop(flood(FLOOD_BYTES)) as (guest, hop):
+            guest.go()
+            ours = FLOOD_BYTES / hop.drain(FLOOD_BYTES)
+        with socat(base, flood(FLOOD_BYTES), *options) as (guest, hop):
+            guest.go()
+            theirs = FLOOD_BYTES / hop.drain(FLOOD_BYTES)
+        seen.append((ours, theirs))
+    ratio, spread = _ratio(seen)
+    medians = [statistics.median(column) / 1e6 for column in zip(*seen, strict=True)]
+    return f"{medians[0]:.0f} against {medians[1]:.0f} MB/s {spread}", ratio
+
+
+def echo_time(base: str, relay: Relay, pairs: int) -> list[tuple[str, float]]:
+    """p50 and p99 of the echo, each as figure and ratio."""
+    # Where the scheduler puts three processes on two processors doubles the figure or halves it, for either hop and for
+    # seconds on end: many short pairs, and each hop first in half of them.
+    seen: list[tuple[list[float], list[float]]] = []
+    for index in range(3 * pairs):
+        took: dict[str, list[float]] = {}
+        for name in ("ours", "theirs") if index % 2 else ("theirs", "ours"):
+            with relay.hop(echo) if name == "ours" else socat(base, echo) as (guest, hop):
+                guest.go()
+                hop.echoes(50)
+                took[name] = hop.echoes(ECHOES)
+        seen.append((took["ours"], took["theirs"]))
+    found = []
+    for share in (0.5, 0.99):
+        figures = [(percentile(ours, share), percentile(theirs, share)) for ours, theirs in seen]
+        ratio, spread = _ratio(figures)
+        medians = [statistics.median(column) * 1e6 for column in zip(*figures, strict=True)]
+        found.append((f"{medians[0]:.0f} against {medians[1]:.0f} µs {spread}", ratio))
+    return found
+
+
+def fairness(relay: Relay, pairs: int, noise: Callable[[socket.socket], None]) -> tuple[str, float]:
+    """Echo p99 while another console floods (its viewer reads along), against the same when all is quiet."""
+    seen = []
+    for _ in range(pairs):
+        with relay.hop(echo) as (guest, hop):
+            guest.go()
+            quiet = percentile(hop.echoes(ECHOES), 0.99)
+            with relay.hop(noise) as (loud, other):
+                reader = os.fork()
+                if not reader:
+                    try:
+                        loud.go()
+                        buffer = bytearray(CHUNK + 1)
+                        while other.viewer.recv_into(buffer):
+                            pass
+                    finally:
+                        os._exit(0)
+                time.sleep(0.2)
+                noisy = percentile(hop.echoes(ECHOES), 0.99)
+                os.kill(reader, signal.SIGKILL)
+                os.waitpid(reader, 0)
+        seen.append((noisy, quiet))
+    ratio, spread = _ratio(seen)
+    medians = [statistics.median(column) * 1e6 for column in zip(*seen, strict=True)]
+    return f"{medians[0]:.0f} against {medians[1]:.0f} µs {spread}", ratio
+
+
+def rows(pairs: int = 5) -> list[Row]:
+    """Each row as (id, what, figure, ratio, aim, ok)."""
+    # Beside the checkout, not in /tmp: that is memory on many hosts, and the log is meant to meet a disk.
+    base = tempfile.mkdtemp(prefix="bench-", dir=os.environ.get("BENCH_DIR", os.path.join(ROOT, "bench")))
+    relay = Relay(base)
+    try:
+        found: list[Row] = []
+        figure, ratio = throughput(base, relay, pairs)
+        found.append(("P6", "relay with log, bytes/s, against socat", figure, ratio, ">= 1.0", ratio >= 1.0))
+        (p50, ratio50), (p99, ratio99) = echo_time(base, relay, pairs)
+        found.append(("P7", "echo p50 against socat", p50, ratio50, "<= 1.0", ratio50 <= 1.0))
+        found.append(("P7", "echo p99 against socat", p99, ratio99, "<= 1.2", ratio99 <= 1.2))
+        figure, ratio = fairness(relay, pairs, trickle(VIRTIO))
+        found.append(("P8", "echo p99, another VM at 12 MB/s, against quiet", figure, ratio, "<= 3", ratio <= 3))
+        figure, ratio = fairness(relay, pairs, flood(1 << 40))
+        found.append(("P8", "echo p99, another VM without limit, against quiet", figure, ratio, "<= 3", ratio <= 3))
+        figure, ratio = throughput(base, relay, pairs, "-b", str(CHUNK))
+        found.append(("P6", "the same against socat -b 65536 (no aim)", figure, ratio, "", True))
+        return found
+    finally:
+        relay.close()
+        shutil.rmtree(base)
+
+
+def main() -> int:
+    if shutil.which("socat") is None:
+        print("bench/relay.py: socat is not installed", file=sys.stderr)
+        return 1
+    for identity, what, figure, ratio, aim, ok in rows(max(5, int(sys.argv[1])) if len(sys.argv) > 1 else 5):
+        print(f"{identity:4} {what:52} {figure:44} {ratio:6.2f}  {aim:7} {'' if ok else 'MISSED'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

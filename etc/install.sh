@@ -1,0 +1,173 @@
+#!/bin/sh
+# install.sh install|uninstall: put vmshell on a systemd host, or take it away again. Run by `make install` and `make uninstall`.
+#
+# DESTDIR=DIR   only lay the files out below DIR (for a package); nothing is enabled, created or reloaded
+#
+# Installing over a running vmshell is the upgrade: VMs run on, their consoles pause for a moment.
+# What it never does: touch /etc/shells (a shell listed there may be changed away with chsh), overwrite /etc/vmshell/policy.toml.
+set -eu
+umask 022
+cd "$(dirname "$0")/.."
+DESTDIR=${DESTDIR:-}
+LIBDIR=/usr/local/lib/vmshell
+UNITDIR=/usr/local/lib/systemd/system
+DISTDIR=/usr/lib/python3/dist-packages # where Debian's packages put Python modules; the shell's late imports come from there
+SSHD=/etc/ssh/sshd_config.d/50-vmshell.conf
+UNITS="vmshell-broker.socket vmshell-broker.service vmshell-relay.socket vmshell-relay.service vmshell.slice"
+PACKAGES="qemu-system-x86 qemu-utils bubblewrap util-linux openssh-server
+ python3-prompt-toolkit python3-pexpect python3-pyroute2 python3-pampy python3-six"
+
+say() { echo "vmshell: $*"; }
+die() { echo "vmshell: $*" >&2; exit 1; }
+
+check_host() {
+    [ "$(id -u)" = 0 ] || die "installing needs root: sudo make $1"
+    [ -d /run/systemd/system ] || die "this host does not run systemd. \`vmshell --session\` needs no installation; DESTDIR=DIR only lays out the files"
+}
+
+missing_packages() {
+    for package in $PACKAGES; do
+        [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || printf '%s ' "$package"
+    done
+}
+
+install_packages() {
+    command -v dpkg-query >/dev/null || { say "not a Debian system: see to these yourself: $(echo $PACKAGES)"; return; }
+    missing=$(missing_packages)
+    [ -n "$missing" ] || return 0
+    say "installing packages: $missing"
+    apt-get -qq update || true
+    DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install $missing >/dev/null </dev/null ||
+        die "these packages could not be installed: $missing"
+}
+
+check_python() {
+    /usr/bin/python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || die "needs /usr/bin/python3, version 3.11 or later"
+}
+
+put() { # put MODE SOURCE TARGET: one file, root's, in one rename
+    mkdir -p "$DESTDIR$(dirname "$3")"
+    sed -e "s|@LIBDIR@|$LIBDIR|g" -e "s|@DISTDIR@|$DISTDIR|g" "$2" >"$DESTDIR$3.new"
+    chmod "$1" "$DESTDIR$3.new"
+    mv -f "$DESTDIR$3.new" "$DESTDIR$3"
+}
+
+put_code() { # beside the old tree, then renamed into its place: never half a tree; for the moment between two renames, none
+    new=$DESTDIR$LIBDIR.new old=$DESTDIR$LIBDIR.old
+    rm -rf "$new" "$old"
+    mkdir -p "$new"
+    tar -cf - --exclude='__pycache__' --owner=0 --group=0 --mode='u=rwX,go=rX' vmshell tapnet | tar -C "$new" -xf - --no-same-owner
+    /usr/bin/python3 -IS -m compileall -q -s "$new" -p "$LIBDIR" "$new" >/dev/null || die "the code does not compile with /usr/bin/python3"
+    [ ! -e "$DESTDIR$LIBDIR" ] || mv "$DESTDIR$LIBDIR" "$old"
+    mv "$new" "$DESTDIR$LIBDIR"
+    rm -rf "$old"
+}
+
+put_man() { # the verbs of vmshell(1) come from the table that also parses them
+    for page in etc/man/*.[1-8]; do put 0644 "$page" "/usr/local/share/man/man${page##*.}/${page##*/}"; done
+    page=$DESTDIR/usr/local/share/man/man1/vmshell.1
+    /usr/bin/python3 -IS "$DESTDIR$LIBDIR/vmshell/__main__.py" shell --verbs-man >"$page.verbs"
+    sed -i -e "/@VERBS@/{r $page.verbs" -e 'd}' "$page"
+    rm -f "$page.verbs"
+}
+
+put_files() {
+    put_code
+    put 0755 etc/bin/vmshell /usr/local/bin/vmshell
+    put 0755 etc/bin/vmshell-admin /usr/local/sbin/vmshell-admin
+    for unit in $UNITS; do put 0644 "etc/systemd/$unit" "$UNITDIR/$unit"; done
+    put 0644 etc/sysusers.d/vmshell.conf /usr/local/lib/sysusers.d/vmshell.conf
+    put 0644 etc/tmpfiles.d/vmshell.conf /usr/local/lib/tmpfiles.d/vmshell.conf
+    put 0644 pam/vmshell /etc/pam.d/vmshell
+    put_man
+    mkdir -p "$DESTDIR/etc/ssh/vmshell-keys"
+    if [ ! -e "$DESTDIR/etc/vmshell/policy.toml" ]; then
+        put 0644 etc/policy.toml /etc/vmshell/policy.toml
+    elif ! cmp -s etc/policy.toml "$DESTDIR/etc/vmshell/policy.toml"; then
+        put 0644 etc/policy.toml /etc/vmshell/policy.toml.shipped
+        say "kept your /etc/vmshell/policy.toml; the one that comes with this version is policy.toml.shipped beside it"
+    fi
+}
+
+put_sshd() { # refused by sshd: everything as before, and said. A wrong file here could lock the administrator out.
+    if ! command -v sshd >/dev/null; then
+        put 0644 etc/sshd_config.d/50-vmshell.conf "$SSHD"
+        say "there is no sshd here; $SSHD waits for one"
+        return
+    fi
+    had=$(mktemp)
+    if [ -e "$SSHD" ]; then cp -p "$SSHD" "$had"; else rm -f "$had"; fi
+    put 0644 etc/sshd_config.d/50-vmshell.conf "$SSHD"
+    mkdir -p -m 0755 /run/sshd # where sshd was never started, `sshd -t` misses it
+    if ! problem=$(sshd -t 2>&1); then
+        if [ -e "$had" ]; then mv -f "$had" "$SSHD"; else rm -f "$SSHD"; fi
+        die "sshd refuses its configuration with $SSHD in place, so that file is as it was before: $problem"
+    fi
+    if [ -e "$had" ] && ! cmp -s "$had" "$SSHD"; then
+        mv -f "$had" "$SSHD.before"
+        say "$SSHD was another one; that is kept as ${SSHD##*/}.before, which sshd does not read"
+    fi
+    rm -f "$had"
+    grep -qsiE '^[[:space:]]*Include[[:space:]]+/etc/ssh/sshd_config\.d/\*\.conf' /etc/ssh/sshd_config ||
+        say "WARNING: /etc/ssh/sshd_config does not include /etc/ssh/sshd_config.d/*.conf: members of vmusers are not confined"
+    systemctl try-reload-or-restart ssh.service || true
+}
+
+activate() {
+    systemd-sysusers /usr/local/lib/sysusers.d/vmshell.conf
+    systemd-tmpfiles --create /usr/local/lib/tmpfiles.d/vmshell.conf
+    systemctl daemon-reload
+    systemctl -q enable --now vmshell-relay.socket vmshell-broker.socket
+    # An upgrade: the new code takes over. The sockets stay, so clients wait and see no error.
+    systemctl restart vmshell-relay.service vmshell-broker.service ||
+        die "the services do not start: journalctl -u vmshell-broker -u vmshell-relay"
+}
+
+running_vms() { systemctl list-units --plain --no-legend 'vmshell-vm-*.scope' 2>/dev/null | wc -l; }
+
+vmshell_accounts() { getent passwd | awk -F: '$7 == "/usr/local/bin/vmshell" {print $1}'; }
+
+uninstall() {
+    if [ -z "$DESTDIR" ]; then
+        running=$(running_vms)
+        [ "$running" = 0 ] || [ "${STOP_VMS:-}" = 1 ] ||
+            die "VMs are running: $running. Shut them down first, or pull their plugs with \`make uninstall STOP_VMS=1\` (disks are kept)"
+        systemctl -q disable --now vmshell-broker.socket vmshell-relay.socket 2>/dev/null || true
+        systemctl stop vmshell-broker.service vmshell-relay.service vmshell.slice 2>/dev/null || true
+    fi
+    rm -rf "$DESTDIR$LIBDIR" "$DESTDIR/run/vmshell"
+    for file in /usr/local/bin/vmshell /usr/local/sbin/vmshell-admin /usr/local/lib/sysusers.d/vmshell.conf \
+        /usr/local/lib/tmpfiles.d/vmshell.conf /etc/pam.d/vmshell "$SSHD"; do rm -f "$DESTDIR$file"; done
+    for unit in $UNITS; do rm -f "$DESTDIR$UNITDIR/$unit"; done
+    for page in etc/man/*.[1-8]; do rm -f "$DESTDIR/usr/local/share/man/man${page##*.}/${page##*/}"; done
+    rm -f "$DESTDIR/etc/vmshell/policy.toml.shipped"
+    if cmp -s etc/policy.toml "$DESTDIR/etc/vmshell/policy.toml"; then rm -f "$DESTDIR/etc/vmshell/policy.toml"; fi
+    rmdir "$DESTDIR/etc/vmshell" "$DESTDIR/etc/ssh/vmshell-keys" "$DESTDIR/var/lib/vmshell-home" 2>/dev/null || true
+    [ -z "$DESTDIR" ] || return 0
+    systemctl daemon-reload
+    ! command -v sshd >/dev/null || systemctl try-reload-or-restart ssh.service || true
+    say "removed. Kept: the users' VMs and images (/var/lib/vmshell), console logs (/var/log/vmshell), a changed policy.toml,"
+    say "ssh keys (/etc/ssh/vmshell-keys), the group vmusers and the system user vmshell-relay that owns the logs."
+    accounts=$(vmshell_accounts)
+    [ -z "$accounts" ] || say "These accounts have vmshell as their shell and cannot log in until you give them another one" \
+        "(usermod -s /bin/bash NAME) or delete them (userdel NAME):" $accounts
+}
+
+case ${1:-} in
+install)
+    [ -n "$DESTDIR" ] || { check_host install; install_packages; check_python; }
+    put_files
+    if [ -n "$DESTDIR" ]; then put 0644 etc/sshd_config.d/50-vmshell.conf "$SSHD"; exit 0; fi
+    put_sshd
+    activate
+    say "installed. Next:"
+    say "  vmshell-admin image build demo          an image to make VMs from"
+    say "  vmshell-admin user add NAME --key FILE  an account"
+    say "  vmshell-admin doctor                    is everything as it should be?"
+    ;;
+uninstall)
+    [ -n "$DESTDIR" ] || check_host uninstall
+    uninstall
+    ;;
+*) die "usage: etc/install.sh install|uninstall" ;;
+esac

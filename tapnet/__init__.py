@@ -1,0 +1,4 @@
+"""tapnet: the process that makes taps, bridges and filters, with CAP_NET_ADMIN and nothing else. It imports only our leaves.
+
+Until it is there, every VM has a network of its own inside its jail: DHCP answers, nothing else is reachable.
+"""

@@ -1,0 +1,108 @@
+"""Something in QEMU's place: listens at `console.sock` and `qmp.sock` and speaks as much QMP as the relay needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+GREETING = b'{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}}\r\n'
+
+
+class QmpSpeaker:
+    """*script*, when given, is called with each monitor connection in place of the polite conversation."""
+
+    def __init__(self, run_dir: str, status: str = "prelaunch", script: Callable[[socket.socket], None] | None = None) -> None:
+        os.makedirs(run_dir, exist_ok=True)
+        self.status = status
+        self.commands: list[dict[str, Any]] = []
+        self.connections = 0
+        self._closed = False
+        self._script = script
+        self._console_listener = _listen(f"{run_dir}/console.sock")
+        self._monitor_listener = _listen(f"{run_dir}/qmp.sock")
+        self._monitor: socket.socket | None = None
+        self._consoles: list[socket.socket] = []
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def console(self, timeout: float = 60) -> socket.socket:
+        """The guest's end of the next console connection."""
+        self._console_listener.settimeout(timeout)
+        sock, _ = self._console_listener.accept()
+        sock.settimeout(timeout)
+        self._consoles.append(sock)
+        return sock
+
+    def event(self, name: str, **data: object) -> None:
+        assert self._monitor is not None
+        self._monitor.sendall(json.dumps({"event": name, "data": data, "timestamp": {"seconds": 1}}).encode() + b"\r\n")
+
+    def wait_command(self, name: str, timeout: float = 60) -> dict[str, Any]:
+        until = time.monotonic() + timeout
+        while not any(command.get("execute") == name for command in self.commands):
+            assert time.monotonic() < until, f"no {name} in {self.commands}"
+            time.sleep(0.01)
+        return next(command for command in self.commands if command.get("execute") == name)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        for sock in (self._console_listener, self._monitor_listener):
+            # shutdown wakes the accept in the thread; close alone would not.
+            sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        self.hang_up()
+        for sock in self._consoles:
+            sock.close()
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+    def hang_up(self) -> None:
+        """Drop the monitor connection."""
+        monitor = self._monitor
+        if monitor is not None:
+            try:
+                monitor.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                self._monitor, _ = self._monitor_listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            with self._monitor:
+                try:
+                    (self._script or self._converse)(self._monitor)
+                except OSError:
+                    pass
+
+    def _converse(self, sock: socket.socket) -> None:
+        sock.sendall(GREETING)
+        for line in sock.makefile("rb"):
+            command = json.loads(line)
+            self.commands.append(command)
+            answer: dict[str, Any] = {}
+            if command["execute"] == "query-status":
+                answer = {"status": self.status, "singlestep": False, "running": self.status == "running"}
+            sock.sendall(json.dumps({"return": answer, "id": command["id"]}).encode() + b"\r\n")
+            if command["execute"] == "cont":
+                self.status = "running"
+                self.event("RESUME")
+
+
+def _listen(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    if os.path.lexists(path):
+        os.unlink(path)
+    sock.bind(path)
+    sock.listen(1)
+    return sock

@@ -1,0 +1,696 @@
+"""The relay as a process, between something in QEMU's place and viewers: restarts, slow peers and hostile ones included."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.consoles import Viewer
+from tests.fakes.qmp_speaker import GREETING, QmpSpeaker
+from tests.process.relays import PATIENCE, RelayProcess, ServiceManager, rss, until
+from vmshell import wire
+from vmshell.layout import Layout
+from vmshell.messages import Attach, Forget, Order, Watch
+
+KIB, MIB = 1 << 10, 1 << 20
+
+
+@pytest.fixture
+def layout(short_tmp: Path) -> Layout:
+    return Layout(**{name: f"{short_tmp}/{name}" for name in ("etc", "state", "run", "log")}, embedded=False)
+
+
+@pytest.fixture
+def relay(layout: Layout) -> Iterator[RelayProcess]:
+    with RelayProcess(layout) as running:
+        yield running
+
+
+@pytest.fixture
+def qemus(layout: Layout) -> Iterator[Callable[..., QmpSpeaker]]:
+    """Makes QEMUs by number; all closed at the end."""
+    made: list[QmpSpeaker] = []
+
+    def make(number: int = 1, **options: object) -> QmpSpeaker:
+        made.append(QmpSpeaker(layout.vm_run(number), **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for qemu in made:
+        qemu.close()
+
+
+Qemus = Callable[..., QmpSpeaker]
+
+
+def boot(relay: RelayProcess, qemus: Qemus, number: int = 1, **watch: int) -> tuple[QmpSpeaker, socket.socket]:
+    """A watched, running VM: its QEMU and the guest's end of its console."""
+    qemu = qemus(number)
+    relay.tell(Watch(number=number, **watch))
+    guest = qemu.console()
+    relay.wait_word(number, "ready")
+    relay.tell(Order(number=number, what="cont"))
+    relay.wait_word(number, "running")
+    return qemu, guest
+
+
+def log_of(layout: Layout, number: int = 1, name: str = "console.log") -> bytes:
+    try:
+        return Path(layout.vm_log(number), name).read_bytes()
+    except FileNotFoundError:  # not yet, or just being rotated
+        return b""
+
+
+def wait_closed(viewer: Viewer) -> None:
+    """Read until the relay closes the viewer's socket."""
+    end = time.monotonic() + PATIENCE
+    while not viewer.closed:
+        assert time.monotonic() < end, "the viewer was not closed"
+        viewer.read_some()
+    viewer.close()
+
+
+def wait_log(layout: Layout, text: bytes, number: int = 1) -> None:
+    until(lambda: text in log_of(layout, number), f"{text!r} in the log")
+
+
+# --- the way of a VM --------------------------------------------------------------------------------------------------
+
+
+def test_a_vms_life(relay: RelayProcess, qemus: Qemus, layout: Layout) -> None:
+    qemu, guest = boot(relay, qemus)
+    viewer = relay.attach(1)
+    hello = viewer.wait_notice("hello")
+    assert hello == {"notice": "hello", "pen": True, "holder": "alice", "viewers": 1, "quiet_s": None, "state": "running"}
+    relay.wait_word(1, "viewers", count=1)
+    guest.sendall(b"login: ")
+    viewer.wait_output("login: ")
+    relay.wait_word(1, "output")
+    viewer.type("root\r")
+    assert guest.recv(100) == b"root\r"
+    wait_log(layout, b"login: ")
+    late = relay.attach(1, "bob", readonly=True)
+    assert late.wait_notice("hello")["quiet_s"] == 0
+    late.wait_output("login: ")
+    fresh = relay.attach(1, "carol", replay=False)
+    guest.sendall(b"# ")
+    fresh.wait_output("# ")
+    assert fresh.output == b"# "
+    qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
+    relay.wait_word(1, "guest-shutdown")
+    guest.sendall(b"Power down\r\n")
+    guest.close()
+    relay.tell(Forget(number=1, reason="QEMU ended by itself"))
+    relay.wait_word(1, "unwatched")
+    for each in (viewer, late, fresh):
+        assert each.wait_notice("end")["reason"] == "the guest switched itself off"  # the relay heard why
+        assert each.output.endswith(b"Power down\r\n")
+        wait_closed(each)
+    assert log_of(layout) == b"login: # Power down\r\n"
+    relay.tell(Forget(number=1, purge=True))
+    assert not Path(layout.vm_log(1)).exists()
+
+
+def test_the_console_is_connected_before_the_monitor_is_asked(relay: RelayProcess, qemus: Qemus) -> None:
+    """`ready` means: no byte of the guest can be missed."""
+    qemu = qemus()
+    relay.tell(Watch(number=1))
+    relay.wait_word(1, "ready")
+    qemu.console(timeout=0.5).close()
+    assert [command["execute"] for command in qemu.commands] == ["qmp_capabilities", "query-status"]
+
+
+@pytest.mark.parametrize(("what", "command"), [("powerdown", "system_powerdown"), ("reset", "system_reset"), ("quit", "quit")])
+def test_orders_reach_qemu(relay: RelayProcess, qemus: Qemus, what: str, command: str) -> None:
+    qemu, _ = boot(relay, qemus)
+    relay.tell(Order(number=1, what=what))
+    qemu.wait_command(command)
+
+
+def test_an_order_that_nobody_takes_is_answered(relay: RelayProcess, qemus: Qemus) -> None:
+    qemus(1, script=lambda sock: time.sleep(0.5))
+    relay.tell(Watch(number=1))
+    assert relay.ask(Order(number=1, what="cont"))["error"]["code"] == "qemu-silent"
+
+
+def test_an_unknown_vm_is_an_error(relay: RelayProcess) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        assert relay.ask(Attach(number=9, label="alice"), theirs.fileno())["error"]["code"] == "not-watched"
+        assert relay.ask(Order(number=9, what="cont"))["error"]["code"] == "not-watched"
+
+
+def test_why_a_guest_stopped_is_said(relay: RelayProcess, qemus: Qemus) -> None:
+    qemu, _ = boot(relay, qemus)
+    viewer = relay.attach(1)
+    for status, word in (("internal-error", "internal-error"), ("io-error", "io-error"), ("guest-panicked", "guest-panic")):
+        relay.words.clear()
+        qemu.status = status
+        qemu.event("STOP")
+        relay.wait_word(1, word)
+        qemu.event("RESUME")
+        relay.wait_word(1, "running")
+        said = [said for _, said, _ in relay.words]
+        assert said == ["paused", word, "running"] or said == [word, "running"], said
+    late = relay.attach(1)
+    assert late.wait_notice("hello")["state"] == "running"
+    viewer.wait_notice("state")
+    for each in (viewer, late):
+        each.close()
+
+
+def test_a_new_broker_hears_everything_again(relay: RelayProcess, qemus: Qemus) -> None:
+    _, guest = boot(relay, qemus)
+    viewer = relay.attach(1)
+    guest.sendall(b"x")
+    relay.wait_word(1, "output")
+    old = relay.broker
+    relay.broker = relay.connect()
+    relay.words.clear()
+    relay.tell(Watch(number=1))
+    for word in ("ready", "running", "output"):
+        relay.wait_word(1, word)
+    relay.wait_word(1, "viewers", count=1)
+    old.settimeout(PATIENCE)
+    while True:
+        try:
+            if wire.recv(old) is None:
+                break
+        except ConnectionResetError:
+            break
+    old.close()
+    viewer.type("y")
+    assert guest.recv(10) == b"y", "the viewer never noticed"
+    viewer.close()
+
+
+def test_what_a_broker_cannot_have_said_harms_nothing(relay: RelayProcess, qemus: Qemus) -> None:
+    _, guest = boot(relay, qemus)
+    bodies: list[dict[str, object]] = [{"id": 1}, {"id": 2, "verb": "launch"}, {"id": 3, "verb": "watch", "number": 0}]
+    for body in [*bodies, {"id": 4, "verb": "attach", "number": 1}]:
+        wire.send(relay.broker, body)
+    relay.broker.send(b"\xff" * 100)
+    relay.broker.close()
+    relay.broker = relay.connect()
+    relay.tell(Watch(number=1))
+    relay.tell(Order(number=1, what="powerdown"))
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_only_root_and_itself_may_command_the_relay(relay: RelayProcess, layout: Layout) -> None:
+    os.chmod(layout.relay_socket, 0o666)
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            os.setresuid(65534, 65534, 65534)
+            sock = wire.connect(layout.relay_socket, 20.0)
+            try:
+                wire.send(sock, {"id": 1, "verb": "watch", "number": 5})
+                status = 0 if wire.recv(sock) is None else 2
+            except (BrokenPipeError, ConnectionResetError):
+                status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    relay.tell(Watch(number=1))
+
+
+# --- restarts ---------------------------------------------------------------------------------------------------------
+
+
+def test_killed_and_started_again(relay: RelayProcess, qemus: Qemus, layout: Layout) -> None:
+    qemu, guest = boot(relay, qemus)
+    viewer = relay.attach(1)
+    guest.sendall(b"before the kill\r\n")
+    viewer.wait_output("before the kill")
+    wait_log(layout, b"before the kill\r\n")
+    relay.end(signal.SIGKILL)
+    wait_closed(viewer)
+    relay.words.clear()
+    relay.start()
+    relay.tell(Watch(number=1))
+    guest = qemu.console()
+    for word in ("ready", "running", "output"):
+        relay.wait_word(1, word)
+    again = relay.attach(1)
+    assert again.wait_notice("hello")["quiet_s"] is not None
+    again.wait_output("before the kill\r\n")
+    guest.sendall(b"after it\r\n")
+    again.wait_output("after it\r\n")
+    assert again.output == b"before the kill\r\nafter it\r\n"
+    again.close()
+
+
+@pytest.mark.slow
+def test_twenty_kills_mid_stream_leave_a_working_console(relay: RelayProcess, qemus: Qemus, layout: Layout) -> None:
+    qemu, guest = boot(relay, qemus)
+    for turn in range(20):
+        stop = threading.Event()
+
+        def chatter(sock: socket.socket, stop: threading.Event = stop) -> None:
+            try:
+                while not stop.is_set():
+                    sock.sendall(b"chatter " * 500)
+            except OSError:
+                pass
+
+        thread = threading.Thread(target=chatter, args=(guest,))
+        thread.start()
+        time.sleep(0.02 * (turn % 5))
+        relay.end(signal.SIGKILL)
+        stop.set()
+        thread.join()
+        relay.start()
+        relay.tell(Watch(number=1))
+        guest = qemu.console()
+    viewer = relay.attach(1)
+    guest.sendall(b"still here")
+    viewer.wait_output("still here")
+    viewer.close()
+
+
+def test_with_a_descriptor_store_a_restart_loses_no_byte(layout: Layout, qemus: Qemus, short_tmp: Path) -> None:
+    manager = ServiceManager(str(short_tmp))
+    reader, writer = os.pipe()
+    try:
+        with RelayProcess(layout, manager) as relay:
+            until(lambda: "READY=1" in manager.messages, "READY")
+            qemu = qemus()
+            relay.tell(Watch(number=1, log_max=64 * MIB), reader)
+            os.close(reader)
+            guest = qemu.console()
+            relay.wait_word(1, "ready")
+            viewer = relay.attach(1, "älice")
+            until(lambda: len(manager.names()) == 3, "three descriptors")
+            said = 0
+
+            def talk(stop: threading.Event) -> None:
+                nonlocal said
+                while not stop.is_set():
+                    guest.sendall(b"%07d\n" % said * 100)
+                    said += 1
+
+            for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGTERM):
+                stop = threading.Event()
+                thread = threading.Thread(target=talk, args=(stop,))
+                thread.start()
+                time.sleep(0.1)
+                relay.end(number)
+                time.sleep(0.05)
+                relay.start()
+                time.sleep(0.1)
+                stop.set()
+                thread.join()
+            wait_log(layout, b"%07d\n" % (said - 1))
+            # Killed while all is quiet: what the guest says meanwhile waits in the socket.
+            relay.end(signal.SIGKILL)
+            guest.sendall(b"said to nobody\n")
+            os.write(writer, b"a warning\n")
+            relay.start()
+            relay.tell(Watch(number=1, log_max=64 * MIB))
+            relay.wait_word(1, "ready")
+            wait_log(layout, b"said to nobody\n")
+            expected = b"".join(b"%07d\n" % number * 100 for number in range(said)) + b"said to nobody\n"
+            assert log_of(layout) == expected
+            until(lambda: log_of(layout, name="qemu.log") == b"a warning\n", "QEMU's warning in its log")
+            # The viewer outlived all of it, label and pen included.
+            viewer.wait_output("said to nobody\n")
+            viewer.control(do="who")
+            assert viewer.wait_notice("who")["viewers"] == [{"label": "älice", "pen": True}]
+            viewer.type("x")
+            assert guest.recv(10) == b"x"
+            relay.tell(Forget(number=1, reason="done"))
+            viewer.wait_notice("end")
+            until(lambda: manager.names() == [], "the store to be empty")
+            wait_closed(viewer)
+    finally:
+        os.close(writer)
+        manager.close()
+
+
+def test_sigterm_says_goodbye_and_sighup_nothing(relay: RelayProcess, qemus: Qemus) -> None:
+    _, guest = boot(relay, qemus)
+    viewer = relay.attach(1)
+    relay.process.send_signal(signal.SIGHUP)
+    guest.sendall(b"x")
+    viewer.wait_output("x")
+    assert relay.end() == 0
+    assert "restarting" in viewer.wait_notice("end")["reason"]
+    viewer.close()
+
+
+@pytest.mark.slow
+def test_a_vm_that_cannot_be_reached_is_reported_and_found_again(relay: RelayProcess, qemus: Qemus) -> None:
+    relay.tell(Watch(number=1))
+    began = time.monotonic()
+    relay.wait_word(1, "unreachable", 30)
+    assert time.monotonic() - began > 4.5
+    qemus(1, status="running")
+    relay.wait_word(1, "running", 30)
+
+
+@pytest.mark.slow
+def test_embedded_it_ends_when_nobody_needs_it(short_tmp: Path, qemus: Qemus) -> None:
+    paths = {name: f"{short_tmp}/{name}" for name in ("etc", "state", "run", "log")}
+    relay = RelayProcess(Layout(**paths, embedded=True))
+    qemus()
+    relay.tell(Watch(number=1))
+    relay.broker.close()
+    time.sleep(6.5)
+    assert relay.process.poll() is None, "it has a VM"
+    relay.broker = relay.connect()
+    relay.tell(Forget(number=1))
+    time.sleep(6.5)
+    assert relay.process.poll() is None, "it has a broker"
+    relay.broker.close()
+    assert relay.process.wait(30) == 0
+
+
+# --- slow and hostile viewers -----------------------------------------------------------------------------------------
+
+
+class Reader(threading.Thread):
+    """Reads a viewer's socket to the end of *total* bytes and keeps count."""
+
+    def __init__(self, viewer: Viewer, total: int) -> None:
+        super().__init__()
+        self.viewer = viewer
+        self.total = total
+        self.start()
+
+    def run(self) -> None:
+        while len(self.viewer.output) + sum(n["bytes"] for n in self.viewer.notices if n["notice"] == "gap") < self.total:
+            self.viewer.read_some()
+            if self.viewer.closed:
+                return
+
+
+@pytest.mark.slow
+def test_a_viewer_that_does_not_read_loses_bytes_and_nobody_else_does(relay: RelayProcess, qemus: Qemus, layout: Layout) -> None:
+    _, guest = boot(relay, qemus, log_max=256 * MIB)
+    asleep, awake = relay.attach(1, "asleep"), relay.attach(1, "awake")
+    total = 6 * MIB
+    block = bytes(range(256)) * 256
+    reader = Reader(awake, total)
+    began = time.monotonic()
+    for _ in range(total // len(block)):
+        guest.sendall(block)
+        # Not so fast that a busy test machine makes the reader a slow one too.
+        time.sleep(0.01)
+    took = time.monotonic() - began
+    reader.join(PATIENCE)
+    assert not reader.is_alive() and not any(notice["notice"] == "gap" for notice in awake.notices)
+    assert awake.output == block * (total // len(block))
+    until(lambda: len(log_of(layout)) == total, "the whole log")
+    assert took < 20, "the VM waited for a viewer that did not read"
+    # It wakes up: some of the old bytes, a notice of what is missing, the newest bytes, nothing twice.
+    reader = Reader(asleep, total)
+    reader.join(PATIENCE)
+    lost = sum(notice["bytes"] for notice in asleep.notices if notice["notice"] == "gap")
+    assert lost > 0 and len(asleep.output) + lost == total
+    assert asleep.output[-64 * KIB :] == (block * 2)[-64 * KIB :]
+    guest.sendall(b"live again")
+    asleep.wait_output("live again")
+    for viewer in (asleep, awake):
+        viewer.close()
+
+
+@pytest.mark.slow
+def test_a_viewer_that_takes_crumbs_cannot_slow_a_vm_down(relay: RelayProcess, qemus: Qemus) -> None:
+    """One packet every 150 ms would be within the patience of each wait; the waits together are bounded too."""
+    _, guest = boot(relay, qemus)
+    viewer = relay.attach(1)
+    stop = threading.Event()
+
+    def nibble() -> None:
+        while not stop.is_set():
+            viewer.sock.recv(1 << 17)
+            stop.wait(0.15)
+
+    thread = threading.Thread(target=nibble)
+    thread.start()
+    began = time.monotonic()
+    for _ in range(256):
+        guest.sendall(b"x" * 64 * KIB)
+    took = time.monotonic() - began
+    stop.set()
+    guest.sendall(b"one more packet for the last recv")
+    thread.join(PATIENCE)
+    viewer.close()
+    # 16 MiB: 38 s at one packet per 150 ms; at the floor of 1 MB/s no more than 17.
+    assert took < 25
+
+
+def test_hostile_viewers_are_bounded(relay: RelayProcess, qemus: Qemus) -> None:
+    _, guest = boot(relay, qemus)
+    good = relay.attach(1, "good")
+    pid = relay.pid
+    for packet in (b"d" + b"x" * 100_000, b"", b"z" * 60_000, b"c" + b"[" * 60_000, b"c\xff", b'c{"do":["pen"]}', b"\0"):
+        bad = relay.attach(1, "bad")
+        bad.sock.send(packet)
+        bad.close()
+    floods = [relay.attach(1, "flood") for _ in range(5)]
+    for flood in floods:
+        flood.sock.setblocking(False)
+        try:
+            while True:
+                flood.sock.send(b'c{"do":"who"}')
+        except OSError:
+            pass
+    began = time.monotonic()
+    good.type("x")
+    assert guest.recv(10) == b"x"
+    guest.sendall(b"still fine")
+    good.wait_output("still fine")
+    assert time.monotonic() - began < 5
+    for flood in floods:
+        flood.close()
+    good.close()
+    assert relay.pid == pid and relay.process.poll() is None
+
+
+def test_descriptors_sent_by_a_viewer_are_not_taken(relay: RelayProcess, qemus: Qemus) -> None:
+    _, guest = boot(relay, qemus)
+    viewer = relay.attach(1)
+    before = len(os.listdir(f"/proc/{relay.pid}/fd"))
+    for _ in range(20):
+        socket.send_fds(viewer.sock, [b"dx"], [0, 1, 2])
+    assert len(guest.recv(100)) > 0
+    viewer.control(do="who")
+    viewer.wait_notice("who")
+    assert len(os.listdir(f"/proc/{relay.pid}/fd")) == before
+    viewer.close()
+
+
+def test_too_many_viewers_are_refused(relay: RelayProcess, qemus: Qemus) -> None:
+    boot(relay, qemus)
+    viewers = [relay.attach(1, f"v{index}") for index in range(64)]
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        assert relay.ask(Attach(number=1, label="one too many"), theirs.fileno())["error"]["code"] == "too-many"
+    viewers.pop().close()
+    relay.wait_word(1, "viewers", count=63)
+    relay.attach(1).close()
+    for viewer in viewers:
+        viewer.close()
+
+
+def test_a_guest_that_does_not_read_stops_only_its_typist(relay: RelayProcess, qemus: Qemus) -> None:
+    _, guest = boot(relay, qemus)
+    _, other = boot(relay, qemus, 2)
+    typist, reader, elsewhere = relay.attach(1, "typist"), relay.attach(1, "reader"), relay.attach(2)
+    typist.sock.settimeout(1.0)
+    sent = 0
+    try:
+        while sent < 64 * MIB:
+            sent += typist.sock.send(b"d" + b"k" * 16_000) - 1
+    except TimeoutError:
+        pass
+    assert sent < 8 * MIB, "keys are queued without bound"
+    elsewhere.type("x")
+    assert other.recv(10) == b"x"
+    guest.sendall(b"output goes on")
+    reader.wait_output("output goes on")
+    reader.control(do="who")
+    reader.wait_notice("who")
+    # When the guest reads again, all that was typed arrives.
+    got = 0
+    while got < sent:
+        got += len(guest.recv(1 << 20))
+    assert got == sent
+    typist.type("!")
+    assert guest.recv(10) == b"!"
+    for viewer in (typist, reader, elsewhere):
+        viewer.close()
+
+
+# --- hostile QEMUs ----------------------------------------------------------------------------------------------------
+
+
+def _endless_line(sock: socket.socket) -> None:
+    sock.sendall(GREETING)
+    while True:
+        sock.sendall(b"x" * 65536)
+
+
+def _events(sock: socket.socket) -> None:
+    sock.sendall(GREETING)
+    for number in (1, 2):
+        sock.recv(4096)
+        sock.sendall(b'{"return": {"status": "running"}, "id": %d}\n' % number)
+    for _ in range(1_000_000 // 1000):
+        sock.sendall(b'{"event": "STOP"}\n{"event": "RESUME"}\n' * 500)
+
+
+def _early_end(sock: socket.socket) -> None:
+    sock.sendall(GREETING[:40])
+
+
+def _deep(sock: socket.socket) -> None:
+    sock.sendall(GREETING)
+    while True:
+        sock.sendall(b'{"a":' * 10_000 + b"\n")
+
+
+def _wrong_ids(sock: socket.socket) -> None:
+    sock.sendall(GREETING)
+    while True:
+        sock.sendall(b'{"return": {}, "id": 4711}\n')
+
+
+@pytest.mark.parametrize("script", [_endless_line, _events, _early_end, _deep, _wrong_ids])
+def test_a_hostile_qemu_disturbs_nobody(relay: RelayProcess, qemus: Qemus, script: Callable[[socket.socket], None]) -> None:
+    """B46, E06: the relay goes on, in bounded memory, and another VM's console answers promptly."""
+    _, guest = boot(relay, qemus)
+    viewer = relay.attach(1)
+    before = rss(relay.pid)
+    qemus(2, script=script)
+    relay.tell(Watch(number=2))
+    waits = []
+    for _ in range(40):
+        began = time.monotonic()
+        viewer.type("x")
+        guest.sendall(guest.recv(10))
+        viewer.output = b""
+        viewer.wait_output("x")
+        waits.append(time.monotonic() - began)
+        time.sleep(0.02)
+    assert sorted(waits)[len(waits) // 2] < 0.2 and max(waits) < 5
+    assert rss(relay.pid) - before < 4 * MIB
+    assert relay.process.poll() is None
+    relay.tell(Forget(number=2))
+    viewer.close()
+
+
+def test_a_flooding_console_leaves_the_others_alone(relay: RelayProcess, qemus: Qemus) -> None:
+    """E06, E07: and its log stays within its two files."""
+    _, guest = boot(relay, qemus)
+    _, loud = boot(relay, qemus, 2, log_max=256 * KIB)
+    viewer = relay.attach(1)
+    stop = threading.Event()
+
+    def flood() -> None:
+        try:
+            while not stop.is_set():
+                loud.sendall(b"y\n" * 50_000)
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    waits = []
+    for _ in range(50):
+        began = time.monotonic()
+        viewer.type("x")
+        guest.sendall(guest.recv(10))
+        viewer.output = b""
+        viewer.wait_output("x")
+        waits.append(time.monotonic() - began)
+        time.sleep(0.01)
+    stop.set()
+    thread.join()
+    viewer.close()
+    assert sorted(waits)[len(waits) // 2] < 0.2
+    sizes = [len(log_of(relay.layout, 2, name)) for name in ("console.log", "console.log.1")]
+    assert all(size <= 256 * KIB for size in sizes) and sizes[1] > 0
+
+
+def test_qemus_own_words_are_bounded_and_never_block_it(relay: RelayProcess, qemus: Qemus, layout: Layout) -> None:
+    """B47."""
+    qemus()
+    reader, writer = os.pipe()
+    relay.tell(Watch(number=1), reader)
+    os.close(reader)
+    for _ in range(1000):
+        os.write(writer, b"warning: guest did something\n" * 500)
+    os.write(writer, b"the last words\n")
+    until(lambda: b"the last words" in log_of(layout, name="qemu.log"), "the last words")
+    os.close(writer)
+    assert sum(len(log_of(layout, name=name)) for name in ("qemu.log", "qemu.log.1")) <= 64 * KIB
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(relay: RelayProcess, qemus: Qemus, layout: Layout) -> None:
+    Path(layout.log).mkdir()
+    Path(layout.vm_log(1)).write_text("a file where the directory belongs")
+    _, guest = boot(relay, qemus)
+    viewer = relay.attach(1)
+    guest.sendall(b"never mind the log")
+    viewer.wait_output("never mind the log")
+    viewer.close()
+
+
+def test_a_qemu_started_anew_replaces_the_old_one(relay: RelayProcess, qemus: Qemus) -> None:
+    first, guest = boot(relay, qemus)
+    viewer = relay.attach(1)
+    guest.sendall(b"old")
+    viewer.wait_output("old")
+    relay.wait_word(1, "output")
+    first.close()
+    qemu = qemus()
+    reader, writer = os.pipe()
+    relay.words.clear()
+    relay.tell(Watch(number=1), reader)
+    viewer.wait_notice("end")
+    viewer.close()
+    guest = qemu.console()
+    relay.wait_word(1, "ready")
+    assert not any(word == "output" for _, word, _ in relay.words)
+    again = relay.attach(1)
+    guest.sendall(b"new")
+    again.wait_output("new")
+    assert again.output == b"new", "no replay of another run's output"
+    again.close()
+    os.close(reader)
+    os.close(writer)
+
+
+# --- cost -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_vm_costs_little_memory(relay: RelayProcess, qemus: Qemus) -> None:
+    """P10: at most 0.5 MiB for each VM (with the broker's share), here with a full ring and a viewer."""
+    idle = rss(relay.pid)
+    viewers = []
+    for number in range(1, 51):
+        _, guest = boot(relay, qemus, number)
+        viewers.append(relay.attach(number))
+        guest.sendall(b"x" * 100_000)
+    for viewer in viewers:
+        while len(viewer.output) < 100_000:
+            viewer.read_some()
+    each = (rss(relay.pid) - idle) / 50
+    print(f"relay: idle {idle / MIB:.1f} MiB, {each / KIB:.0f} KiB for each VM")
+    for viewer in viewers:
+        viewer.close()
+    assert idle < 20 * MIB
+    assert each < 200 * KIB

@@ -1,0 +1,367 @@
+"""`make install` on a real host: what is there afterwards, that it confines, upgrades, and goes away without the users' VMs."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+
+import pexpect
+import pytest
+
+from tests.host.machine import CHECKOUT, Host
+
+# The first test of a machine makes the hosts' image, as fast as the package mirror is.
+pytestmark = [pytest.mark.system, pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(900)]
+
+UNITS = ("vmshell-broker.socket", "vmshell-relay.socket", "vmshell-broker.service", "vmshell-relay.service")
+LIBDIR = "/usr/local/lib/vmshell"
+DROP_IN = "/etc/ssh/sshd_config.d/50-vmshell.conf"
+
+
+def main_pid(host: Host, unit: str) -> int:
+    return int(host.exec("systemctl", "show", "-P", "MainPID", unit).stdout)
+
+
+# --- what is there ----------------------------------------------------------------------------------------------------
+
+
+def test_units_are_active_and_nothing_failed(host: Host) -> None:
+    assert host.exec("systemctl", "is-active", *UNITS).stdout.split() == ["active"] * 4
+    assert host.exec("systemctl", "is-enabled", *UNITS[:2]).stdout.split() == ["enabled"] * 2
+    assert host.sh("systemctl --failed --no-legend --plain").strip() == ""
+
+
+def test_systemd_understands_every_line(host: Host) -> None:
+    done = host.exec("systemd-analyze", "verify", *UNITS, "vmshell.slice", check=False)
+    assert "vmshell" not in done.stdout + done.stderr
+
+
+def test_broker_and_relay_have_the_rights_they_should(host: Host) -> None:
+    def status(unit: str) -> dict[str, str]:
+        lines = host.exec("cat", f"/proc/{main_pid(host, unit)}/status").stdout.splitlines()
+        return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+    broker = status("vmshell-broker")
+    # chown 0, kill 5, setgid 6, setuid 7, setpcap 8
+    assert int(broker["CapBnd"], 16) == int(broker["CapEff"], 16) == 1 << 0 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 8
+    # QEMU's two filters are counted from none: what the broker has, QEMU inherits.
+    assert broker["Seccomp_filters"] == "0" and broker["NoNewPrivs"] == "1"
+    relay = status("vmshell-relay")
+    assert int(relay["CapBnd"], 16) == int(relay["CapEff"], 16) == 0
+    assert relay["Uid"].split() == [str(host.uid("vmshell-relay"))] * 4
+    assert relay["NoNewPrivs"] == "1" and relay["Seccomp"] == "2"
+
+
+def test_a_jail_can_mount_its_proc_below_the_broker(host: Host) -> None:
+    """A hardening option that masks /proc would only show when the first VM starts, as bubblewrap's refusal."""
+    jail = "bwrap --unshare-all --ro-bind /usr /usr --symlink usr/lib64 /lib64 --symlink usr/lib /lib --proc /proc --dev /dev"
+    drop = "setpriv --reuid 2100000001 --regid 2100000001 --clear-groups --no-new-privs --bounding-set=-all --inh-caps=-all --"
+    host.sh(f"nsenter -t {main_pid(host, 'vmshell-broker')} -m {drop} {jail} /usr/bin/test -d /proc/self")
+
+
+def test_the_broker_may_start_scopes(host: Host) -> None:
+    """systemd-run from inside the broker's own bounds, as a VM is started, and its way down to the VM's uid."""
+    host.sh(
+        "systemd-run --quiet --wait --pipe -p CapabilityBoundingSet='CAP_SETUID CAP_SETGID CAP_SETPCAP CAP_KILL CAP_CHOWN'"
+        " -p NoNewPrivileges=yes -p ProtectSystem=strict -p ProtectHome=yes"
+        " systemd-run --quiet --scope --slice=vmshell.slice -p MemoryMax=100M"
+        " setpriv --reuid 2100000001 --regid 2100000001 --clear-groups --no-new-privs --bounding-set=-all --inh-caps=-all"
+        " grep -q vmshell.slice /proc/self/cgroup"
+    )
+
+
+def test_sockets_are_for_those_they_are_for(host: Host) -> None:
+    assert host.sh("stat -c '%a %U %G' /run/vmshell /run/vmshell/broker.sock /run/vmshell/relay.sock").splitlines() == [
+        "755 root root",
+        "660 root vmusers",
+        "600 root root",
+    ]
+    assert host.sh("stat -c '%a %U' /var/lib/vmshell /var/lib/vmshell-home /var/log/vmshell").splitlines() == [
+        "700 root",
+        "755 root",
+        "700 vmshell-relay",
+    ]
+    assert host.exec("getent", "group", "vmusers").stdout.strip().endswith(":alice,bob")
+
+
+def test_code_is_roots_and_compiled(host: Host) -> None:
+    """A18: nothing in the tree, nor above it, that others may write."""
+    assert host.sh(f"find {LIBDIR} /usr/local/bin/vmshell /usr/local/sbin/vmshell-admin -perm /022 -o ! -uid 0").strip() == ""
+    assert host.sh(f"ls -d {LIBDIR} {LIBDIR}.* 2>/dev/null", check=False).split() == [LIBDIR]
+    compiled = host.sh(f"find {LIBDIR} -name '*.pyc' | wc -l")
+    assert int(compiled) == int(host.sh(f"find {LIBDIR} -name '*.py' | wc -l"))
+
+
+def test_starters_name_the_installed_code(host: Host) -> None:
+    for path in ("/usr/local/bin/vmshell", "/usr/local/sbin/vmshell-admin"):
+        text = host.exec("cat", path).stdout
+        assert text.startswith("#!/usr/bin/") and text.splitlines()[0].endswith("python3 -IS")
+        assert LIBDIR in text and "@" not in text
+
+
+def test_man_pages_are_readable(host: Host) -> None:
+    # The verbs in vmshell(1) are put there by `make install`, from the shell's own table.
+    pages = {"vmshell.1": "boot NAME [--console]", "vmshell-admin.8": "user add", "vmshell-policy.5": "uid_base"}
+    for page, words in pages.items():
+        path = f"/usr/local/share/man/man{page[-1]}/{page}"
+        done = host.exec("man", "--warnings", "-l", path)
+        assert words in re.sub(".\b", "", done.stdout) and not done.stderr
+        assert host.sh(f"realpath $(man -w {page[-1]} {page[:-2]})").strip() == path
+
+
+def test_sshd_takes_its_configuration(host: Host) -> None:
+    host.exec("sshd", "-t")
+    assert host.exec("systemctl", "is-active", "ssh").stdout.strip() == "active"
+
+
+# --- accounts ---------------------------------------------------------------------------------------------------------
+
+
+def test_user_add_twice_changes_nothing(host: Host) -> None:
+    files = "/etc/passwd /etc/group /etc/shadow /etc/cron.deny /etc/at.deny /etc/ssh/vmshell-keys/alice"
+    before = host.sh(f"cat {files}")
+    done = host.admin("user", "add", "alice", "--key", "-", stdin=host.public_key())
+    assert done.stdout == "alice: ready\n" and done.stderr == ""
+    assert host.sh(f"cat {files}") == before
+
+
+def test_an_account_has_nothing_of_its_own_on_disk(host: Host) -> None:
+    entry = host.exec("getent", "passwd", "alice").stdout.strip().split(":")
+    assert entry[5:] == ["/var/lib/vmshell-home", "/usr/local/bin/vmshell"]
+    assert host.exec("getent", "shadow", "alice").stdout.split(":")[1] == "*"
+    assert host.sh("stat -c '%a %U' /etc/ssh/vmshell-keys /etc/ssh/vmshell-keys/alice").splitlines() == ["755 root", "644 root"]
+    assert host.sh("ls -A /var/lib/vmshell-home").strip() == ""
+    assert host.sh("ls /var/lib/systemd/linger 2>/dev/null | grep -c alice", check=False).strip() == "0"
+
+
+BAD_ACCOUNTS = ["root", "daemon", "nobody", "sshd", "../x", "Alice", "a b", "-x", "", "x" * 33, "a\nb", "älice"]
+
+
+@pytest.mark.parametrize("name", BAD_ACCOUNTS)
+def test_user_add_refuses(host: Host, name: str) -> None:
+    before = host.sh("cat /etc/passwd; ls /etc/ssh/vmshell-keys")
+    done = host.admin("user", "add", "--", name, check=False)
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
+    assert host.sh("cat /etc/passwd; ls /etc/ssh/vmshell-keys") == before
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("ssh-ed25519 nonsense\n", "no public SSH key"),
+        ("-----BEGIN OPENSSH PRIVATE KEY-----\nabc\n", "private key"),
+        ("\n# only a remark\n", "no key"),
+        ("\x1b[31m\n", "no public SSH key"),
+    ],
+)
+def test_user_add_refuses_bad_keys(host: Host, text: str, word: str) -> None:
+    done = host.admin("user", "add", "dave", "--key", "-", stdin=text, check=False)
+    assert done.returncode == 1 and word in done.stderr
+    assert host.exec("getent", "passwd", "dave", check=False).returncode != 0
+
+
+def test_user_add_takes_in_an_account_that_exists(host: Host) -> None:
+    host.sh("useradd -m -s /bin/bash -G sudo erin")
+    said = host.admin("user", "add", "erin", "--key", "-", stdin=host.public_key()).stderr
+    assert "/bin/bash → /usr/local/bin/vmshell" in said and "/home/erin → /var/lib/vmshell-home" in said
+    assert "WARNING: erin: it is also in sudo" in said
+    host.admin("user", "remove", "erin", "--keep-account")
+    assert host.exec("getent", "passwd", "erin").stdout.strip().endswith(":/usr/sbin/nologin")
+    assert "erin" not in host.exec("getent", "group", "vmusers").stdout
+
+
+def test_user_list(host: Host) -> None:
+    rows = [line.split() for line in host.admin("user", "list").stdout.splitlines()]
+    assert rows[0][0] == "NAME"
+    for name, row in zip(("alice", "bob"), rows[1:3], strict=True):
+        assert [row[0], *row[2:5]] == [name, "vmshell", "shared", "1"]
+
+
+def test_user_remove_ends_the_login_and_the_account(host: Host) -> None:
+    host.add_user("carl")
+    session = host.spawn("carl")
+    wait_for(lambda: host.exec("pgrep", "-u", "carl", "-f", "vmshell", check=False).returncode == 0)
+    host.admin("user", "remove", "carl")
+    session.expect_exact([pexpect.EOF])
+    session.close()
+    assert host.exec("getent", "passwd", "carl", check=False).returncode != 0
+    assert host.exec("test", "-e", "/etc/ssh/vmshell-keys/carl", check=False).returncode != 0
+    assert "carl" not in host.sh("cat /etc/cron.deny /etc/at.deny")
+    assert host.run("carl", "list")[0] == 255
+
+
+def test_user_remove_does_not_free_the_uid_of_vms(host: Host) -> None:
+    """D22: the next account with this uid would own them."""
+    host.add_user("dora")
+    folder = f"/var/lib/vmshell/vms/{host.uid('dora')}/web1"
+    host.sh(f"mkdir -p -m 700 {folder}")
+    done = host.admin("user", "remove", "dora", check=False)
+    assert done.returncode == 1 and "web1" in done.stderr
+    host.exec("getent", "passwd", "dora")
+    host.admin("user", "remove", "dora", "--keep-account")
+    assert host.exec("getent", "passwd", "dora").stdout.strip().endswith(":/usr/sbin/nologin")
+    host.sh(f"rm -r {folder}; userdel dora")
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def doctor(host: Host) -> tuple[int, str]:
+    done = host.admin("doctor", check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout
+
+
+def test_doctor_finds_nothing_wrong(host: Host) -> None:
+    status, text = doctor(host)
+    assert status == 0 and "FAIL" not in text, text
+    for subject in ("qemu", "jail", "code", "units", "broker", "sshd          alice", "shells", "pam"):
+        assert f"OK    {subject}" in text, text
+
+
+@pytest.mark.parametrize(
+    ("breaks", "mends", "line"),
+    [
+        ("echo /usr/local/bin/vmshell >>/etc/shells", "sed -i '/vmshell/d' /etc/shells", "FAIL  shells"),
+        (f"chmod g+w {LIBDIR}/vmshell/broker", f"chmod g-w {LIBDIR}/vmshell/broker", "FAIL  code"),
+        ("chmod o+w /usr/local/lib", "chmod o-w /usr/local/lib", "FAIL  code"),
+        (f"mv {DROP_IN} /root/", f"mv /root/50-vmshell.conf {DROP_IN}", "FAIL  sshd"),
+        (
+            "printf 'Match User alice\\n DisableForwarding no\\n' >/etc/ssh/sshd_config.d/10-other.conf",
+            "rm /etc/ssh/sshd_config.d/10-other.conf",
+            "FAIL  sshd",
+        ),
+        ("systemctl stop vmshell-relay.socket", "systemctl start vmshell-relay.socket vmshell-relay.service", "FAIL  units"),
+        ("mv /usr/bin/bwrap /root/", "mv /root/bwrap /usr/bin/", "FAIL  jail"),
+        ("mv /etc/pam.d/vmshell /root/", "mv /root/vmshell /etc/pam.d/", "FAIL  pam"),
+        ("usermod -d /tmp alice", "usermod -d /var/lib/vmshell-home alice", "FAIL  pam"),
+    ],
+)
+def test_doctor_sees(host: Host, breaks: str, mends: str, line: str) -> None:
+    if "usermod" in breaks and "user_readenv=1" not in host.exec("cat", "/etc/pam.d/sshd").stdout:
+        pytest.skip("this release's sshd does not read ~/.pam_environment")
+    host.sh(breaks)
+    try:
+        status, text = doctor(host)
+    finally:
+        host.sh(mends)
+    assert line in text, text
+    assert status == 1 and "→" in text
+
+
+@pytest.mark.parametrize(
+    ("breaks", "mends", "words"),
+    [
+        ("sed -i /alice/d /etc/cron.deny", "echo alice >>/etc/cron.deny", "cron"),
+        ("loginctl enable-linger alice", "loginctl disable-linger alice", "lingers"),
+        ("gpasswd -a alice adm", "gpasswd -d alice adm", "adm"),
+    ],
+)
+def test_doctor_warns_of_weak_accounts(host: Host, breaks: str, mends: str, words: str) -> None:
+    host.sh(breaks)
+    try:
+        status, text = doctor(host)
+    finally:
+        host.sh(mends)
+    assert status == 0
+    assert any(row.startswith("WARN  accounts") and "alice" in row and words in row for row in text.splitlines()), text
+
+
+# --- installing again, and a host that is not as it should be ---------------------------------------------------------
+
+
+def test_the_broker_refuses_code_that_others_can_write(host: Host) -> None:
+    """A18, the broker's own look at it."""
+    host.sh(f"chmod o+w {LIBDIR}/vmshell")
+    try:
+        done = host.exec("systemctl", "restart", "vmshell-broker", check=False)
+        assert done.returncode != 0
+        assert "can be written by others" in host.sh("journalctl -b -u vmshell-broker --no-pager")
+    finally:
+        host.sh(f"chmod o-w {LIBDIR}/vmshell; systemctl reset-failed vmshell-broker; systemctl restart vmshell-broker")
+
+
+def test_installing_again_is_the_upgrade(host: Host) -> None:
+    """New code takes over, what runs in vmshell.slice runs on, the administrator's policy stays."""
+    start_pretended_vm(host, "vmshell-vm-9999.scope")
+    pid = main_pid(host, "vmshell-broker")
+    host.sh("echo '# mine' >>/etc/vmshell/policy.toml; touch " + LIBDIR + "/leftover")
+    said = host.make("install").stdout
+    assert "kept your /etc/vmshell/policy.toml" in said
+    assert host.sh("tail -n 1 /etc/vmshell/policy.toml") == "# mine\n"
+    assert main_pid(host, "vmshell-broker") not in (0, pid)
+    assert host.exec("systemctl", "is-active", "vmshell-vm-9999.scope").stdout.strip() == "active"
+    host.exec("systemctl", "stop", "vmshell-vm-9999.scope")
+    assert host.exec("test", "-e", f"{LIBDIR}/leftover", check=False).returncode != 0
+    status, text = doctor(host)
+    assert status == 0, text
+
+
+def test_a_drop_in_that_sshd_refuses_is_taken_back(host: Host) -> None:
+    before = host.exec("cat", DROP_IN).stdout
+    drop_in = f"{CHECKOUT}/etc/sshd_config.d/50-vmshell.conf"
+    host.sh(f"cp {drop_in} /root/good; echo '    PermitUserEnvironment no' >>{drop_in}")  # not allowed inside Match
+    try:
+        done = host.make("install", check=False)
+    finally:
+        host.sh(f"mv /root/good {drop_in}")
+    assert done.returncode != 0 and "sshd refuses" in done.stderr
+    assert host.exec("cat", DROP_IN).stdout == before
+    host.exec("sshd", "-t")
+    # Not even a first installation leaves the refused file behind.
+    host.sh(f"mv {DROP_IN} /root/kept; cp {drop_in} /root/good; echo '    PermitUserEnvironment no' >>{drop_in}")
+    assert host.make("install", check=False).returncode != 0
+    host.sh(f"mv /root/good {drop_in}; test ! -e {DROP_IN}; mv /root/kept {DROP_IN}")
+
+
+def test_it_survives_a_reboot(host: Host) -> None:
+    host.reboot()
+    wait_for(lambda: host.exec("systemctl", "is-active", UNITS[0], check=False).stdout.strip() == "active")
+    # Socket activation: the first client starts the broker.
+    assert "OK    broker" in doctor(host)[1]
+
+
+# --- and away again, last ---------------------------------------------------------------------------------------------
+
+
+def test_uninstall_waits_for_running_vms(host: Host) -> None:
+    start_pretended_vm(host, "vmshell-vm-9998.scope")
+    done = host.make("uninstall", check=False)
+    assert done.returncode != 0 and "VMs are running: 1" in done.stderr
+    assert host.exec("systemctl", "is-active", "vmshell-broker.socket").stdout.strip() == "active"
+    host.exec("systemctl", "stop", "vmshell-vm-9998.scope")
+
+
+def test_uninstall_keeps_what_is_the_users(host: Host) -> None:
+    host.sh("mkdir -p -m 700 /var/lib/vmshell/vms/1000/web1 && echo disk >/var/lib/vmshell/vms/1000/web1/disk")
+    host.sh("echo '# mine' >>/etc/vmshell/policy.toml")
+    said = host.make("uninstall").stdout
+    assert "alice bob" in said and "/var/lib/vmshell" in said
+    assert host.exec("cat", "/var/lib/vmshell/vms/1000/web1/disk").stdout == "disk\n"
+    assert host.sh("tail -n 1 /etc/vmshell/policy.toml") == "# mine\n"
+    left = host.sh("find /boot /etc /home /opt /run /srv /tmp /usr /var/cache /var/spool /var/tmp -xdev -iname '*vmshell*'")
+    assert sorted(left.split()) == ["/etc/ssh/vmshell-keys", "/etc/vmshell"]
+    assert host.sh("systemctl list-units --all --no-legend --plain 'vmshell*'").strip() == ""
+    host.exec("sshd", "-t")
+    assert host.run("alice", "list")[0] == 255  # the shell is gone, so sshd lets nobody in
+
+
+def test_and_installed_again_the_users_are_back(host: Host) -> None:
+    host.make("install")
+    status, text = doctor(host)
+    assert status == 0, text
+
+
+def start_pretended_vm(host: Host, scope: str) -> None:
+    """Something in vmshell.slice where a VM would be."""
+    host.sh(f"systemd-run --quiet --scope --slice=vmshell.slice --unit={scope} sleep 600 </dev/null >/dev/null 2>&1 &")
+    wait_for(lambda: host.exec("systemctl", "is-active", scope, check=False).returncode == 0)
+
+
+def wait_for(happened: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.1)

@@ -1,0 +1,228 @@
+"""The house rules as tests: linters, types, who imports whom, how much privileged code there is, and where `import pam` leads."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TREE = Path(__file__).resolve().parent.parent
+LEAVES = {"errors", "names", "messages", "wire", "layout"}
+# A leaf may import the leaves before it in this order.
+LEAF_ORDER = ["errors", "layout", "names", "wire", "messages"]
+# One folder is one process. The launch line is a pure library: those who start QEMU may import it, and it imports leaves only.
+PROCESSES = {"admin", "broker", "launch", "probe", "relay", "shell", "storage"}
+IMPORTS_LAUNCH = {"admin", "broker", "probe"}
+THIRD_PARTY = {"shell": {"prompt_toolkit", "pexpect"}, "tapnet": {"pyroute2"}}
+# Code that runs as root or decides for it; a reviewer reads it in a sitting.
+PRIVILEGED_AIM, PRIVILEGED_MOST = 1500, 3500
+PRIVILEGED = ("vmshell/*.py", "vmshell/broker/*.py", "vmshell/launch/*.py", "pam/*")
+# Modules that no root process has any use for and every reviewer would ask about.
+BANNED_AS_ROOT = {"pickle", "shelve", "marshal", "subprocess", "importlib", "runpy", "code", "pty", "xml", "urllib", "http"}
+BANNED_CALLS = {"eval", "exec", "compile", "__import__", "breakpoint", "input"}
+
+
+def sources() -> list[Path]:
+    return sorted([*TREE.glob("vmshell/**/*.py"), *TREE.glob("tapnet/**/*.py")])
+
+
+def place(path: Path) -> str:
+    """Which process (or `leaf`) a file belongs to."""
+    parts = path.relative_to(TREE).parts
+    if parts[0] == "tapnet":
+        return "tapnet"
+    return parts[1] if len(parts) > 2 else "leaf"
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Every module that *path* imports, as an absolute dotted name, with its line."""
+    package = path.relative_to(TREE).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}"
+
+
+def arrow_problem(path: Path, name: str) -> str:
+    """Why *path* may not import *name*, or an empty string."""
+    here, parts = place(path), name.split(".")
+    top = parts[0]
+    if top == "tapnet":
+        return "" if here == "tapnet" else "nothing imports tapnet"
+    if top == "vmshell":
+        target = parts[1] if len(parts) > 1 else ""
+        if target in LEAVES or target in ("", "__version__"):
+            if here == "leaf" and path.stem in LEAF_ORDER and target in LEAF_ORDER:
+                return "" if LEAF_ORDER.index(target) < LEAF_ORDER.index(path.stem) else f"leaf {path.stem} comes before {target}"
+            return ""
+        if here == "leaf":
+            return "" if path.stem == "__main__" else "leaves import leaves only"
+        if target == here or (target == "launch" and here in IMPORTS_LAUNCH):
+            return ""
+        return f"{here} may not import {target}"
+    if top in sys.stdlib_module_names:
+        return f"{top} has no place in a root process" if here in ("leaf", "broker", "launch") and top in BANNED_AS_ROOT else ""
+    return "" if top in THIRD_PARTY.get(here, set()) else f"{here} may not import {top}"
+
+
+def test_import_arrows() -> None:
+    problems = [
+        f"{path.relative_to(TREE)}:{line}: {problem}"
+        for path in sources()
+        for line, name in imports(path)
+        if (problem := arrow_problem(path, name))
+    ]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "allowed"),
+    [
+        ("vmshell/broker/main.py", "vmshell.wire.recv", True),
+        ("vmshell/broker/main.py", "vmshell.launch.plan", True),
+        ("vmshell/broker/main.py", "vmshell.relay.loop", False),
+        ("vmshell/broker/main.py", "subprocess", False),
+        ("vmshell/broker/main.py", "prompt_toolkit", False),
+        ("vmshell/shell/prompt.py", "prompt_toolkit", True),
+        ("vmshell/shell/prompt.py", "vmshell.launch.argv", False),
+        ("vmshell/relay/loop.py", "tapnet.links", False),
+        ("vmshell/wire.py", "vmshell.messages", False),
+        ("vmshell/messages.py", "vmshell.wire", True),
+        ("tapnet/links.py", "vmshell.broker.host", False),
+    ],
+)
+def test_the_arrows_tell_good_from_bad(path: str, name: str, allowed: bool) -> None:
+    assert (arrow_problem(TREE / path, name) == "") is allowed
+
+
+def test_the_launch_line_is_pure() -> None:
+    """It decides what QEMU may do; to be tested against golden files it must not look at the host."""
+    for path in TREE.glob("vmshell/launch/*.py"):
+        used = {name.split(".")[0] for _, name in imports(path)}
+        assert not used & {"os", "socket", "subprocess", "pathlib", "shutil", "tempfile"}, path
+
+
+def test_no_calls_a_reviewer_would_ask_about() -> None:
+    """A39: nothing turns text into code, anywhere."""
+    problems = []
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            if isinstance(node.func, ast.Name) and node.func.id in BANNED_CALLS:
+                problems.append(f"{path.relative_to(TREE)}:{node.lineno}: {node.func.id}()")
+            if isinstance(node.func, ast.Attribute) and ast.unparse(node.func) in ("os.system", "os.popen", "yaml.load"):
+                problems.append(f"{path.relative_to(TREE)}:{node.lineno}: {ast.unparse(node.func)}()")
+            if any(word.arg == "shell" for word in node.keywords):
+                problems.append(f"{path.relative_to(TREE)}:{node.lineno}: shell=")
+    assert not problems, "\n".join(problems)
+
+
+def test_modules_say_where_they_run() -> None:
+    missing = [
+        str(path.relative_to(TREE))
+        for path in sources()
+        if path.stem not in ("__init__", "__main__") and not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert not missing
+
+
+def code_lines(path: Path) -> int:
+    """Lines that hold code: no blanks, comments or docstrings."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return sum(1 for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#"))
+    skipped: set[int] = set()
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            skipped.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return sum(
+        1
+        for number, line in enumerate(text.splitlines(), 1)
+        if number not in skipped and line.strip() and not line.lstrip().startswith("#")
+    )
+
+
+def test_privileged_code_is_read_in_a_sitting(capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints the count beside its aim, and fails where growing further should be a decision of its own."""
+    counts = {pattern: sum(map(code_lines, TREE.glob(pattern))) for pattern in PRIVILEGED}
+    total = sum(counts.values())
+    with capsys.disabled():
+        parts = ", ".join(f"{pattern} {count}" for pattern, count in counts.items())
+        print(f"\nprivileged code lines: {total}, aim {PRIVILEGED_AIM} ({parts})")
+    assert total < PRIVILEGED_MOST
+
+
+def test_the_packages_are_listed() -> None:
+    """setup.cfg names the packages by hand; a new folder must not be forgotten."""
+    config = configparser.ConfigParser()
+    config.read(TREE / "setup.cfg")
+    listed = set(config["options"]["packages"].split())
+    there = {str(path.parent.relative_to(TREE)).replace("/", ".") for path in sources()}
+    assert listed == there
+
+
+def test_pam_is_the_library_not_our_folder() -> None:
+    """An `__init__.py` in pam/ or tests/pam/ would hide python-pam from everything that imports it."""
+    assert not list(TREE.glob("pam/**/__init__.py")) and not (TREE / "tests/pam").exists()
+    assert not list(TREE.glob("pam/*.py"))
+    if importlib.util.find_spec("pam.__internals") is None:
+        pytest.skip("python-pam is not installed")
+    import pam
+
+    assert "-packages" in str(pam.__file__)
+    assert hasattr(pam, "authenticate")
+
+
+def test_nothing_lists_our_shell() -> None:
+    """A32: no file of ours adds vmshell to /etc/shells."""
+    for path in [*TREE.glob("etc/**/*"), TREE / "Makefile"]:
+        if path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            assert "add-shell" not in text, path
+            assert ">>/etc/shells" not in text.replace(" ", ""), path
+
+
+def test_starters_are_isolated() -> None:
+    """A17: the kernel hands a `#!` line's options over as one word; `-I -S` would lock everybody out."""
+    assert first_line("etc/bin/vmshell") == "#!/usr/bin/env -S --ignore-signal=INT,QUIT,TSTP /usr/bin/python3 -IS"
+    assert first_line("etc/bin/vmshell-admin") == "#!/usr/bin/python3 -IS"
+    for unit in ("vmshell-broker", "vmshell-relay"):
+        text = (TREE / f"etc/systemd/{unit}.service").read_text(encoding="utf-8")
+        assert "ExecStart=/usr/bin/python3 -IS /usr/local/lib/vmshell/" in text
+
+
+def first_line(path: str) -> str:
+    return (TREE / path).read_text(encoding="utf-8").splitlines()[0]
+
+
+@pytest.mark.slow
+def test_lint() -> None:
+    run("ruff", "check", "--quiet", ".")
+
+
+@pytest.mark.slow
+def test_types() -> None:
+    run("mypy")
+
+
+def run(module: str, *argv: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", module, *argv], cwd=TREE, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

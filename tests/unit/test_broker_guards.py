@@ -1,0 +1,319 @@
+"""What keeps the broker whole: nothing grows or stays open because a peer, the relay or the disk does the unexpected."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pwd
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from vmshell.broker import endings, relaylink, start
+from vmshell.broker.admission import Admission
+from vmshell.broker.definition import Definition
+from vmshell.broker.endings import Endings
+from vmshell.broker.fleet import Fleet, Live
+from vmshell.broker.host import Host, processes_of
+from vmshell.broker.loop import Loop
+from vmshell.broker.policy import HostPolicy
+from vmshell.broker.relaylink import RelayLink
+from vmshell.broker.server import Call
+from vmshell.broker.vms import Registry, Vm
+from vmshell.errors import StorageFailed, TooManyRequests, VmshellError
+from vmshell.layout import Layout
+from vmshell.messages import FAILED, OFF, QUEUED, RUNNING, STOPPING, Order
+from vmshell.names import NUMBER_MAX
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    return Layout(etc=f"{tmp_path}/e", state=f"{tmp_path}/s", run=f"{tmp_path}/r", log=f"{tmp_path}/l", embedded=False)
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    def raised(exc: BaseException) -> None:
+        raise exc
+
+    yield Loop(raised)
+
+
+def open_fds() -> list[str]:
+    return sorted(os.listdir("/proc/self/fd"))
+
+
+def due(loop: Loop) -> int:
+    """How many timers still have something to do."""
+    return sum(1 for _, _, timer in loop._timers if timer.action is not None)
+
+
+# --- descriptors ------------------------------------------------------------------------------------------------------
+
+
+class FakeClient:
+    def __init__(self) -> None:
+        self.pending = 1
+        self.peer = None
+        self.sent: list[tuple[dict[str, object], int]] = []
+
+    def send(self, body: dict[str, object], fd: int = -1) -> None:
+        self.sent.append((body, fd))
+
+
+def test_a_console_that_comes_after_the_reply_is_closed() -> None:
+    """The relay came back while a VM booted: its `running` overtakes the console asked for anew."""
+    client = FakeClient()
+    call = Call(cast(Any, client), 1)
+    before = open_fds()
+    call.keep_fd(os.open(os.devnull, os.O_RDONLY))
+    call.reply({})
+    call.keep_fd(os.open(os.devnull, os.O_RDONLY))
+    call.fail(TooManyRequests(count=1, what="x", limit=1))
+    assert open_fds() == before
+    assert [body for body, _ in client.sent] == [{"id": 1, "ok": {}}]
+    assert client.pending == 0
+
+
+def test_a_start_without_descriptors_left_leaks_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = fcntl.fcntl, []
+
+    def scarce(fd: int, command: int, *rest: int) -> int:
+        calls.append(fd)
+        if len(calls) == 3:
+            raise OSError(24, "Too many open files")
+        return int(real(fd, command, *rest))
+
+    host = Host(HostPolicy(), embedded=True)
+    monkeypatch.setattr(fcntl, "fcntl", scarce)
+    before = open_fds()
+    with pytest.raises(OSError, match="Too many"):
+        host.spawn(["true"], {})
+    assert open_fds() == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file away")
+def test_the_relay_gets_in_by_its_group_and_not_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An account with uid 64990 and group 64991: group 64990 may be somebody else's."""
+    account = pwd.struct_passwd(("vmshell-relay", "x", 64990, 64991, "", "/", "/usr/sbin/nologin"))
+    monkeypatch.setattr(pwd, "getpwnam", lambda name: account)
+    Host(HostPolicy(), embedded=False).share_with_relay(str(tmp_path), 0o750)
+    status = tmp_path.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (0, 64991, 0o750)
+
+
+# --- the relay is away ------------------------------------------------------------------------------------------------
+
+
+def test_requests_that_meet_no_relay_leave_one_timer(layout: Layout, loop: Loop) -> None:
+    link = RelayLink(loop, cast(Any, None), layout, lambda event: None, lambda: None)
+    errors: list[VmshellError | None] = []
+    for _ in range(50):
+        link.send(Order(number=1, what="reset"), errors.append)
+    assert [error.code for error in errors if error] == ["relay-down"] * 50
+    assert due(loop) == 1
+    link.connect()
+    assert due(loop) == 1
+    assert link._again_after <= relaylink._AGAIN_MOST
+
+
+# --- the end of a VM --------------------------------------------------------------------------------------------------
+
+
+class Waiter:
+    """Stands for a Call: what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[object] = []
+
+    def reply(self, ok: dict[str, object]) -> None:
+        self.told.append(ok["state"])
+
+    def fail(self, error: VmshellError) -> None:
+        self.told.append(error.code)
+
+    def progress(self, sentence: str) -> None:
+        pass
+
+
+class Sick(Registry):
+    """A registry whose disk is full from now on."""
+
+    def set_state(self, vm: Vm, state: str) -> None:
+        if state not in (OFF, FAILED):
+            raise StorageFailed(problem="the disk is full")
+        super().set_state(vm, state)
+
+    def save(self, vm: Vm) -> None:
+        raise StorageFailed(problem="the disk is full")
+
+
+class Bench:
+    """Fleet and endings around one running VM without a process; the relay only counts."""
+
+    def __init__(self, layout: Layout, loop: Loop, registry: Registry) -> None:
+        self.sent: list[Any] = []
+        self.again: list[Live] = []
+        relay = SimpleNamespace(send=lambda message, done, fd=-1: self.sent.append(message))
+        admission = Admission(loop, 1, lambda vm: 0)
+        context: Any = SimpleNamespace(registry=registry, loop=loop, relay=relay, admission=admission)
+        self.fleet = Fleet(context)
+        self.endings = Endings(context, self.fleet, self.again.append)
+        self.vm = Vm(1, 1000, "alice", Definition(name="web1", image="demo"), 0)
+        self.vm.state = RUNNING
+        self.live = self.fleet.add(Live(self.vm))
+
+    def shutdown(self, timeout: int = 3600) -> Waiter:
+        waiter = Waiter()
+        self.endings.shutdown(cast(Any, waiter), self.vm, force=False, timeout=timeout)
+        return waiter
+
+    def reboot(self) -> Waiter:
+        waiter = Waiter()
+        self.endings.reboot(cast(Any, waiter), self.vm)
+        return waiter
+
+
+def test_asking_for_a_shutdown_over_and_over_stays_bounded(layout: Layout, loop: Loop) -> None:
+    """F14: a client that asks, hangs up and asks again holds a limited number of calls and timers, and one power button."""
+    bench = Bench(layout, loop, Registry(layout))
+    waiters = [bench.shutdown() for _ in range(endings.WAITERS_MAX)]
+    with pytest.raises(TooManyRequests):
+        bench.shutdown()
+    with pytest.raises(TooManyRequests):
+        bench.reboot()
+    assert due(loop) == endings.WAITERS_MAX + 1
+    before = len(bench.sent)
+    assert bench.live.button is not None
+    assert bench.live.button.action is not None
+    bench.live.button.action()
+    assert len(bench.sent) == before + 1
+    bench.endings.kill(cast(Any, Waiter()), bench.vm)  # the plug is there for everyone, always
+    bench.endings._finish(bench.live)
+    assert {told for waiter in waiters for told in waiter.told} == {"off"}
+    assert due(loop) == 0
+
+
+def test_a_shutdown_that_gave_up_does_not_take_a_reboot_with_it(layout: Layout, loop: Loop) -> None:
+    bench = Bench(layout, loop, Registry(layout))
+    rebooter, impatient = bench.reboot(), bench.shutdown(timeout=1)
+    too_long = bench.live.patience[-1].action
+    assert too_long is not None
+    too_long()
+    assert impatient.told == ["timed-out"]
+    assert bench.live.asked == "reboot"
+    assert rebooter.told == []
+
+
+@pytest.mark.parametrize("how", ["kill", "reboot"])
+def test_a_full_disk_keeps_no_plug_in_and_nobody_waiting(layout: Layout, loop: Loop, how: str) -> None:
+    bench = Bench(layout, loop, Sick(layout))
+    waiter = Waiter()
+    if how == "kill":
+        bench.endings.kill(cast(Any, waiter), bench.vm)
+        assert bench.vm.state == STOPPING
+    else:
+        waiter = bench.reboot()
+    bench.endings._finish(bench.live)
+    assert waiter.told == [OFF if how == "kill" else "storage"]
+    assert bench.vm.state == OFF
+    assert len(bench.fleet) == 0
+
+
+def test_a_reboot_begins_a_new_run(layout: Layout, loop: Loop) -> None:
+    os.makedirs(layout.run)
+    registry = Registry(layout)
+    registry.save = lambda vm: None  # type: ignore[method-assign]
+    bench = Bench(layout, loop, registry)
+    waiter = bench.reboot()
+    bench.endings._finish(bench.live)
+    assert [live.vm.state for live in bench.again] == [QUEUED]
+    assert [call for call, _ in bench.again[0].boots] == [cast(Any, waiter)]
+
+
+def test_three_hundred_boots_that_fail_at_once_do_so_one_after_the_other(loop: Loop) -> None:
+    admission = Admission(loop, 1, lambda vm: 0)
+    vms = [Vm(number, 1000, "alice", Definition(name="web1", image="demo"), 0) for number in range(1, 301)]
+    failed: list[int] = []
+
+    def fail(vm: Vm) -> None:
+        failed.append(vm.number)
+        admission.leave(vm)
+        if vm is vms[-1]:
+            loop.stop()
+
+    admission.enter(vms[0], lambda: None)
+    for vm in vms[1:]:
+        admission.enter(vm, lambda vm=vm: fail(vm))  # type: ignore[misc]
+    assert failed == []
+    admission.leave(vms[0])
+    loop.run()
+    assert failed == list(range(2, 301))
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_begin_anew_behind_the_last_one(layout: Layout) -> None:
+    """Making and removing VMs is free for everybody; using up all numbers must not be."""
+    registry = Registry(layout)
+    registry.load()
+    made = [registry.create(1000, "alice", Definition(name=name, image="demo"))[0] for name in ("a", "b")]
+    Path(layout.vms, "next").write_text(f"{NUMBER_MAX}\n")
+    registry._next = registry._read_next()
+    made += [registry.create(1000, "alice", Definition(name=name, image="demo"))[0] for name in ("c", "d")]
+    assert [vm.number for vm in made] == [1, 2, NUMBER_MAX, 3]
+    assert registry._read_next() == 4
+
+
+@pytest.mark.parametrize(("text", "number"), [("-5", 1), ("0", 1), ("99999999", NUMBER_MAX + 1), ("x", 1), ("7\n", 7)])
+def test_a_damaged_counter_gives_no_wrong_number(layout: Layout, text: str, number: int) -> None:
+    os.makedirs(layout.vms)
+    Path(layout.vms, "next").write_text(text)
+    assert Registry(layout)._read_next() == number
+
+
+# --- a start that nobody wrote down -----------------------------------------------------------------------------------
+
+
+def test_nothing_runs_in_the_jail_before_its_process_is_written_down(tmp_path: Path) -> None:
+    """D23: a broker killed in between leaves a jail that waits, also once the broker's own end of the gate is closed."""
+    ran = tmp_path / "ran"
+    with start._gate(str(tmp_path / "gate")) as gate:
+        words = ["bwrap", "--ro-bind", "/", "/", "--bind", str(tmp_path), str(tmp_path), "--unshare-pid", "--block-fd", "3"]
+        process = Host(HostPolicy(), embedded=True).spawn([*words, "touch", str(ran)], {3: gate})
+        ours = os.dup(gate)
+    assert list(tmp_path.iterdir()) == []
+    ended = select.poll()
+    ended.register(process.pidfd, select.POLLIN)
+    assert ended.poll(300) == []
+    os.write(ours, b"g")
+    os.close(ours)
+    assert ended.poll(10_000)
+    process.reap()
+    assert ran.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to start a process under another uid")
+def test_what_a_killed_broker_left_under_a_vms_uid_is_found() -> None:
+    """The jail waits at its gate and no record names it; its uid is the VM's own, and nobody else's."""
+    uid = HostPolicy().uid_base + NUMBER_MAX
+    stray = subprocess.Popen(["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--", "sleep", "100"])
+    try:
+        while b"sleep" not in Path(f"/proc/{stray.pid}/cmdline").read_bytes().split(b"\0")[0]:
+            time.sleep(0.01)
+        (found,) = processes_of(uid)
+        assert found.pid == stray.pid
+        found.signal(signal.SIGKILL)
+        assert found.reap() is None
+        assert stray.wait(10) == -signal.SIGKILL
+        assert processes_of(uid) == []
+    finally:
+        stray.kill()

@@ -1,0 +1,641 @@
+"""The relay's parts by themselves: ring, log, QMP's lines and monitor, the pen, words, descriptors from the service manager."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmshell.errors import ProtocolError
+from vmshell.layout import Layout
+from vmshell.relay import logfile, qmp, service, words
+from vmshell.relay.logfile import Log
+from vmshell.relay.loop import IN, Loop
+from vmshell.relay.qmp import Lines, Monitor
+from vmshell.relay.ring import Ring
+from vmshell.relay.service import Service
+from vmshell.relay.viewers import Audience
+from vmshell.relay.words import Words
+
+
+class Owner:
+    def __init__(self) -> None:
+        self.errors: list[Exception] = []
+
+    def broken(self, exc: Exception) -> None:
+        self.errors.append(exc)
+
+
+def run(loop: Loop, seconds: float) -> None:
+    """Let *loop* work for so long."""
+    loop.stopping = False
+
+    def stop() -> None:
+        loop.stopping = True
+
+    loop.after(seconds, stop, Owner())
+    loop.run()
+
+
+# --- loop -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_exception_ends_its_owner_and_nobody_else(capfd: pytest.CaptureFixture[str]) -> None:
+    loop, bad, good = Loop(), Owner(), Owner()
+    pairs = [socket.socketpair() for _ in range(2)]
+    heard: list[bytes] = []
+
+    def raises(events: int) -> None:
+        loop.drop(pairs[0][0].fileno())
+        raise ValueError("hostile\x1b[2J")
+
+    loop.add(pairs[0][0].fileno(), IN, raises, bad)
+    loop.add(pairs[1][0].fileno(), IN, lambda events: heard.append(pairs[1][0].recv(10)), good)
+    for _, other in pairs:
+        other.send(b"x")
+    run(loop, 0.1)
+    assert [type(error) for error in bad.errors] == [ValueError] and not good.errors and heard == [b"x"]
+    assert "\\x1b[2J" in capfd.readouterr().err
+    for pair in pairs:
+        for sock in pair:
+            sock.close()
+
+
+def test_timers_run_in_order_and_cancelled_ones_do_not() -> None:
+    loop, owner = Loop(), Owner()
+    ran: list[str] = []
+    loop.after(0.03, lambda: ran.append("late"), owner)
+    loop.after(0.01, lambda: ran.append("early"), owner)
+    loop.after(0.02, lambda: ran.append("never"), owner).cancel()
+    run(loop, 0.06)
+    assert ran == ["early", "late"]
+
+
+# --- ring -------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.binary(max_size=40), max_size=30), st.integers(0, 200))
+def test_the_ring_holds_the_last_bytes(pieces: list[bytes], back: int) -> None:
+    ring, said = Ring(16), b""
+    for piece in pieces:
+        for at in range(0, len(piece), ring.size):
+            part = piece[at : at + ring.size]
+            done = 0
+            for view in ring.space(len(part)):
+                view[:] = part[done : done + len(view)]
+                done += len(view)
+            assert b"".join(ring.advance(len(part))) == part
+        said += piece
+        assert ring.head == len(said)
+        assert ring.start == max(0, len(said) - ring.size)
+        position = max(ring.start, ring.head - back)
+        assert b"".join(ring.since(position)) == said[position:]
+
+
+def test_a_refilled_ring_replays_the_end() -> None:
+    ring = Ring(16)
+    ring.fill(b"0123456789abcdefGHIJ")
+    assert b"".join(ring.since(ring.start)) == b"456789abcdefGHIJ"
+
+
+# --- log --------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.binary(min_size=1, max_size=700), max_size=40))
+def test_a_log_keeps_the_end_and_stays_small(pieces: list[bytes]) -> None:
+    folder = f"/var/tmp/vms-log-{os.getpid()}"
+    try:
+        log = Log(f"{folder}/7/console.log", 256)
+        for piece in pieces:
+            log.write([piece[:3], piece[3:]], len(piece), 0.0)
+            for path in (log.path, log.old):
+                assert not os.path.exists(path) or os.path.getsize(path) <= 256
+        said = b"".join(pieces)
+        kept = log.tail(10_000)
+        assert said.endswith(kept) and (len(kept) >= min(len(said), 256) or not pieces)
+        assert log.tail(5) == said[-5:]
+        assert log.lost == 0
+        log.close()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_what_could_not_be_written_is_counted_and_noted(short_tmp: Path) -> None:
+    blocker = short_tmp / "7"
+    blocker.write_text("a file where the directory belongs")
+    log = Log(f"{blocker}/console.log", 4096)
+    log.write([b"x" * 100], 100, 1.0)
+    assert log.lost == 100
+    blocker.unlink()
+    log.write([b"y" * 11], 11, 1.0)
+    assert log.lost == 111, "it is not tried again at once"
+    log.write([b"later"], 5, 1.0 + logfile.RETRY)
+    text = log.tail(4096)
+    assert text.endswith(b"later") and b"111 bytes are missing" in text and b"could not be written: File exists" in text
+    assert log.lost == 0
+    log.close()
+
+
+def test_a_full_disk_is_survived() -> None:
+    log = Log("/dev/full", 1 << 20)
+    log.write([b"x" * 10], 10, 0.0)
+    assert log.lost == 10 and log.why == "No space left on device"
+    log.close()
+
+
+def test_a_deleted_directory_is_made_again(short_tmp: Path) -> None:
+    log = Log(f"{short_tmp}/7/console.log", 4096)
+    log.write([b"before"], 6, 0.0)
+    shutil.rmtree(short_tmp / "7")
+    log.write([b"lost in silence"], 15, 0.1)
+    log.write([b"after"], 5, 0.1 + logfile.LOOK)
+    assert log.tail(100) == b"after"
+    log.close()
+
+
+def test_a_log_is_no_way_to_write_elsewhere(short_tmp: Path) -> None:
+    target = short_tmp / "target"
+    target.write_text("mine")
+    (short_tmp / "7").mkdir()
+    (short_tmp / "7/console.log").symlink_to(target)
+    log = Log(f"{short_tmp}/7/console.log", 4096)
+    log.write([b"x"], 1, 0.0)
+    assert target.read_text() == "mine" and log.lost == 1
+
+
+def test_purge_deletes_a_vms_log(short_tmp: Path) -> None:
+    log = Log(f"{short_tmp}/7/console.log", 64)
+    for _ in range(3):
+        log.write([b"x" * 60], 60, 0.0)
+    log.close()
+    logfile.purge(f"{short_tmp}/7")
+    logfile.purge(f"{short_tmp}/7")
+    assert not (short_tmp / "7").exists()
+
+
+# --- QMP --------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.binary(max_size=30).map(lambda line: line.replace(b"\n", b"")), max_size=10), st.integers(1, 20))
+def test_lines_are_cut_wherever_the_reads_fall(expected: list[bytes], step: int) -> None:
+    stream, lines, found = b"".join(line + b"\n" for line in expected), Lines(), []
+    for at in range(0, len(stream), step):
+        lines.feed(stream[at : at + step])
+        while (line := lines.next()) is not None:
+            found.append(line)
+    assert found == expected
+
+
+def test_a_line_without_an_end_is_refused_in_time() -> None:
+    lines, fed = Lines(), 0
+    with pytest.raises(ProtocolError):
+        while True:
+            lines.feed(b"x" * 4096)
+            fed += 4096
+            assert lines.next() is None
+    assert fed <= qmp.LINE_MAX + 8192
+
+
+class Machine:
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, Any]] = []
+
+    def monitor_ready(self, status: str) -> None:
+        self.heard.append(("ready", status))
+
+    def monitor_event(self, name: str, data: dict[str, object]) -> None:
+        self.heard.append((name, data))
+
+    def monitor_lost(self, why: str) -> None:
+        self.heard.append(("lost", why))
+
+
+class Talk:
+    """A monitor and, by hand, the QEMU at its other end."""
+
+    def __init__(self) -> None:
+        ours, self.qemu = socket.socketpair()
+        ours.setblocking(False)
+        self.qemu.setblocking(False)
+        self.loop = Loop()
+        self.machine = Machine()
+        self.monitor = Monitor(self.loop, self.machine, ours)
+
+    def say(self, *bodies: object, seconds: float = 0.05) -> list[dict[str, Any]]:
+        """Send lines, let the monitor work, and return what it has sent by then."""
+        for body in bodies:
+            self.qemu.sendall(body if isinstance(body, bytes) else json.dumps(body).encode() + b"\r\n")
+        run(self.loop, seconds)
+        try:
+            sent = self.qemu.recv(1 << 20)
+        except (BlockingIOError, ConnectionResetError):
+            return []
+        return [json.loads(line) for line in sent.splitlines()]
+
+    def greet(self, status: str = "prelaunch") -> None:
+        (capabilities,) = self.say({"QMP": {"version": {}, "capabilities": []}})
+        assert capabilities["execute"] == "qmp_capabilities"
+        (query,) = self.say({"return": {}, "id": capabilities["id"]})
+        assert query["execute"] == "query-status"
+        self.say({"return": {"status": status}, "id": query["id"]})
+        assert self.machine.heard == [("ready", status)]
+        self.machine.heard.clear()
+
+    def lost(self) -> bool:
+        return bool(self.machine.heard) and self.machine.heard[-1][0] == "lost"
+
+
+@pytest.fixture
+def talk() -> Iterator[Talk]:
+    made = Talk()
+    yield made
+    made.monitor.close()
+    made.qemu.close()
+
+
+def test_the_monitor_greets_and_hears_events(talk: Talk) -> None:
+    talk.greet()
+    assert talk.say({"event": "RESUME", "timestamp": {}}, {"event": "SHUTDOWN", "data": {"guest": True}}) == []
+    talk.say({"event": "NIC_RX_FILTER_CHANGED", "data": {"name": "x" * 5000}})
+    assert talk.machine.heard == [("RESUME", {}), ("SHUTDOWN", {"guest": True})]
+
+
+@pytest.mark.parametrize(
+    ("what", "command", "arguments"),
+    [
+        ("cont", "cont", None),
+        ("powerdown", "system_powerdown", None),
+        ("reset", "system_reset", None),
+        ("quit", "quit", None),
+        ("break", "chardev-send-break", {"id": "ser0"}),
+    ],
+)
+def test_orders_are_fixed_commands_and_answered_once(talk: Talk, what: str, command: str, arguments: object) -> None:
+    talk.greet()
+    answers: list[bool] = []
+    talk.monitor.order(what, lambda done, body: answers.append(done))
+    (sent,) = talk.say()
+    assert (sent["execute"], sent.get("arguments")) == (command, arguments)
+    talk.say({"return": {}, "id": sent["id"]}, {"return": {}, "id": sent["id"]})
+    assert answers == [True] and not talk.lost()
+    talk.monitor.order(what, lambda done, body: answers.append(done))
+    (sent,) = talk.say()
+    talk.say({"error": {"class": "GenericError", "desc": "no"}, "id": sent["id"]})
+    assert answers == [True, False]
+
+
+def test_a_lost_monitor_answers_what_was_pending(talk: Talk) -> None:
+    talk.greet()
+    answers: list[bool] = []
+    talk.monitor.order("quit", lambda done, body: answers.append(done))
+    talk.qemu.close()
+    run(talk.loop, 0.05)
+    assert answers == [False] and talk.lost()
+    talk.monitor.order("cont", lambda done, body: answers.append(done))
+    assert answers == [False, False]
+
+
+def test_before_the_greeting_nothing_is_heard_and_no_order_given(talk: Talk) -> None:
+    answers: list[bool] = []
+    talk.monitor.order("cont", lambda done, body: answers.append(done))
+    assert answers == [False]
+    assert talk.say({"event": "RESUME"}) == [] and talk.lost()
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [
+        b"x" * (qmp.LINE_MAX * 3),
+        b"[" * 60_000 + b"\n" + b"not json\n" * 20,
+        b'{"return": {}, "id": 99}\n' * 20,
+        b'{"return": {}, "id": true}\n' * 20,
+        b'{"return": {}, "id": [1]}\n' * 20,
+        b"[1, 2]\n" * 20,
+        b"\x00\xff\xfe\n" * 20,
+        b'{"event": 1, "event": 2}\n' * 20,
+    ],
+    ids=["endless line", "deep", "wrong id", "id true", "id list", "no object", "no text", "a key twice"],
+)
+def test_hostile_qemu_loses_its_connection(talk: Talk, flood: bytes) -> None:
+    """B46."""
+    talk.greet()
+    sent = 0
+    while sent < len(flood) and not talk.lost():
+        try:
+            sent += talk.qemu.send(flood[sent : sent + 8192])
+        except (BlockingIOError, BrokenPipeError, ConnectionResetError):
+            pass
+        run(talk.loop, 0.01)
+    for _ in range(500):
+        if not talk.lost():
+            run(talk.loop, 0.01)
+    assert talk.lost()
+
+
+def test_a_storm_of_events_is_read_at_a_bounded_rate(talk: Talk) -> None:
+    """B46: a million events; QEMU is left waiting, not us working."""
+    talk.greet()
+    storm = b'{"event": "STOP"}\n' * 2000
+    for _ in range(30):
+        try:
+            talk.qemu.send(storm)
+        except BlockingIOError:
+            pass
+        run(talk.loop, 0.01)
+    heard = [name for name, _ in talk.machine.heard]
+    assert 32 <= len(heard) <= 3000 and set(heard) == {"STOP"}, "60,000 were sent"
+
+
+def test_a_few_lines_nobody_understands_are_forgiven(talk: Talk) -> None:
+    talk.greet()
+    talk.say({"event": "X", "data": {"load": 0.5}}, {"event": "RESUME"})
+    assert talk.machine.heard == [("RESUME", {})]
+
+
+def test_a_monitor_that_does_not_answer_is_given_up(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qmp, "ANSWER_TIME", 0.1)
+    talk.greet()
+    answers: list[bool] = []
+    talk.monitor.order("cont", lambda done, body: answers.append(done))
+    run(talk.loop, 0.3)
+    assert answers == [False] and talk.lost()
+
+
+def test_one_question_at_a_time(talk: Talk) -> None:
+    talk.greet()
+    for _ in range(10):
+        talk.monitor.ask_status()
+    (first,) = talk.say()
+    (second,) = talk.say({"return": {"status": "paused"}, "id": first["id"]})
+    assert talk.say({"return": {"status": "running"}, "id": second["id"]}) == []
+    assert [data["status"] for name, data in talk.machine.heard if name == "STATUS"] == ["paused", "running"]
+
+
+# --- who may type -----------------------------------------------------------------------------------------------------
+
+
+class Host:
+    def __init__(self) -> None:
+        self.typed = b""
+        self.breaks = 0
+        self.takes_keys = True
+
+    def type(self, keys: bytes) -> bool:
+        self.typed += keys
+        return self.takes_keys
+
+    def send_break(self) -> None:
+        self.breaks += 1
+
+    def review(self) -> None: ...
+
+    def viewers_changed(self, count: int) -> None: ...
+
+    def describe(self) -> dict[str, object]:
+        return {"quiet_s": None, "state": "running"}
+
+
+class Room:
+    """An audience whose members are told apart by their labels."""
+
+    def __init__(self) -> None:
+        self.loop = Loop()
+        self.host = Host()
+        self.ring = Ring(4096)
+        self.audience = Audience(self.loop, self.ring, self.host, Service(""), "viewer-7")
+        self.ends: dict[str, socket.socket] = {}
+
+    def join(self, label: str, readonly: bool = False) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.ends[label] = ours
+        self.audience.attach(theirs.detach(), label, readonly, True)
+
+    def send(self, label: str, packet: bytes) -> None:
+        self.ends[label].send(packet)
+        run(self.loop, 0.01)
+
+    def leave(self, label: str) -> None:
+        self.ends.pop(label).close()
+        run(self.loop, 0.01)
+
+    def notices(self, label: str) -> list[dict[str, Any]]:
+        """What has come for *label* since the last look."""
+        run(self.loop, 0.01)
+        found: list[dict[str, Any]] = []
+        while True:
+            try:
+                packet = self.ends[label].recv(1 << 17, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return found
+            assert packet[:1] == b"n", packet
+            found.append(json.loads(packet[1:]))
+
+    def holder(self) -> str | None:
+        holder = self.audience.pen.holder
+        return holder.label if holder is not None else None
+
+
+@pytest.fixture
+def room() -> Iterator[Room]:
+    made = Room()
+    yield made
+    for sock in made.ends.values():
+        sock.close()
+    made.audience.end("over")
+    for viewer in list(made.audience.viewers):
+        viewer.close()
+
+
+def test_the_first_packet_is_hello(room: Room) -> None:
+    room.join("reader", readonly=True)
+    room.join("alice")
+    hello = {"notice": "hello", "quiet_s": None, "state": "running"}
+    assert room.notices("reader")[0] == {**hello, "pen": False, "holder": None, "viewers": 1}
+    assert room.notices("alice") == [{**hello, "pen": True, "holder": "alice", "viewers": 2}]
+
+
+def test_the_pen_goes_to_the_first_writer_and_then_to_the_longest_there(room: Room) -> None:
+    room.join("reader", readonly=True)
+    for label in ("alice", "bob", "carol"):
+        room.join(label)
+    assert room.holder() == "alice"
+    room.leave("bob")
+    assert room.holder() == "alice"
+    room.notices("carol")
+    room.notices("reader")
+    room.leave("alice")
+    assert room.holder() == "carol"
+    assert room.notices("carol") == [{"notice": "pen", "pen": True, "holder": "carol"}]
+    assert room.notices("reader") == [{"notice": "pen", "pen": False, "holder": "carol"}]
+    room.leave("carol")
+    assert room.holder() is None
+    room.join("dave")
+    assert room.holder() == "dave"
+
+
+def test_taking_the_pen_tells_both(room: Room) -> None:
+    room.join("alice")
+    room.join("bob")
+    room.notices("alice")
+    room.notices("bob")
+    room.send("bob", b'c{"do":"pen"}')
+    assert room.notices("alice") == [{"notice": "pen", "pen": False, "holder": "bob"}]
+    assert room.notices("bob") == [{"notice": "pen", "pen": True, "holder": "bob"}]
+    room.send("alice", b"dlost")
+    room.send("bob", b"dkept")
+    assert room.host.typed == b"kept"
+
+
+def test_a_reader_never_gets_the_pen(room: Room) -> None:
+    room.join("reader", readonly=True)
+    room.notices("reader")
+    for packet in (b'c{"do":"pen"}', b"drm -rf /\r", b'c{"do":"break"}'):
+        room.send("reader", packet)
+    assert room.holder() is None and room.host.typed == b"" and room.host.breaks == 0
+    assert [notice["notice"] for notice in room.notices("reader")] == ["refused"], "at most one in a second"
+
+
+def test_who_and_break(room: Room) -> None:
+    room.join("alice")
+    room.join("bob")
+    room.notices("alice")
+    room.send("alice", b'c{"do":"who"}')
+    assert room.notices("alice") == [
+        {"notice": "who", "viewers": [{"label": "alice", "pen": True}, {"label": "bob", "pen": False}]}
+    ]
+    room.send("alice", b'c{"do":"break"}')
+    room.send("bob", b'c{"do":"break"}')
+    assert room.host.breaks == 1
+
+
+def test_a_typist_waits_for_a_guest_that_does_not_read(room: Room) -> None:
+    room.join("alice")
+    room.join("bob")
+    room.host.takes_keys = False
+    for _ in range(5):
+        room.send("alice", b"dx")
+    assert room.host.typed == b"x"
+    room.send("bob", b'c{"do":"pen"}')
+    room.host.takes_keys = True
+    room.send("bob", b"dy")
+    assert room.host.typed == b"xy", "with the pen gone, alice's keys are refused, not queued"
+    room.audience.keys_wanted()
+    room.send("bob", b"dz")
+    assert room.host.typed == b"xyz"
+
+
+def test_patience_is_used_up_and_earned_again_by_reading(room: Room) -> None:
+    room.join("alice")
+    room.notices("alice")
+    (viewer,) = room.audience.viewers
+
+    def forfeit() -> bool:
+        return viewer.forfeit
+
+    def blocked() -> bool:
+        return viewer.blocked
+
+    audience, ring, needed = room.audience, room.ring, 1024
+    while audience.room() >= needed:
+        for view in ring.space(512):
+            view[:] = b"x" * len(view)
+        audience.deliver(ring.advance(512), 512)
+    assert blocked()
+    audience.charge(needed)
+    room.loop.now += 0.15
+    audience.charge(needed)
+    assert audience.room() < needed and not forfeit() and 0.04 < viewer.patience < 0.06
+    room.loop.now += 0.06
+    audience.charge(needed)
+    assert forfeit() and audience.room() == ring.size, "nothing waits for it any more"
+    read = 0
+    while blocked():
+        while True:
+            try:
+                read += len(room.ends["alice"].recv(1 << 17, socket.MSG_DONTWAIT))
+            except BlockingIOError:
+                break
+        run(room.loop, 0.01)
+    assert not forfeit() and 0 < viewer.patience < 0.02, "a ring full earns a few milliseconds, not a fifth of a second"
+
+
+@pytest.mark.parametrize(
+    "packet", [b"q", b"c", b"d", b"c{", b"c[]", b'c{"do":7}', b'c{"do":"pen","do":"who"}', b"c" + b"[" * 1000, b"\0" * 50]
+)
+def test_odd_packets_are_ignored(room: Room, packet: bytes) -> None:
+    room.join("alice")
+    room.notices("alice")
+    room.send("alice", packet)
+    room.send("alice", b"dok")
+    assert room.host.typed == b"ok" and room.notices("alice") == []
+
+
+def test_an_oversized_packet_closes_its_viewer(room: Room) -> None:
+    room.join("alice")
+    room.join("bob")
+    room.send("alice", b"d" + b"x" * (64 * 1024 + 1))
+    assert room.holder() == "bob" and room.host.typed == b""
+    room.send("bob", b"d" + b"x" * (64 * 1024))
+    assert len(room.host.typed) == 64 * 1024
+
+
+def test_a_flood_of_controls_closes_its_viewer(room: Room) -> None:
+    room.join("alice")
+    for _ in range(30):
+        try:
+            for _ in range(100):
+                room.ends["alice"].send(b"c{}", socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            pass
+        except (BrokenPipeError, ConnectionResetError):
+            break
+        run(room.loop, 0.02)
+    assert room.audience.viewers == []
+
+
+# --- words and the service manager ------------------------------------------------------------------------------------
+
+
+def test_words_have_a_bounded_rate_and_end_with_the_last_one() -> None:
+    loop = Loop()
+    heard: list[str] = []
+    said = Words(loop, lambda word, count: heard.append(word))
+    for _ in range(500):
+        said.say("paused")
+        said.say("running")
+    assert len(heard) == words.BURST
+    run(loop, 2 * words.INTERVAL)
+    assert heard[words.BURST :] == ["paused", "running"]
+
+
+def test_nothing_is_sent_without_a_service_manager() -> None:
+    quiet = Service("")
+    quiet.store("console-1", 0)
+    assert not quiet.keeps
+
+
+def test_descriptors_for_another_process_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid() + 1))
+    monkeypatch.setenv("LISTEN_FDS", "1")
+    assert service.take_fds() == []
+    assert "LISTEN_FDS" not in os.environ
+
+
+def test_the_relay_stays_lean(layout: Layout) -> None:
+    """P10: no asyncio, no third-party code, none of the dear imports."""
+    import subprocess
+    import sys
+
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import vmshell.relay.main; print(*sys.modules)"
+    root = str(Path(__file__).resolve().parents[2])
+    found = subprocess.run([sys.executable, "-IS", "-c", code, root], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in found.stdout.split()}
+    assert not loaded & {"asyncio", "typing", "dataclasses", "logging", "subprocess", "pathlib", "argparse", "threading", "ssl"}

@@ -1,0 +1,118 @@
+"""One table: parser, help, completion and man page say the same."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+
+from vmshell import messages
+from vmshell.errors import Usage
+from vmshell.shell import actions, candidates, grammar, helptext, verbs
+from vmshell.shell.show import greeting
+
+
+def test_every_word_means_one_verb() -> None:
+    words = [word for verb in verbs.TABLE for word in (verb.name, *verb.aliases)]
+    assert len(words) == len(set(words)) == len(verbs.BY_WORD)
+
+
+def test_every_request_of_the_wire_has_its_verb_and_nothing_more() -> None:
+    assert set(messages.REQUESTS) == {verb.name for verb in verbs.visible()} - {"help", "exit"}
+
+
+def test_every_kind_of_value_has_its_check() -> None:
+    kinds = {option.kind for verb in verbs.TABLE for option in verb.options}
+    kinds |= {argument.kind for verb in verbs.TABLE for argument in verb.arguments}
+    assert kinds - {"flag"} <= set(grammar.CHECKS)
+
+
+def test_help_names_every_verb_alias_and_option() -> None:
+    overview = helptext.overview(200)
+    for verb in verbs.visible():
+        assert verb.name in overview and verb.help in overview
+        about = helptext.topic(verb.name, 80)
+        assert about.startswith(f"usage: {verb.name}")
+        for word in (*verb.aliases, *(f"--{option.name}" for option in verb.options)):
+            assert word in about, (verb.name, word)
+        for alias in verb.aliases:
+            assert helptext.topic(alias) == helptext.topic(verb.name)
+
+
+@pytest.mark.parametrize("width", [40, 80, 132])
+def test_help_fits_the_width(width: int) -> None:
+    for verb in verbs.visible():
+        assert max(map(len, helptext.topic(verb.name, width).splitlines())) <= width, verb.name
+    assert max(map(len, helptext.overview(width).splitlines())) <= width
+
+
+def test_help_on_nothing_known() -> None:
+    with pytest.raises(Usage, match="no help on bot"):
+        helptext.topic("bot")
+
+
+def test_exit_statuses_are_documented() -> None:
+    assert helptext.undocumented_statuses() == []
+    assert "130" in helptext.topic("exit-status")
+
+
+def test_man_sections_name_everything() -> None:
+    man = helptext.man_sections()
+    for verb in verbs.visible():
+        assert f"\\fB{verb.name}\\fR" in man
+        for option in verb.options:
+            assert "\\-\\-" + option.name.replace("-", "\\-") in man
+    assert not [line for line in man.splitlines() if line.startswith(".") and line.split()[0] not in (".SH", ".TP", ".RS", ".RE")]
+
+
+@pytest.mark.skipif(shutil.which("groff") is None, reason="groff is not installed")
+def test_man_source_has_no_warnings() -> None:
+    source = ".TH VMSHELL 1\n.SH NAME\nvmshell \\- x\n" + helptext.man_sections()
+    done = subprocess.run(["groff", "-man", "-ww", "-Tutf8"], input=source.encode(), capture_output=True, check=True)
+    assert done.stderr == b""
+    assert "Interrupted by Ctrl-C" in done.stdout.decode()
+
+
+class Names:
+    """A broker that knows two VMs and one image."""
+
+    def call(self, request: messages.Request, progress: object = None) -> tuple[dict[str, object], None]:
+        if isinstance(request, messages.Images):
+            return {"images": [{"name": "demo"}], "more": False}, None
+        return {"vms": [{"name": "web1"}, {"name": "web2"}], "more": False}, None
+
+
+class NameContext:
+    broker = Names()
+
+
+def completed(before: str) -> list[str]:
+    return candidates.complete(NameContext(), before)[1]  # type: ignore[arg-type]
+
+
+def test_completion_comes_from_the_table_and_the_broker() -> None:
+    assert {f"{verb.name} " for verb in verbs.visible()} | {"web1 ", "web2 "} == set(completed(""))
+    assert completed("sh") == ["shutdown "]
+    assert completed("boot w") == ["web1 ", "web2 "]
+    assert completed("start web1 --c") == ["--console "]
+    assert completed("new x --image ") == ["demo "]
+    assert completed("new w") == []
+    assert completed("boot web1 --wait ") == []
+    assert completed("boot --wait x w") == ["web1 ", "web2 "]
+    assert completed("/etc/") == [] and completed("boot /et") == [] and completed("destroy ") == []
+
+
+def test_greetings() -> None:
+    assert "no VMs yet" in greeting([], more=False)
+    assert greeting([{"name": "web1", "state": "running"}], more=False).startswith("You have 1 VM: web1 is running.")
+    assert "2 VMs, 1 running" in greeting([{"state": "running"}, {"state": "off"}], more=False)
+
+
+def test_no_action_is_without_a_verb() -> None:
+    runs = {verb.run for verb in verbs.TABLE}
+    public = {
+        getattr(actions, name)
+        for name in ("list_vms", "info", "new", "boot", "console", "shutdown", "kill", "reset", "reboot", "rm")
+    }
+    assert public <= runs

@@ -1,0 +1,41 @@
+"""The starter of our processes: `python3 -IS …/vmshell/__main__.py broker|relay|storage|probe|admin|shell ARGS…`.
+
+`-I -S` keep the environment, the current folder and site-packages out of the process. So the starter adds the one folder our code
+is in, and nothing else. (The installed login shell has a starter of its own, `etc/bin/vmshell`.)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def main(argv: list[str]) -> int:
+    """Run the process named by the first argument and return its exit status."""
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    process, rest = (argv[1], argv[2:]) if len(argv) > 1 else ("", [])
+    run: Callable[[list[str]], int]
+    if process == "broker":
+        from vmshell.broker.main import main as run
+    elif process == "relay":
+        from vmshell.relay.main import main as run
+    elif process == "storage":
+        from vmshell.storage.main import main as run
+    elif process == "probe":
+        from vmshell.probe.main import main as run
+    elif process == "admin":
+        from vmshell.admin.main import main as run
+    elif process == "shell":
+        from vmshell.shell.main import main as run
+    else:
+        print("usage: vmshell broker|relay|storage|probe|admin|shell …", file=sys.stderr)
+        return 2
+    return run(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,61 @@
+"""Who may do what: one function, asked before anything else is done for a request (R13).
+
+"Not yours" and "does not exist" are one answer, made in one place, on one path.
+Runs in: the broker. Pure: looks at the registry, touches nothing.
+"""
+
+from __future__ import annotations
+
+from ..errors import NoSuchVm, NotAllowed
+from ..messages import List, Request, VmRequest
+from .vms import Registry, Vm
+
+
+class Peer:
+    """Who is at the other end of a connection, as the kernel says it."""
+
+    __slots__ = ("admin", "uid", "user")
+
+    def __init__(self, uid: int, user: str, *, admin: bool) -> None:
+        self.uid = uid
+        self.user = user
+        self.admin = admin
+
+    @property
+    def label(self) -> str:
+        """How other viewers of a console see this peer."""
+        return self.user[:80]
+
+
+def authorise(peer: Peer, request: Request, registry: Registry) -> Vm | None:
+    """Return the VM that *request* is about (None for requests about no VM), or raise NoSuchVm or NotAllowed.
+
+    A VM is its owner's; an administrator (root, on an installed host) may name anybody's as `owner/name`.
+    """
+    if isinstance(request, List) and request.all and not peer.admin:
+        raise NotAllowed(what="`list --all`", who="administrators")
+    if not isinstance(request, VmRequest):
+        return None
+    owner, slash, name = request.vm.rpartition("/")
+    if not slash or owner == peer.user:
+        vm = registry.get(peer.uid, name)
+        if vm is not None and owns(peer, vm):
+            return vm
+    elif peer.admin and (vm := _named(registry, owner, name)):
+        return vm
+    raise NoSuchVm(vm=request.vm)
+
+
+def owns(peer: Peer, vm: Vm) -> bool:
+    """By uid *and* name: a uid that was given to a new account does not bring the old one's VMs along (D22)."""
+    return vm.uid == peer.uid and vm.owner == peer.user
+
+
+def visible(peer: Peer, registry: Registry, *, everyone: bool) -> list[Vm]:
+    """The VMs in *peer*'s list, in its order."""
+    vms = [vm for vm in registry if everyone or owns(peer, vm)]
+    return sorted(vms, key=lambda vm: (vm.owner, vm.name))
+
+
+def _named(registry: Registry, owner: str, name: str) -> Vm | None:
+    return next((vm for vm in registry if vm.owner == owner and vm.name == name), None)

@@ -1,0 +1,163 @@
+"""The VMs that have a QEMU or are about to: who waits for them, which processes they are, and how they are spoken to.
+
+Runs in: the broker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from ..errors import VmBusy, VmshellError, WrongState
+from ..messages import CREATING, QUEUED, Order, Watch
+from .host import Process, children
+from .journal import by_user
+
+if TYPE_CHECKING:
+    from .context import Context
+    from .loop import Timer
+    from .server import Call
+    from .vms import Vm
+
+
+class Live:
+    """What exists only from the moment a VM is asked to boot until it has ended."""
+
+    def __init__(self, vm: Vm) -> None:
+        self.vm = vm
+        self.outer: Process | None = None  # the jail's outer process, which leads to QEMU
+        self.qemu: Process | None = None
+        self.boots: list[tuple[Call, bool]] = []  # who waits for it to run; with a console?
+        self.stops: list[Call] = []  # who waits for it to end
+        self.asked = ""  # "shutdown", "kill" or "reboot", once somebody asked for the end
+        self.guest_ended = False
+        self.error: VmshellError | None = None  # why its boot failed
+        self.status: int | None = None
+        self.ending = False
+        self.button: Timer | None = None  # when its power button is pressed again
+        self.patience: list[Timer] = []  # of those who wait for its end
+
+    def why_it_ends(self) -> str:
+        if self.guest_ended:
+            return "the guest switched itself off"
+        return {"kill": "its plug was pulled", "": "QEMU ended by itself"}.get(self.asked, "it was shut down")
+
+    def exit_status(self) -> str:
+        return f" (exit status {self.status})" if self.status else ""
+
+
+class Fleet:
+    """`on_end` is set by `endings.py`: called once, when a VM's QEMU is gone."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._lives: dict[int, Live] = {}
+        self.on_end: Callable[[Live], None]
+
+    def __iter__(self) -> Iterator[Live]:
+        return iter(list(self._lives.values()))
+
+    def __len__(self) -> int:
+        return len(self._lives)
+
+    def get(self, number: int) -> Live | None:
+        return self._lives.get(number)
+
+    def is_current(self, live: Live) -> bool:
+        """Is this still the VM's present run? Timers and answers may come after its end."""
+        return self._lives.get(live.vm.number) is live
+
+    def begin(self, vm: Vm) -> Live:
+        """A new run of *vm*, waiting for its turn: written first."""
+        vm.started_again()
+        self._context.registry.set_state(vm, QUEUED)
+        return self.add(Live(vm))
+
+    def add(self, live: Live) -> Live:
+        self._lives[live.vm.number] = live
+        return live
+
+    def drop(self, live: Live) -> None:
+        self._lives.pop(live.vm.number, None)
+
+    def must_live(self, vm: Vm, verb: str) -> Live:
+        """The run of a VM that *verb* needs to be alive; raises VmBusy or WrongState."""
+        live = self._lives.get(vm.number)
+        if live is None:
+            if vm.state == CREATING:
+                raise VmBusy(vm=vm.ref, state=vm.state)
+            raise WrongState(vm=vm.ref, state=vm.state, verb=verb, needed="running")
+        return live
+
+    # --- its processes ------------------------------------------------------------------------------------------------
+
+    def hold_outer(self, live: Live, process: Process) -> None:
+        live.outer = process
+        live.vm.pid, live.vm.pid_ticks = process.pid, process.ticks
+        self._context.loop.watch(process.pidfd, lambda: self._outer_ended(live))
+
+    def hold_qemu(self, live: Live, process: Process) -> None:
+        live.qemu = process
+        live.vm.qemu_pid, live.vm.qemu_ticks = process.pid, process.ticks
+        self._context.loop.watch(process.pidfd, lambda: self._qemu_ended(live))
+
+    def find_qemu(self, live: Live) -> None:
+        """Take hold of QEMU itself: the only child of the jail's outer process."""
+        if live.qemu is None and live.outer is not None:
+            for pid in children(live.outer.pid):
+                # It may end between the two looks; then its jail ends too, and that is heard.
+                with contextlib.suppress(ProcessLookupError):
+                    self.hold_qemu(live, Process(pid, child=False))
+                break
+
+    def _outer_ended(self, live: Live) -> None:
+        """The jail's outer process is gone: with QEMU (it passes on its status), before it (a failed start), or killed alone."""
+        if live.outer is None:
+            return
+        self._context.loop.unwatch(live.outer.pidfd)
+        status = live.outer.reap()
+        live.outer = None
+        live.status = status if live.status is None else live.status
+        if live.qemu is None:
+            self._ended(live)
+
+    def _qemu_ended(self, live: Live) -> None:
+        if live.qemu is None:
+            return
+        self._context.loop.unwatch(live.qemu.pidfd)
+        live.qemu.reap()
+        live.qemu = None
+        self._ended(live)
+
+    def _ended(self, live: Live) -> None:
+        if not live.ending:
+            live.ending = True
+            self.on_end(live)
+
+    # --- by way of the relay ------------------------------------------------------------------------------------------
+
+    def order(self, live: Live, what: str, done: Callable[[VmshellError | None], None] | None = None) -> None:
+        """Have the relay tell QEMU *what*."""
+
+        def failed(error: VmshellError | None) -> None:
+            if error:
+                by_user(live.vm.uid, "order-failed", number=live.vm.number, what=what, problem=error)
+
+        self._context.relay.send(Order(number=live.vm.number, what=what), done or failed)
+
+    def watch(self, live: Live, errors: int = -1) -> None:
+        """Put the VM into the relay's care; *errors* is QEMU's error pipe. A failed start's time-out bounds the wait for it."""
+
+        def failed(error: VmshellError | None) -> None:
+            if error:
+                by_user(live.vm.uid, "watch-failed", number=live.vm.number, problem=error)
+
+        message = Watch(number=live.vm.number, log_max=self._context.policy.host.log_size_max)
+        self._context.relay.send(message, failed, fd=errors)
+
+    def watch_all(self) -> None:
+        """A new relay connection: name every VM that has a QEMU."""
+        for live in self:
+            if live.outer is not None or live.qemu is not None:
+                self.watch(live)

@@ -1,0 +1,233 @@
+"""Every privileged act of the broker, each a few lines: open, listen, spawn, signal, look at a process.
+
+What root opens here is always a path the broker made itself (R1); a descriptor is opened first and judged after (R2). Processes
+are held by pidfd, never by a bare number (R10).
+Runs in: the broker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pwd
+import signal
+import socket
+import stat
+import sys
+from collections.abc import Mapping, Sequence
+
+from ..errors import StorageFailed
+from ..layout import PACKAGE_DIR, PYTHON_FLAGS
+from .policy import HostPolicy
+
+RELAY_USER = "vmshell-relay"
+_ENV = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
+# Python ignores SIGPIPE and a supervisor may block signals; a child starts as if from a clean login.
+_RESET = [signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD, signal.SIGXFSZ]
+_FIRST_SPARE_FD = 100
+_TICKS = os.sysconf("SC_CLK_TCK")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class Process:
+    """A process held by pidfd. `ticks` is its start time (since boot, in clock ticks): pid and ticks together are unique."""
+
+    __slots__ = ("child", "pid", "pidfd", "ticks")
+
+    def __init__(self, pid: int, *, child: bool) -> None:
+        self.pidfd = os.pidfd_open(pid)
+        self.pid = pid
+        self.child = child
+        self.ticks = start_ticks(pid)
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def reap(self) -> int | None:
+        """Close the handle of an ended process; returns its exit status (128 + signal), None if it was not our child."""
+        try:
+            info = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG) if self.child else None
+        except ChildProcessError:
+            info = None
+        os.close(self.pidfd)
+        if info is None:
+            return None
+        return info.si_status if info.si_code == os.CLD_EXITED else 128 + info.si_status
+
+
+class Host:
+    """`apart`: QEMU gets a uid per VM, for we are root. In session mode relay and jobs are oneself, also when that is root."""
+
+    def __init__(self, policy: HostPolicy, *, embedded: bool) -> None:
+        self._policy = policy
+        self.apart = os.geteuid() == 0
+        self.systemd = self.apart and not embedded and os.path.isdir("/run/systemd/system")
+        self._helpers_apart = self.apart and not embedded
+        # Its group by the account, never by the uid's number: that number may be the group of somebody else.
+        self._relay_gid = _relay_gid() if self._helpers_apart else None
+
+    def vm_uid(self, number: int) -> int | None:
+        return self._policy.uid_base + number if self.apart else None
+
+    def job_uid(self) -> int | None:
+        """The uid of a helper that touches only its descriptors; None: ours."""
+        return self._policy.job_uid if self._helpers_apart else None
+
+    def probe_uid(self) -> int | None:
+        """The uid of the probe's guests, which are QEMUs like any other."""
+        return self._policy.job_uid if self.apart else None
+
+    def strays(self, number: int) -> list[Process]:
+        """What runs under VM *number*'s own uid: the jail that a killed broker had started and not yet written down.
+
+        In session mode nothing tells such a process from one's others: there it stays, waiting, without ever becoming QEMU.
+        """
+        return processes_of(self._policy.uid_base + number) if self._helpers_apart else []
+
+    # --- files and sockets --------------------------------------------------------------------------------------------
+
+    def open_disk(self, path: str) -> int:
+        """Open a VM's disk read-write: a regular file of ours with one name. A fresh open each time, never a dup (R16)."""
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as exc:
+            raise StorageFailed(problem=f"the VM's disk cannot be opened ({exc.strerror})") from exc
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_uid != os.geteuid():
+            os.close(fd)
+            raise StorageFailed(problem="the VM's disk is not the file it should be")
+        return fd
+
+    def create_file(self, path: str) -> int:
+        """Create a new file, 0600, that must not exist yet."""
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+    def share_with_relay(self, path: str, mode: int) -> None:
+        """Let the relay into *path* by its group, and nobody else."""
+        if self._relay_gid is not None:
+            os.chown(path, -1, self._relay_gid, follow_symlinks=False)
+        os.chmod(path, mode)
+
+    def listen_for_qemu(self, path: str) -> socket.socket:
+        """The listening socket that QEMU inherits as its serial port or its QMP monitor."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            sock.bind(path)
+            self.share_with_relay(path, 0o660)
+            sock.listen(1)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    # --- processes ----------------------------------------------------------------------------------------------------
+
+    def spawn(self, argv: Sequence[str], fds: Mapping[int, int], *, stdout: int = -1, stderr: int = -1) -> Process:
+        """Start *argv* in a session of its own with exactly the descriptors *fds* (number there → number here), stdin closed off.
+
+        Everything else we hold is close-on-exec. Raises OSError when the program cannot be started.
+        """
+        with contextlib.ExitStack() as stack:
+            null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            stack.callback(os.close, null)
+            actions = []
+            for target, source in {0: null, 1: null if stdout < 0 else stdout, 2: null if stderr < 0 else stderr, **fds}.items():
+                # Two steps, so that no target number is also a source that a later dup2 still needs.
+                spare = fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, _FIRST_SPARE_FD)
+                stack.callback(os.close, spare)
+                actions.append((os.POSIX_SPAWN_DUP2, spare, target))
+            pid = os.posix_spawnp(argv[0], list(argv), _ENV, file_actions=actions, setsid=True, setsigmask=[], setsigdef=_RESET)
+        return Process(pid, child=True)
+
+    def python(self, *arguments: str, uid: int | None) -> list[str]:
+        """The command of one of our own unprivileged helpers: isolated interpreter, no privileges, no way to new ones."""
+        jail = ["setpriv", "--no-new-privs", "--inh-caps=-all"]
+        if uid is not None:
+            jail += [f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--bounding-set=-all"]
+        return [*jail, "--", sys.executable, PYTHON_FLAGS, f"{PACKAGE_DIR}/__main__.py", *arguments]
+
+
+def _relay_gid() -> int:
+    try:
+        return pwd.getpwnam(RELAY_USER).pw_gid
+    except KeyError as exc:
+        raise OSError(f"there is no account {RELAY_USER}; `make install` makes it") from exc
+
+
+def same_process(pid: object, ticks: object) -> Process | None:
+    """The process that a record of ours names, or None if it has ended (its number may be another's by now)."""
+    if type(pid) is not int or pid <= 0 or start_ticks(pid) != ticks:
+        return None
+    try:
+        process = Process(pid, child=False)
+    except ProcessLookupError:
+        return None
+    if process.ticks == ticks:
+        return process
+    process.reap()
+    return None
+
+
+def processes_of(uid: int) -> list[Process]:
+    """Every process whose real uid is *uid*."""
+    found = []
+    for entry in os.listdir("/proc"):
+        # One that ends meanwhile is what we wanted of it anyway.
+        with contextlib.suppress(OSError):
+            if entry.isdecimal() and _real_uid(entry) == uid:
+                found.append(Process(int(entry), child=False))
+    return found
+
+
+def _real_uid(pid: str) -> int:
+    # Not the owner of /proc/PID: that is root for processes that may not be dumped.
+    with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Uid:"))
+
+
+def start_ticks(pid: int) -> int:
+    """When *pid* was started, in clock ticks since boot; 0 if there is no such process (any more)."""
+    fields = _stat(pid)
+    return int(fields[19]) if fields else 0
+
+
+def cpu_seconds(pid: int) -> float:
+    """The CPU time that *pid* has used, user and system, in seconds."""
+    fields = _stat(pid)
+    return (int(fields[11]) + int(fields[12])) / _TICKS if fields else 0.0
+
+
+def resident_bytes(pid: int) -> int:
+    fields = _stat(pid)
+    return int(fields[21]) * _PAGE if fields else 0
+
+
+def children(pid: int) -> list[int]:
+    """The direct children of *pid*."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+            return [int(child) for child in file.read().split()]
+    except OSError:
+        return []
+
+
+def _stat(pid: int) -> list[str]:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            # The name in brackets may hold anything, brackets and blanks too: the fields begin behind the last one.
+            return file.read().rpartition(") ")[2].split()
+    except OSError:
+        return []
+
+
+def code_is_safe(path: str) -> bool:
+    """Is every folder from *path* up to / root's, and writable by root alone (A18)?"""
+    while True:
+        status = os.stat(path)
+        if status.st_uid != 0 or (status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX):
+            return False
+        if path == "/":
+            return True
+        path = os.path.dirname(path)

@@ -1,0 +1,189 @@
+"""The life of VMs as the verbs and the relay's words see it. One state machine per VM, each state written before the act.
+
+    off/failed → queued → starting → running ⇄ paused → (stopping) → off, or failed with the reason
+    creating → off          off/failed → gone
+
+`boots.py` is the way up, `endings.py` the way down, `fleet.py` what exists in between. A request that must wait (for its turn,
+for the guest, for a job) keeps its `Call` there; the state machine itself never depends on anybody waiting.
+Runs in: the broker.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ..errors import VmBusy, VmshellError, VmStopped, WrongState
+from ..messages import ALIVE, OFF, PAUSED, QUEUED, RUNNING, STARTING, STOPPING, Attach, Event, Forget
+from . import start as starter
+from .boots import Boots
+from .endings import Endings
+from .fleet import Fleet, Live
+from .host import same_process
+
+if TYPE_CHECKING:
+    from .context import Context
+    from .server import Call
+    from .vms import Vm
+
+Attached = Callable[[VmshellError | None, int], None]
+
+PAUSES = {
+    "internal-error": "internal-error: this host cannot run the guest",
+    "io-error": "io-error: storage refused a write",
+}
+
+
+class Machines:
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._fleet = Fleet(context)
+        self._endings = Endings(context, self._fleet, lambda live: self._boots.enter(live))
+        self._boots = Boots(context, self._fleet, self._endings, self._attach_at_boot)
+        self.boot = self._boots.boot
+        self.shutdown = self._endings.shutdown
+        self.reboot = self._endings.reboot
+        self.kill = self._endings.kill
+        self.watch_all = self._fleet.watch_all
+
+    def qemu_pid(self, vm: Vm) -> int:
+        """The pid of *vm*'s QEMU for figures in /proc, 0 while there is none."""
+        live = self._fleet.get(vm.number)
+        return live.qemu.pid if live and live.qemu else 0
+
+    def busy(self) -> bool:
+        return len(self._fleet) > 0
+
+    def reset(self, call: Call, vm: Vm) -> None:
+        """The reset button: the guest starts from scratch; QEMU, console and disks stay."""
+        live = self._fleet.must_live(vm, "reset")
+        if vm.state not in (RUNNING, PAUSED):
+            raise VmBusy(vm=vm.ref, state=vm.state)
+
+        def done(error: VmshellError | None) -> None:
+            if vm.state not in (RUNNING, PAUSED):
+                call.fail(VmStopped(vm=vm.ref, problem=live.why_it_ends()))
+            elif error:
+                call.fail(error)
+            else:
+                call.reply({"name": vm.ref, "state": vm.state})
+
+        self._fleet.order(live, "reset", done)
+
+    # --- what the relay says ------------------------------------------------------------------------------------------
+
+    def heard(self, event: Event) -> None:
+        """Act on one word about one VM; words about VMs that do not run mean nothing."""
+        live = self._fleet.get(event.number)
+        if live is None:
+            return
+        vm, word = live.vm, event.word
+        if word in ("guest-shutdown", "guest-panic"):
+            live.guest_ended = True  # also when QEMU's end was seen first: the relay reads its last words only then
+        elif live.ending:
+            return
+        elif word == "ready" and vm.state == STARTING:
+            self._boots.ready(live)
+        elif word == "running" and vm.state in (STARTING, PAUSED):
+            vm.note = ""
+            self._boots.runs(live)
+        elif word == "paused" and vm.state == RUNNING:
+            self._context.registry.set_state(vm, PAUSED)
+        elif word in PAUSES:
+            vm.note = PAUSES[word]
+        elif word == "output":
+            vm.seen_output = True
+        elif word == "viewers":
+            vm.viewers = event.count
+
+    # --- consoles -----------------------------------------------------------------------------------------------------
+
+    def console(self, call: Call, vm: Vm, *, readonly: bool, replay: bool) -> None:
+        """Reply with one end of a console; the relay holds the other."""
+        if vm.state in (QUEUED, STARTING):
+            raise VmBusy(vm=vm.ref, state=vm.state)
+        if vm.state not in (RUNNING, PAUSED):
+            raise WrongState(vm=vm.ref, state=vm.state, verb="console", needed="running")
+
+        def done(error: VmshellError | None, fd: int) -> None:
+            if error:
+                call.fail(error)
+            else:
+                call.reply({"name": vm.ref, "state": vm.state}, fd)
+
+        self._attach(call, vm, done, readonly=readonly, replay=replay)
+
+    def _attach_at_boot(self, call: Call, vm: Vm) -> None:
+        """Keep a console for the reply of *call*'s boot."""
+        self._attach(call, vm, lambda error, fd: call.keep_fd(-1 if error else os.dup(fd)), readonly=False, replay=True)
+
+    def _attach(self, call: Call, vm: Vm, done: Attached, *, readonly: bool, replay: bool) -> None:
+        """Make a socket pair; the relay gets one end, `done(error, fd)` the other (valid during the call).
+
+        From here on the broker is out of the path: no guest byte ever enters a root process.
+        """
+        viewer, relay = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+
+        def answered(error: VmshellError | None) -> None:
+            with viewer:
+                done(error, viewer.fileno())
+
+        with relay:
+            message = Attach(number=vm.number, label=call.peer.label, readonly=readonly, replay=replay)
+            self._context.relay.send(message, answered, fd=relay.fileno())
+
+    # --- after our own restart ----------------------------------------------------------------------------------------
+
+    def adopt(self) -> None:
+        """Find the VMs that went on while there was no broker, and boot those that were still waiting for their turn."""
+        ended = []
+        for vm in self._context.registry:
+            saved = self._context.registry.saved_run(vm.number)
+            if saved.get("state") == QUEUED:
+                self._boots.enter(self._fleet.begin(vm))
+            elif not saved:
+                starter.clean(self._context.layout, vm.number)
+            elif not self._adopt_one(vm, saved):
+                ended.append(vm.number)
+        # Only now: the first word to the relay also names every VM that was found.
+        for number in ended:
+            self._context.relay.send(Forget(number=number, reason="the VM has ended"), lambda error: None)
+
+    def _adopt_one(self, vm: Vm, saved: dict[str, object]) -> bool:
+        """Go on with *vm* where its last broker left it; False if it has ended."""
+        live = Live(vm)
+        outer = same_process(saved.get("pid"), saved.get("ticks"))
+        qemu = same_process(saved.get("qemu_pid"), saved.get("qemu_ticks"))
+        if outer is None and qemu is None:
+            for stray in self._context.host.strays(vm.number):
+                stray.signal(signal.SIGKILL)
+                stray.reap()
+            vm.last_error = {
+                "code": "vm-stopped",
+                "text": "it ended while the service was down",
+                "hint": "",
+                "at": int(time.time()),
+            }
+            self._context.registry.set_state(vm, OFF)
+            return False
+        vm.accel = str(saved.get("accel", ""))
+        started = saved.get("started")
+        vm.started = float(started) if isinstance(started, (int, float)) else time.time()
+        self._fleet.add(live)
+        if outer is not None:
+            self._fleet.hold_outer(live, outer)
+        if qemu is not None:
+            self._fleet.hold_qemu(live, qemu)
+        else:
+            self._fleet.find_qemu(live)
+        state = saved.get("state")
+        self._context.registry.set_state(vm, state if isinstance(state, str) and state in ALIVE else RUNNING)
+        if vm.state == STARTING:
+            self._boots.bound(live)
+        elif vm.state == STOPPING:
+            self._endings.resume(live)
+        return True

@@ -1,0 +1,132 @@
+"""The broker: start-up checks, sockets, then the loop. See `server.py` for what it does all day.
+
+    python3 -IS …/vmshell/__main__.py broker LAYOUT
+
+Rights, in system mode (the unit `vmshell-broker.service` bounds them): setuid, setgid, setpcap for `setpriv`, which drops the
+rest; kill for VMs of other uids; chown for sockets that the relay may open. No net_admin, no dac_override, no sys_admin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import sys
+
+from .. import wire
+from ..errors import VmshellError
+from ..layout import PACKAGE_DIR, Layout
+from . import journal, policy
+from .context import Context
+from .host import Host, code_is_safe
+from .loop import Loop
+from .policy import SESSION_LIMITS, Limits
+from .server import Server
+from .verbs import delete_later
+
+LINGER = 3.0  # seconds for which a session's broker stays when the last VM and the last shell are gone
+
+
+def main(argv: list[str]) -> int:
+    """Run the broker for the layout in `argv[0]`; returns its exit status. Refusals to start are one sentence on stderr."""
+    layout = Layout.from_args(argv[0])
+    os.chdir("/")
+    os.umask(0o077)
+    try:
+        rules = policy.load(layout.policy, SESSION_LIMITS if layout.embedded else Limits())
+        if os.geteuid() == 0 and not layout.embedded and not code_is_safe(PACKAGE_DIR):
+            print(f"broker: not started: {PACKAGE_DIR} or a folder above it can be written by others than root", file=sys.stderr)
+            return 1
+        with _only_one(layout):
+            return _serve(layout, rules)
+    except VmshellError as exc:
+        print(f"broker: not started: {exc.sentence()}", file=sys.stderr)
+        return exc.exit_status
+    except OSError as exc:
+        print(f"broker: not started: {exc}", file=sys.stderr)
+        return 1
+
+
+def _serve(layout: Layout, rules: policy.Policy) -> int:
+    loop = Loop(journal.unexpected)
+    context = Context(layout, rules, loop, Host(rules.host, embedded=layout.embedded))
+    leftovers = context.registry.load()
+    os.makedirs(layout.run_vms, mode=0o750, exist_ok=True)
+    context.host.share_with_relay(layout.run_vms, 0o750)
+    # Listen last: a shell that can connect must find a broker that knows its VMs.
+    context.machines.adopt()
+    for folder in leftovers:
+        delete_later(context, folder)
+    context.relay.connect()
+    context.facts.find_out()
+    server = Server(context, _listener(layout))
+    _stop_on_signals(loop)
+    if layout.embedded:
+        loop.after(LINGER, lambda: _linger(context, server, 0))
+    _notify("READY=1")
+    journal.note("started", mode="session" if layout.embedded else "system", pid=os.getpid())
+    loop.run()
+    context.relay.close()
+    journal.note("stopped", vms=sum(1 for vm in context.registry if context.machines.qemu_pid(vm)))
+    return 0
+
+
+def _linger(context: Context, server: Server, accepted: int) -> None:
+    """End a session's broker when, since the last look, it has been of no use to anybody."""
+    useful = server.connected() or server.accepted != accepted or context.machines.busy() or context.jobs.running
+    if useful:
+        seen = server.accepted
+        context.loop.after(LINGER, lambda: _linger(context, server, seen))
+        return
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(context.layout.broker_socket)
+    context.loop.stop()
+
+
+def _listener(layout: Layout) -> socket.socket:
+    """The listening socket: from the service manager if it gave us one, else our own, for ourselves alone."""
+    if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "0") != "0":
+        os.set_inheritable(3, False)
+        return socket.socket(fileno=3)
+    # Without a service manager in system mode, members of the group are told apart at accept.
+    return wire.listen(layout.broker_socket, 0o600 if layout.embedded else 0o666)
+
+
+@contextlib.contextmanager
+def _only_one(layout: Layout):  # type: ignore[no-untyped-def]
+    """Two brokers over one state directory would start a VM twice: the second one ends here."""
+    os.makedirs(layout.run, mode=0o755, exist_ok=True)
+    os.makedirs(layout.state, mode=0o700, exist_ok=True)
+    if not layout.embedded:
+        os.chmod(layout.run, 0o755)  # noqa: S103 - users must reach the socket; nothing in it is theirs to write
+    fd = os.open(f"{layout.run}/broker.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise OSError(f"another broker already serves {layout.run}") from None
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def _stop_on_signals(loop: Loop) -> None:
+    """SIGTERM and SIGINT end the broker; VMs, relay and consoles go on."""
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    loop.watch(reader, loop.stop)
+
+
+def _notify(state: str) -> None:
+    """Tell the service manager, if there is one."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.connect("\0" + path[1:] if path.startswith("@") else path)
+            sock.send(state.encode())

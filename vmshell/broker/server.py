@@ -1,0 +1,210 @@
+"""The broker's front: connections, who they are, one packet in, one authorised call, one packet back.
+
+A peer's bytes are hostile whatever program sent them (R12). A packet that is not understood is answered with an error and the
+connection stays; one that breaks the framing closes it. A peer that does not read its answers is closed, never waited for.
+Runs in: the broker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import os
+import pwd
+import socket
+
+from .. import wire
+from ..errors import Internal, NotAllowed, ProtocolError, TooManyRequests, VmshellError
+from ..messages import parse_request, request_id
+from . import journal
+from .access import Peer, authorise
+from .context import Context
+from .verbs import HANDLERS
+
+PENDING_MAX = 16  # calls of one connection that wait for something
+CONNECTIONS_IN_ALL = 800
+ACCEPT_AGAIN = 1.0  # seconds
+
+
+class Call:
+    """One request that is being answered. Exactly one of reply/fail gets through; what comes later is ignored."""
+
+    __slots__ = ("_client", "_fd", "_id", "peer")
+
+    def __init__(self, client: Client, ident: int) -> None:
+        self._client: Client | None = client
+        self._id = ident
+        self._fd = -1
+        self.peer = client.peer
+
+    def keep_fd(self, fd: int) -> None:
+        """Keep a descriptor that the reply will bring (ours to close from now on: at once, if it comes after the reply)."""
+        self._close_fd()
+        self._fd = fd
+        if self._client is None:
+            self._close_fd()
+
+    def reply(self, ok: dict[str, object], fd: int = -1) -> None:
+        send_fd = fd if fd >= 0 else self._fd
+        self._finish({"id": self._id, "ok": ok}, send_fd)
+
+    def fail(self, error: VmshellError) -> None:
+        self._finish({"id": self._id, "error": error.to_wire()}, -1)
+
+    def progress(self, sentence: str) -> None:
+        if self._client is not None:
+            self._client.send({"id": self._id, "progress": sentence})
+
+    def _finish(self, body: dict[str, object], fd: int) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            client.pending -= 1
+            client.send(body, fd)
+        self._close_fd()
+
+    def _close_fd(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Client:
+    """One connection."""
+
+    def __init__(self, server: Server, sock: socket.socket, peer: Peer) -> None:
+        self._server = server
+        self._sock = sock
+        self.peer = peer
+        self.pending = 0
+        self.open = True
+
+    def readable(self) -> None:
+        try:
+            packet = wire.recv(self._sock)
+        except BlockingIOError:
+            return
+        except ProtocolError as exc:
+            journal.by_user(self.peer.uid, "bad-packet", problem=exc)
+            self.send({"id": 0, "error": exc.to_wire()})
+            self.close()
+            return
+        except OSError:
+            self.close()
+            return
+        if packet is None:
+            self.close()
+        else:
+            self._take(packet.body)
+
+    def _take(self, body: dict[str, object]) -> None:
+        try:
+            ident = request_id(body)
+        except VmshellError as exc:
+            self.send({"id": 0, "error": exc.to_wire()})
+            return
+        self.pending += 1
+        call = Call(self, ident)
+        try:
+            if self.pending > PENDING_MAX:
+                raise TooManyRequests(count=self.pending, what="requests", limit=PENDING_MAX)
+            self._server.answer(call, body)
+        except VmshellError as exc:
+            call.fail(exc)
+        except Exception as exc:
+            call.fail(Internal(reference=journal.unexpected(exc)))
+
+    def send(self, body: dict[str, object], fd: int = -1) -> None:
+        if not self.open:
+            return
+        try:
+            wire.send(self._sock, body, (fd,) if fd >= 0 else ())
+        except (OSError, ProtocolError):
+            # Gone, or it lets its answers pile up: either way it is not worth a byte of our memory.
+            self.close()
+
+    def close(self) -> None:
+        if self.open:
+            self.open = False
+            self._server.dropped(self, self._sock.fileno())
+            self._sock.close()
+
+
+class Server:
+    def __init__(self, context: Context, listener: socket.socket) -> None:
+        self._context = context
+        self._listener = listener
+        self._clients: dict[int, set[Client]] = {}
+        self.accepted = 0  # connections so far
+        self._group = None if context.layout.embedded else context.policy.host.group
+        listener.setblocking(False)
+        self._listen()
+
+    def _listen(self) -> None:
+        self._context.loop.watch(self._listener.fileno(), self._accept)
+
+    def connected(self) -> int:
+        return sum(len(clients) for clients in self._clients.values())
+
+    def answer(self, call: Call, body: dict[str, object]) -> None:
+        """Check, authorise, act; raises what the peer is to be told."""
+        request = parse_request(body)
+        vm = authorise(call.peer, request, self._context.registry)
+        handler = HANDLERS[type(request)]
+        if vm is None:
+            handler(self._context, call, request)
+        else:
+            handler(self._context, call, request, vm)
+
+    def dropped(self, client: Client, fd: int) -> None:
+        self._context.loop.unwatch(fd)
+        clients = self._clients.get(client.peer.uid, set())
+        clients.discard(client)
+        if not clients:
+            self._clients.pop(client.peer.uid, None)
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as exc:
+            # Out of descriptors, say: the listener stays readable, so look away for a moment instead of spinning.
+            journal.note("accept-failed", problem=exc)
+            self._context.loop.unwatch(self._listener.fileno())
+            self._context.loop.after(ACCEPT_AGAIN, self._listen)
+            return
+        self.accepted += 1
+        sock.setblocking(False)
+        try:
+            peer = self._identify(wire.peer_uid(sock))
+        except VmshellError as exc:
+            with contextlib.suppress(OSError), sock:
+                wire.send(sock, {"id": 0, "error": exc.to_wire()})
+            return
+        client = Client(self, sock, peer)
+        self._clients.setdefault(peer.uid, set()).add(client)
+        self._context.loop.watch(sock.fileno(), client.readable)
+
+    def _identify(self, uid: int) -> Peer:
+        """Who *uid* is and whether it may connect at all: group membership is looked up anew each time (D21)."""
+        limit = self._context.policy.host.connections_max
+        count = len(self._clients.get(uid, ()))
+        if count >= limit or (self.connected() >= CONNECTIONS_IN_ALL and uid != 0):
+            raise TooManyRequests(count=count, what="connections", limit=limit)
+        try:
+            entry = pwd.getpwuid(uid)
+        except KeyError as exc:
+            raise NotAllowed(what="this service", who="accounts of this host") from exc
+        admin = uid == 0 and not self._context.layout.embedded
+        if self._context.layout.embedded:
+            if uid != os.geteuid():
+                raise NotAllowed(what="this session", who="its owner")
+        elif not admin and not self._member(entry):
+            journal.by_user(uid, "not-a-member", user=entry.pw_name)
+            raise NotAllowed(what="this service", who=f"members of the group {self._group}")
+        return Peer(uid, entry.pw_name, admin=admin)
+
+    def _member(self, entry: pwd.struct_passwd) -> bool:
+        try:
+            group = grp.getgrnam(str(self._group)).gr_gid
+        except KeyError:
+            return False
+        return group in os.getgrouplist(entry.pw_name, entry.pw_gid)

@@ -1,0 +1,370 @@
+"""The one family of errors: what a person reads, what a script matches, what `ssh host VERB` returns.
+
+The first paragraph of a class's docstring *is* the sentence shown (its `{fields}` are filled in by the raiser), `code`
+is what stands on the wire and never changes, `exit_status` is what a shell sees, `hint` says what to do next.
+Runs in: every process. Stdlib only, no I/O at import.
+"""
+
+from __future__ import annotations
+
+EX_DONE = 0
+EX_REFUSED = 1
+EX_USAGE = 2
+EX_NO_SUCH = 3
+EX_STATE = 4
+EX_LIMIT = 5
+EX_BUSY = 6
+EX_VM_FAILED = 7
+EX_TIMEOUT = 8
+EX_UNAVAILABLE = 69
+EX_INTERNAL = 70
+EX_INTERRUPTED = 130
+
+
+def safe(text: object, limit: int = 400) -> str:
+    """Return *text* fit for a terminal and a log line: printable characters only, the rest as `\\xNN`.
+
+    Everything that a user, a guest or another machine chose goes through here before a person sees it
+    (escape sequences, newlines, bidirectional overrides and lone surrogates become visible text).
+    Longer than *limit* characters is cut with `…`.
+    """
+    shown = []
+    for char in str(text)[: limit + 1]:
+        point = ord(char)
+        if char.isprintable():
+            shown.append(char)
+        elif point <= 0xFF:
+            shown.append(f"\\x{point:02x}")
+        else:
+            shown.append(f"\\u{point:04x}" if point <= 0xFFFF else f"\\U{point:08x}")
+    if len(shown) > limit:
+        return "".join(shown[:limit]) + "…"
+    return "".join(shown)
+
+
+class VmshellError(Exception):
+    """the request was refused"""
+
+    code = "refused"
+    exit_status = EX_REFUSED
+    hint = ""
+
+    def __init__(self, **fields: object) -> None:
+        self.fields = {key: safe(value) for key, value in fields.items()}
+        super().__init__(self.sentence())
+
+    def sentence(self) -> str:
+        """The one sentence a person reads, its fields escaped."""
+        return _first_paragraph(type(self)).format_map(self.fields)
+
+    def advice(self) -> str:
+        """What to do next, or an empty string."""
+        return self.hint.format_map(self.fields)
+
+    def to_wire(self) -> dict[str, object]:
+        """The error as it stands in a reply: `{"code", "text", "hint"}`."""
+        return {"code": self.code, "text": self.sentence(), "hint": self.advice()}
+
+
+class ReportedError(VmshellError):
+    """{text}"""
+
+    # What a client raises for an error that another process named: the sentence and the hint travel with it.
+    def __init__(self, code: str, text: str, hint: str = "") -> None:
+        known = REGISTRY.get(code, VmshellError)
+        self.code = code if code in REGISTRY else "refused"
+        self.exit_status = known.exit_status
+        self.hint = "{advice}" if hint else ""
+        super().__init__(text=text, advice=hint)
+
+
+def from_wire(error: object) -> VmshellError:
+    """Rebuild the error of a reply; anything malformed becomes a plain refusal."""
+    if not isinstance(error, dict):
+        return ReportedError("refused", "the request was refused")
+    code, text, hint = (error.get(key) for key in ("code", "text", "hint"))
+    return ReportedError(
+        code if isinstance(code, str) else "refused",
+        text if isinstance(text, str) else "the request was refused",
+        hint if isinstance(hint, str) else "",
+    )
+
+
+def _first_paragraph(kind: type[VmshellError]) -> str:
+    return " ".join((kind.__doc__ or "").split("\n\n")[0].split())
+
+
+# --- what a person typed ----------------------------------------------------------------------------------------------
+
+
+class BadName(VmshellError):
+    """{what} {value!r} is not a valid name: {rule}"""
+
+    code = "bad-name"
+    exit_status = EX_USAGE
+
+
+class BadValue(VmshellError):
+    """{field} is {value}: {rule}"""
+
+    code = "bad-value"
+    exit_status = EX_USAGE
+
+
+class UnknownVerb(VmshellError):
+    """there is no verb {verb!r}"""
+
+    code = "unknown-verb"
+    exit_status = EX_USAGE
+    hint = "`help` lists the verbs"
+
+
+class Usage(VmshellError):
+    """{problem}"""
+
+    code = "usage"
+    exit_status = EX_USAGE
+    hint = "usage: {usage}"
+
+
+class AskKillOrRm(VmshellError):
+    """destroy means different things to different people: `kill {vm}` pulls the plug, disks kept; `rm {vm}` deletes the VM"""
+
+    code = "kill-or-rm"
+    exit_status = EX_USAGE
+
+
+# --- what does not exist, or must look as if it did not ---------------------------------------------------------------
+
+
+class NoSuchVm(VmshellError):
+    """there is no VM named {vm}"""
+
+    code = "no-such-vm"
+    exit_status = EX_NO_SUCH
+    hint = "`list` shows yours"
+
+
+class NoSuchImage(VmshellError):
+    """there is no image named {image}"""
+
+    code = "no-such-image"
+    exit_status = EX_NO_SUCH
+    hint = "`images` shows the catalogue"
+
+
+class ImageDamaged(VmshellError):
+    """image {image} is damaged: {problem}"""
+
+    code = "image-damaged"
+    exit_status = EX_VM_FAILED
+    hint = "the administrator can build it again with `vmshell-admin image build {image}`"
+
+
+# --- states and limits ------------------------------------------------------------------------------------------------
+
+
+class VmExists(VmshellError):
+    """you already have a VM named {vm}"""
+
+    code = "vm-exists"
+    exit_status = EX_STATE
+    hint = "`info {vm}` shows it"
+
+
+class WrongState(VmshellError):
+    """{vm} is {state}; {verb} needs it {needed}"""
+
+    code = "wrong-state"
+    exit_status = EX_STATE
+
+
+class AlreadyRunning(VmshellError):
+    """{vm} is already {state}"""
+
+    code = "already-running"
+    exit_status = EX_STATE
+    hint = "`console {vm}` attaches"
+
+
+class VmBusy(VmshellError):
+    """{vm} is {state}; another request is still at work on it"""
+
+    code = "vm-busy"
+    exit_status = EX_BUSY
+    hint = "try again in a moment"
+
+
+class OverLimit(VmshellError):
+    """{vm} asks for {asked} {what}; the limit is {limit} and {used} are in use ({rule})"""
+
+    code = "over-limit"
+    exit_status = EX_LIMIT
+    hint = "allowed now: {allowed}"
+
+
+class TooManyRequests(VmshellError):
+    """you have {count} {what} open and the limit is {limit}"""
+
+    code = "too-many"
+    exit_status = EX_LIMIT
+    hint = "close one and try again"
+
+
+class NotAllowed(VmshellError):
+    """{what} is for {who} only"""
+
+    code = "not-allowed"
+
+
+class NotRoot(VmshellError):
+    """{what} on this host's installation needs root"""
+
+    code = "not-root"
+    hint = "with `vmshell-admin --session …` the same works on your own VMs and images"
+
+
+class AccountRefused(VmshellError):
+    """{account}: {problem}"""
+
+    code = "account"
+
+
+class ProgramFailed(VmshellError):
+    """{program} failed: {problem}"""
+
+    code = "program-failed"
+    exit_status = EX_UNAVAILABLE
+
+
+class ImageInUse(VmshellError):
+    """image {image} is in use by {users}"""
+
+    code = "image-in-use"
+    exit_status = EX_STATE
+    hint = "{advice}"
+
+
+class CatalogueBusy(VmshellError):
+    """another vmshell-admin is at work on the image catalogue"""
+
+    code = "catalogue-busy"
+    exit_status = EX_BUSY
+    hint = "try again when it has finished"
+
+
+# --- what went wrong underneath ---------------------------------------------------------------------------------------
+
+
+class StartFailed(VmshellError):
+    """{vm} did not start: {problem}"""
+
+    code = "start-failed"
+    exit_status = EX_VM_FAILED
+    hint = "`info {vm}` keeps the reason; the administrator finds QEMU's own words in the VM's log"
+
+
+class VmStopped(VmshellError):
+    """{vm} stopped before that was done: {problem}"""
+
+    code = "vm-stopped"
+    exit_status = EX_VM_FAILED
+
+
+class TimedOut(VmshellError):
+    """{vm} did not {what} within {seconds} s"""
+
+    code = "timed-out"
+    exit_status = EX_TIMEOUT
+
+
+class BadPolicy(VmshellError):
+    """{path} is not a valid policy: {problem}"""
+
+    code = "bad-policy"
+    exit_status = EX_UNAVAILABLE
+
+
+class NoQemu(VmshellError):
+    """this host cannot run VMs: {problem}"""
+
+    code = "no-qemu"
+    exit_status = EX_UNAVAILABLE
+    hint = "the administrator can look with `vmshell-admin doctor`"
+
+
+class BuildFailed(VmshellError):
+    """image {image} was not built: {problem}"""
+
+    code = "build-failed"
+    exit_status = EX_UNAVAILABLE
+    hint = "nothing was changed"
+
+
+class StorageFailed(VmshellError):
+    """the host could not store that: {problem}"""
+
+    code = "storage"
+    exit_status = EX_UNAVAILABLE
+    hint = "nothing was lost; tell the administrator"
+
+
+class BrokerDown(VmshellError):
+    """the VM service does not answer ({problem})"""
+
+    code = "broker-down"
+    exit_status = EX_UNAVAILABLE
+    hint = "running VMs go on; try again in a moment, then tell the administrator"
+
+
+class RelayDown(VmshellError):
+    """the console service does not answer just now; your VM is not affected"""
+
+    code = "relay-down"
+    exit_status = EX_UNAVAILABLE
+    hint = "try again in a moment"
+
+
+class NotWatched(VmshellError):
+    """the console service does not look after this VM just now"""
+
+    code = "not-watched"
+    exit_status = EX_UNAVAILABLE
+    hint = "try again in a moment"
+
+
+class QemuSilent(VmshellError):
+    """QEMU was told to {what} and did not do it"""
+
+    code = "qemu-silent"
+    exit_status = EX_VM_FAILED
+
+
+class ProtocolError(VmshellError):
+    """the message was not understood: {problem}"""
+
+    code = "protocol"
+    exit_status = EX_INTERNAL
+
+
+class Internal(VmshellError):
+    """something went wrong inside vmshell (reference {reference})"""
+
+    code = "internal"
+    exit_status = EX_INTERNAL
+    hint = "nothing was lost; give the administrator the reference"
+
+
+def _register() -> dict[str, type[VmshellError]]:
+    """Every error by its code; two classes with one code is a bug found at import."""
+    registry: dict[str, type[VmshellError]] = {"refused": VmshellError}
+    for kind in VmshellError.__subclasses__():
+        if kind is ReportedError:
+            continue
+        if kind.code in registry:
+            raise RuntimeError(f"two errors share the code {kind.code}")
+        registry[kind.code] = kind
+    return registry
+
+
+REGISTRY = _register()

@@ -1,0 +1,344 @@
+"""Every message between our processes: its fields, their types and ranges. Checked where it is made and where it arrives.
+
+A message class lists its fields once; building one, from keywords or from a packet, checks each of them, refuses unknown ones
+and fills in defaults. Nothing else in the program touches a packet's raw keys. (No `dataclasses`: importing it costs a login
+more than everything else here together.)
+
+    request   {"id": 7, "verb": "boot", "vm": "web1"}
+    progress  {"id": 7, "progress": "waiting for 2 other boots"}     any number, then one of
+    reply     {"id": 7, "ok": {…}}          or
+    error     {"id": 7, "error": {"code": "no-such-vm", "text": "…", "hint": "…"}}
+
+The message has no field for who is asking: that is the socket's to say.
+Runs in: every process. Stdlib only, no I/O at import.
+"""
+
+from __future__ import annotations
+
+from .errors import BadValue, ProtocolError, UnknownVerb, safe
+from .names import NUMBER_MAX, check_name, check_vm_ref
+from .wire import INT_MAX
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, Self, TypeVar, dataclass_transform
+
+    T = TypeVar("T")
+else:
+
+    def dataclass_transform(**_):
+        return lambda cls: cls
+
+
+# --- states, as they stand in records, in `list` and on the wire ------------------------------------------------------
+
+OFF = "off"  # defined, not running
+CREATING = "creating"  # its disks are being made
+QUEUED = "queued"  # waits for its turn to boot
+STARTING = "starting"  # QEMU is being started
+RUNNING = "running"
+PAUSED = "paused"
+STOPPING = "stopping"  # QEMU was told to end
+FAILED = "failed"  # ended otherwise than asked; `last_error` says why; boots again like `off`
+
+STATES = (OFF, CREATING, QUEUED, STARTING, RUNNING, PAUSED, STOPPING, FAILED)
+ALIVE = (STARTING, RUNNING, PAUSED, STOPPING)  # a QEMU process exists
+
+# What the relay may say about a VM. The broker acts on these words and on nothing else that comes from a guest.
+WORDS = (
+    "ready",  # console and QMP are connected, the guest may be started
+    "running",
+    "paused",
+    "guest-shutdown",  # the guest switched itself off
+    "guest-panic",
+    "internal-error",  # QEMU's own name for "the CPU cannot run this"
+    "io-error",  # the host's storage refused a write and the guest was stopped
+    "output",  # the guest's first byte on the console since it was started
+    "viewers",  # `count` says how many consoles are attached
+    "unreachable",  # QEMU's sockets do not answer
+    "unwatched",  # the VM was forgotten, as asked
+)
+
+
+# --- fields -----------------------------------------------------------------------------------------------------------
+
+_REQUIRED = object()
+
+
+class Field:
+    """One field: how a value is checked, and what it is when absent."""
+
+    __slots__ = ("check", "default")
+
+    def __init__(self, check: Callable[[object, str], object], default: object) -> None:
+        self.check = check
+        self.default = default
+
+
+def field(check: Callable[[object, str], T], *, default: Any = _REQUIRED) -> Any:
+    """Declare a field whose values *check(value, field_name)* returns or refuses with BadValue or BadName."""
+    return Field(check, default)
+
+
+def _bad(name: str, value: object, rule: str) -> BadValue:
+    return BadValue(field=name, value=safe(repr(value), 60), rule=rule)
+
+
+def integer(low: int, high: int) -> Callable[[object, str], int]:
+    def check(value: object, name: str) -> int:
+        # `type(...) is int`: True is an int to isinstance, and a quota is no place for it.
+        if type(value) is not int or not low <= value <= high:
+            raise _bad(name, value, f"a whole number from {low} to {high}")
+        return value
+
+    return check
+
+
+def text(limit: int) -> Callable[[object, str], str]:
+    def check(value: object, name: str) -> str:
+        if not isinstance(value, str) or len(value) > limit:
+            raise _bad(name, value, f"text of at most {limit} characters")
+        return value
+
+    return check
+
+
+def boolean(value: object, name: str) -> bool:
+    if type(value) is not bool:
+        raise _bad(name, value, "true or false")
+    return value
+
+
+def choice(*allowed: str) -> Callable[[object, str], str]:
+    def check(value: object, name: str) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            raise _bad(name, value, f"one of {', '.join(allowed)}")
+        return value
+
+    return check
+
+
+def vm_ref(value: object, name: str) -> str:
+    return check_vm_ref(value)
+
+
+def vm_name(value: object, name: str) -> str:
+    return check_name(value)
+
+
+def image_name(value: object, name: str) -> str:
+    return check_name(value, "image")
+
+
+NUMBER = integer(1, NUMBER_MAX)
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(field,))
+class Message:
+    """The base: subclasses set `verb` and declare fields with `field()`."""
+
+    verb = ""
+    fds = 0  # how many descriptors come beside it
+    fields: dict[str, Field] = {}
+
+    def __init_subclass__(cls) -> None:
+        own = {name: value for name, value in vars(cls).items() if isinstance(value, Field)}
+        cls.fields = {**cls.fields, **own}
+        for name in own:
+            delattr(cls, name)
+
+    def __init__(self, **values: object) -> None:
+        for name, spec in self.fields.items():
+            if name in values:
+                setattr(self, name, spec.check(values.pop(name), name))
+            elif spec.default is _REQUIRED:
+                raise BadValue(field=name, value="missing", rule=f"{self.verb} needs it")
+            else:
+                setattr(self, name, spec.default)
+        if values:
+            raise BadValue(field=sorted(values)[0], value="not expected", rule=f"{self.verb} has no such field")
+
+    @classmethod
+    def from_body(cls, body: dict[str, object]) -> Self:
+        """Build the message from a packet's object, without its envelope."""
+        return cls(**{key: value for key, value in body.items() if key not in ("id", "verb")})
+
+    def to_body(self) -> dict[str, object]:
+        """The message as a packet's object: defaults left out."""
+        body: dict[str, object] = {"verb": self.verb}
+        for name, spec in self.fields.items():
+            value = getattr(self, name)
+            if spec.default is _REQUIRED or value != spec.default:
+                body[name] = value
+        return body
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.fields)})"
+
+
+def request_id(body: dict[str, object]) -> int:
+    """The number that ties a reply to its request."""
+    return integer(0, INT_MAX)(body.get("id", 0), "id")
+
+
+# --- shell → broker ---------------------------------------------------------------------------------------------------
+
+
+class Request(Message):
+    """What a person's client may ask of the broker."""
+
+
+class VmRequest(Request):
+    """A request about one VM: `name`, or `owner/name` for those who may."""
+
+    vm: str = field(vm_ref)
+
+
+class List(Request):
+    """Own and shared VMs, in pages: `after` is the last row of the page before, as `owner/name`."""
+
+    verb = "list"
+    after: str = field(text(128), default="")
+    all: bool = field(boolean, default=False)
+
+
+class Info(VmRequest):
+    verb = "info"
+
+
+class New(Request):
+    """Sizes in MiB, so that no unit is ever guessed on the wire."""
+
+    verb = "new"
+    vm: str = field(vm_name)
+    image: str = field(image_name)
+    cpus: int = field(integer(1, 255), default=1)
+    memory: int = field(integer(16, 1 << 24), default=512)
+    disk: int = field(integer(0, 1 << 24), default=0)
+
+
+class Boot(VmRequest):
+    """Replies once the guest's CPUs run. With `console` the reply brings a console, attached before the first instruction."""
+
+    verb = "boot"
+    console: bool = field(boolean, default=False)
+
+
+class Shutdown(VmRequest):
+    """Ask the guest to switch itself off; after `timeout` seconds give up, or with `force` pull the plug."""
+
+    verb = "shutdown"
+    force: bool = field(boolean, default=False)
+    timeout: int = field(integer(1, 3600), default=60)
+
+
+class Kill(VmRequest):
+    verb = "kill"
+
+
+class Reset(VmRequest):
+    verb = "reset"
+
+
+class Reboot(VmRequest):
+    verb = "reboot"
+
+
+class Rm(VmRequest):
+    verb = "rm"
+
+
+class Console(VmRequest):
+    """The reply brings one end of a console socket (see `relay/viewers.py` for what travels on it)."""
+
+    verb = "console"
+    readonly: bool = field(boolean, default=False)
+    replay: bool = field(boolean, default=True)
+
+
+class Images(Request):
+    verb = "images"
+    after: str = field(text(128), default="")
+
+
+class Whoami(Request):
+    verb = "whoami"
+
+
+class Version(Request):
+    verb = "version"
+
+
+REQUESTS: dict[str, type[Request]] = {
+    kind.verb: kind for kind in (List, Info, New, Boot, Shutdown, Kill, Reset, Reboot, Rm, Console, Images, Whoami, Version)
+}
+
+
+def parse_request(body: dict[str, object]) -> Request:
+    """The typed request in *body*; raises UnknownVerb, BadValue or BadName."""
+    verb = body.get("verb")
+    kind = REQUESTS.get(verb) if isinstance(verb, str) else None
+    if kind is None:
+        raise UnknownVerb(verb=safe(verb, 40))
+    return kind.from_body(body)
+
+
+# --- broker → relay and back ------------------------------------------------------------------------------------------
+
+
+class ToRelay(Message):
+    number: int = field(NUMBER)
+
+
+class Watch(ToRelay):
+    """Take care of a VM: connect to its `console.sock` and `qmp.sock`. Brings QEMU's error pipe when it was just started."""
+
+    verb = "watch"
+    fds = 1
+    log_max: int = field(integer(4096, 1 << 30), default=1 << 20)
+
+
+class Attach(ToRelay):
+    """A viewer; brings its end of a socket pair. `label` is how `who` names it."""
+
+    verb = "attach"
+    fds = 1
+    label: str = field(text(80))
+    readonly: bool = field(boolean, default=False)
+    replay: bool = field(boolean, default=True)
+
+
+class Order(ToRelay):
+    """One of the few things we ever tell QEMU."""
+
+    verb = "order"
+    what: str = field(choice("cont", "powerdown", "reset", "quit"))
+
+
+class Forget(ToRelay):
+    """The VM has ended: tell its viewers `reason`, close everything; with `purge` delete its log."""
+
+    verb = "forget"
+    reason: str = field(text(200), default="")
+    purge: bool = field(boolean, default=False)
+
+
+TO_RELAY: dict[str, type[ToRelay]] = {kind.verb: kind for kind in (Watch, Attach, Order, Forget)}
+
+
+class Event(Message):
+    """Relay → broker: one closed word about one VM, and a small number where the word needs one."""
+
+    verb = "event"
+    number: int = field(NUMBER)
+    word: str = field(choice(*WORDS))
+    count: int = field(integer(0, 100_000), default=0)
+
+
+def parse_to_relay(body: dict[str, object]) -> ToRelay:
+    verb = body.get("verb")
+    kind = TO_RELAY.get(verb) if isinstance(verb, str) else None
+    if kind is None:
+        raise ProtocolError(problem="the relay has no such verb")
+    return kind.from_body(body)

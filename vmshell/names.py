@@ -1,0 +1,71 @@
+"""Names and sizes as people type them, and everything that follows from a VM's number.
+
+Parsers return the value or raise `BadName`/`BadValue` saying which rule was broken. No `re`: a closed set of ASCII
+characters needs none, and it would be the dearest import of a login.
+Runs in: every process. Stdlib only, no I/O at import.
+"""
+
+from __future__ import annotations
+
+from .errors import BadName, BadValue, safe
+
+LOWER = frozenset("abcdefghijklmnopqrstuvwxyz")
+NAME_CHARS = LOWER | frozenset("0123456789-")
+NAME_MAX = 31
+NAME_RULE = f"names are 1 to {NAME_MAX} of a-z, 0-9 and '-', starting with a letter"
+
+NUMBER_MAX = 0xFFFFFF  # a VM's number has 24 bits: six hex digits in tap names, three octets in MACs
+
+MIB = 1 << 20
+_UNITS = {"": 1, "K": 1 << 10, "M": MIB, "G": 1 << 30, "T": 1 << 40}
+
+
+def check_name(value: object, what: str = "VM") -> str:
+    """Return *value* if it is a name (rule R24: ASCII, lower case, 1..31 characters), else raise BadName."""
+    if not isinstance(value, str) or not value or value[0] not in LOWER or not NAME_CHARS.issuperset(value):
+        raise BadName(what=what, value=safe(value, 40), rule=NAME_RULE)
+    if len(value) > NAME_MAX:
+        raise BadName(what=what, value=safe(value, 40), rule=f"it has {len(value)} characters; {NAME_RULE}")
+    return value
+
+
+def check_vm_ref(value: object) -> str:
+    """Return *value* if it is `name` or `owner/name`; the owner is any account name without `/` or control characters."""
+    if isinstance(value, str) and "/" in value:
+        owner, _, name = value.partition("/")
+        if not owner or len(owner) > 64 or not owner.isascii() or not owner.isprintable() or " " in owner:
+            raise BadName(what="owner", value=safe(owner, 40), rule="an account name of this host")
+        return f"{owner}/{check_name(name)}"
+    return check_name(value)
+
+
+def parse_size(text: object, field: str = "size") -> int:
+    """Return the bytes meant by *text*: a whole number with an optional K, M, G or T (powers of 1024; `1G`, `512M`, `512MiB`)."""
+    rule = "a whole number with K, M, G or T, like 512M or 2G"
+    if not isinstance(text, str) or not text or len(text) > 20 or not text.isascii():
+        raise BadValue(field=field, value=safe(text, 40), rule=rule)
+    digits = text.rstrip("KMGTkmgtiB")
+    unit = text[len(digits) :].upper().removesuffix("IB").removesuffix("B")
+    if not digits.isdigit() or unit not in _UNITS:
+        raise BadValue(field=field, value=safe(text, 40), rule=rule)
+    return int(digits) * _UNITS[unit]
+
+
+def format_size(size: int) -> str:
+    """Return *size* bytes in the largest unit that keeps it whole or within 1 %: `512M`, `1G`, `1.5G`."""
+    for unit in "TGMK":
+        scale = _UNITS[unit]
+        if size >= scale:
+            whole = f"{size / scale:.1f}".removesuffix(".0")
+            return f"{whole}{unit}"
+    return str(size)
+
+
+def tap_name(number: int, nic: int) -> str:
+    """The tap of NIC *nic* (0..15) of VM *number*: `vt` + six hex digits + `n` + one, 10 of the 15 characters allowed."""
+    return f"vt{number:06x}n{nic:x}"
+
+
+def mac_address(number: int, nic: int, host: int = 0) -> str:
+    """The MAC of NIC *nic* of VM *number* on host *host* (0..255): locally administered, unique by arithmetic."""
+    return f"06:{nic:02x}:{host:02x}:{number >> 16 & 255:02x}:{number >> 8 & 255:02x}:{number & 255:02x}"

@@ -1,0 +1,18 @@
+"""The relay: one process per host between every QEMU's console and monitor, the attached shells and the broker.
+
+It runs as its own unprivileged uid, parses what the least trusted processes of the host say, and tells the broker only the
+words of `messages.WORDS`. It can be killed and started again at any moment; no VM notices.
+
+    main       starts it: sockets from the service manager or its own, signals
+    control    the broker's connection and its four verbs
+    vm         one VM: connecting to QEMU, its state, the words about it
+    console    the guest's bytes: reading, back-pressure, keys
+    viewers    who is attached, who may type, how long the VM waits for them; `viewer` is one of them
+    ring       the last 64 KiB, which are the replay and every viewer's queue in one
+    logfile    the same bytes on disk, bounded
+    stderr     QEMU's own words into a bounded log
+    qmp        the monitor of one QEMU, taken as hostile
+    words      what the broker hears, at a bounded rate
+    loop       epoll, timers and the barrier that keeps one peer's trouble its own
+    service    the service manager's notify socket and descriptor store
+"""

@@ -1,0 +1,278 @@
+"""The broker's connection: Watch, Attach, Order and Forget in; an answer to each, and Events, out.
+
+The relay listens; whoever connects must be root or the relay's own uid (the kernel says who it is). One connection at a time:
+a broker that comes back replaces the one that is gone, and re-sends Watch for every VM it knows.
+Runs in: the relay. Touches `relay.sock`.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+from collections import deque
+
+from .. import messages, wire
+from ..errors import Internal, NotWatched, ProtocolError, QemuSilent, VmshellError
+from .loop import GONE, IN, OUT
+from .vm import Kept, Vm
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..layout import Layout
+    from .loop import Loop
+    from .service import Service
+
+QUEUE_MAX = 4096  # packets a broker may leave unread; then it is cut off and learns everything anew when it returns
+EMBEDDED_WAIT = 5.0
+COLLECT_AFTER = 6.0  # by then the slowest viewer of a VM that ended is gone
+# After a restart, until the broker says how large logs may be: turning a larger log over too early would throw it away.
+UNTOLD_LOG_MAX = 64 << 20
+
+
+class Link:
+    """One connection of the broker, with the packets it has not taken yet."""
+
+    __slots__ = ("_queue", "control", "sock")
+
+    def __init__(self, control: Control, sock: socket.socket) -> None:
+        self.control = control
+        self.sock = sock
+        self._queue: deque[dict[str, object]] = deque()
+        control.loop.add(sock.fileno(), IN, self._on_event, self)
+
+    @property
+    def open(self) -> bool:
+        return self.sock.fileno() >= 0
+
+    def send(self, body: dict[str, object]) -> None:
+        if not self.open:
+            return
+        self._queue.append(body)
+        if len(self._queue) == 1:
+            self._flush()
+        elif len(self._queue) > QUEUE_MAX:
+            self.close()
+
+    def close(self) -> None:
+        if self.open:
+            self.control.loop.drop(self.sock.fileno())
+            self.sock.close()
+            self._queue.clear()
+            self.control.link_closed(self)
+
+    def broken(self, exc: Exception) -> None:
+        self.close()
+
+    def _flush(self) -> None:
+        try:
+            while self._queue:
+                wire.send(self.sock, self._queue[0])
+                self._queue.popleft()
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.close()
+            return
+        self.control.loop.want(self.sock.fileno(), IN | OUT if self._queue else IN)
+
+    def _on_event(self, events: int) -> None:
+        if events & OUT:
+            self._flush()
+        if self.open and events & (IN | GONE):
+            try:
+                packet = wire.recv(self.sock, fds_allowed=1)
+            except BlockingIOError:
+                return
+            except (OSError, ProtocolError):
+                packet = None
+            if packet is None:
+                self.close()
+                return
+            try:
+                self.control.on_packet(self, packet)
+            finally:
+                packet.close()
+
+
+class Control:
+    """The table of VMs, and the four things the broker may say about them."""
+
+    def __init__(self, loop: Loop, layout: Layout, service: Service, listener: socket.socket) -> None:
+        self.loop = loop
+        self.vms: dict[int, Vm] = {}
+        self._layout = layout
+        self._service = service
+        self._listener = listener
+        self._link: Link | None = None
+        self._collecting = False
+        self._handlers: dict[type[messages.ToRelay], Callable[..., None]] = {
+            messages.Watch: self._on_watch,
+            messages.Attach: self._on_attach,
+            messages.Order: self._on_order,
+            messages.Forget: self._on_forget,
+        }
+        listener.setblocking(False)
+        loop.add(listener.fileno(), IN, self._on_connect, self)
+        self._lonely_since = loop.now
+        if layout.embedded:
+            loop.after(1.0, self._look_around, self)
+
+    def resume(self, number: int, kept: Kept) -> None:
+        """Go on with a VM whose connections the service manager kept, before any broker asks for it."""
+        self._add(number, UNTOLD_LOG_MAX).resume(kept)
+
+    def stop(self, reason: str) -> None:
+        for vm in self.vms.values():
+            vm.stop(reason)
+        if self._link is not None:
+            self._link.close()
+        self._listener.close()
+
+    def broken(self, exc: Exception) -> None:
+        """Accepting failed (no descriptors left, say): breathe, then go on."""
+        self.loop.want(self._listener.fileno(), 0)
+        self.loop.after(1.0, lambda: self.loop.want(self._listener.fileno(), IN), self)
+
+    # --- the connection ---
+
+    def _on_connect(self, events: int) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        if wire.peer_uid(sock) not in (0, os.geteuid()):
+            sock.close()
+            return
+        sock.setblocking(False)
+        if self._link is not None:
+            self._link.close()
+        self._link = Link(self, sock)
+
+    def link_closed(self, link: Link) -> None:
+        if self._link is link:
+            self._link = None
+            self._lonely_since = self.loop.now
+
+    def _look_around(self) -> None:
+        """Embedded, we are there for one person's shells: with no VM and no broker for a while, our work is done."""
+        if self.vms or self._link is not None:
+            self._lonely_since = self.loop.now
+        elif self.loop.now - self._lonely_since >= EMBEDDED_WAIT:
+            self.loop.stopping = True
+        self.loop.after(0.5, self._look_around, self)
+
+    def on_packet(self, link: Link, packet: wire.Packet) -> None:
+        number = 0
+        try:
+            number = messages.request_id(packet.body)
+            message = messages.parse_to_relay(packet.body)
+            self._handlers[type(message)](message, packet, _Reply(link, number))
+        except VmshellError as exc:
+            _Reply(link, number).error(exc)
+        except Exception as exc:
+            # One VM's trouble is not the broker connection's: it gets an answer like any other.
+            self.loop.report(f"{packet.body.get('verb')}: {type(exc).__name__}: {exc}")
+            _Reply(link, number).error(Internal(reference="relay"))
+
+    def _say(self, number: int, word: str, count: int) -> None:
+        if self._link is not None:
+            self._link.send(messages.Event(number=number, word=word, count=count).to_body())
+
+    # --- the verbs ---
+
+    def _on_watch(self, watch: messages.Watch, packet: wire.Packet, reply: _Reply) -> None:
+        vm = self.vms.get(watch.number)
+        if vm is not None and packet.fds:
+            # The error pipe comes with a QEMU just started: what we know is about one that has ended.
+            self._drop(vm, "the VM was started anew", False)
+            vm = None
+        if vm is None:
+            vm = self._add(watch.number, watch.log_max)
+            vm.claimed = True
+            if packet.fds:
+                vm.start(fresh=True, stderr=packet.take_fd())
+            else:
+                vm.start(fresh=False)
+        vm.claimed = True
+        vm.log.limit = watch.log_max
+        vm.repeat()
+        reply.ok()
+
+    def _on_attach(self, attach: messages.Attach, packet: wire.Packet, reply: _Reply) -> None:
+        vm = self._vm(attach.number)
+        fd = packet.take_fd()
+        try:
+            vm.console.audience.attach(fd, attach.label, attach.readonly, attach.replay)
+        except OSError as exc:
+            raise ProtocolError(problem=f"the console socket does not work: {exc.strerror}") from exc
+        reply.ok()
+
+    def _on_order(self, order: messages.Order, packet: wire.Packet, reply: _Reply) -> None:
+        vm = self._vm(order.number)
+
+        def answer(done: bool, body: dict[str, object]) -> None:
+            # QEMU may be gone before its "yes" to quit has been read: that is a yes.
+            if done or order.what == "quit" and not vm.reachable:
+                reply.ok()
+            else:
+                reply.error(QemuSilent(vm=order.number, what=order.what))
+
+        vm.order(order.what, answer)
+
+    def _on_forget(self, forget: messages.Forget, packet: wire.Packet, reply: _Reply) -> None:
+        vm = self.vms.get(forget.number)
+        if vm is None:
+            # Still purge: a relay that has just started knows no VM, but the log is there.
+            vm = self._add(forget.number, messages.Watch(number=forget.number).log_max)
+        self._drop(vm, forget.reason, forget.purge)
+        self._say(forget.number, "unwatched", 0)
+        reply.ok()
+
+    # --- the table ---
+
+    def _vm(self, number: int) -> Vm:
+        vm = self.vms.get(number)
+        if vm is None:
+            raise NotWatched(vm=number)
+        return vm
+
+    def _add(self, number: int, log_max: int) -> Vm:
+        vm = Vm(self.loop, self._layout, self._service, number, log_max, self._say, self._abandon)
+        self.vms[number] = vm
+        return vm
+
+    def _drop(self, vm: Vm, reason: str, purge: bool) -> None:
+        del self.vms[vm.number]
+        vm.forget(reason, purge)
+        # Its parts refer to each other, and we allocate too little for the collector to come by itself.
+        if not self._collecting:
+            self._collecting = True
+            self.loop.after(COLLECT_AFTER, self._collect, self)
+
+    def _collect(self) -> None:
+        self._collecting = False
+        gc.collect()
+
+    def _abandon(self, vm: Vm) -> None:
+        self._drop(vm, "the VM has ended", False)
+
+
+class _Reply:
+    """The answer to one message, on the connection it came from."""
+
+    __slots__ = ("_link", "_number")
+
+    def __init__(self, link: Link, number: int) -> None:
+        self._link = link
+        self._number = number
+
+    def ok(self) -> None:
+        if self._number:
+            self._link.send({"id": self._number, "ok": {}})
+
+    def error(self, exc: VmshellError) -> None:
+        if self._number:
+            self._link.send({"id": self._number, "error": exc.to_wire()})

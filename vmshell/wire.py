@@ -1,0 +1,232 @@
+"""One JSON object per packet on a Unix SOCK_SEQPACKET socket, descriptors beside it, the peer's identity from the kernel.
+
+A packet, byte for byte (what `ssh host boot web1` sends; 38 bytes, no length prefix, no newline: the packet is the frame):
+
+    7b 22 69 64 22 3a 31 2c 22 76 65 72 62 22 3a 22 62 6f 6f 74 22 2c 22 76 6d 22 3a 22 77 65 62 31 22 7d
+    {  "  i  d  "  :  1  ,  "  v  e  r  b  "  :  "  b  o  o  t  "  ,  "  v  m  "  :  "  w  e  b  1  "  }
+
+What comes in is hostile (rule R12): over 64 KiB, cut short, deeper than 16, a key twice, a float, NaN, an integer beyond
+2**53, NUL or half a surrogate pair, or a descriptor nobody asked for, and the packet is a `ProtocolError`.
+Received descriptors are close-on-exec from the first moment and always closed by someone.
+Runs in: every process. Stdlib only, no I/O at import.
+"""
+
+from __future__ import annotations
+
+# Not `json` and `socket`, but the C modules below them: those two bring `re`, `enum` and `selectors`, half of what
+# `ssh host list` would cost (bench P1). Same code, same rules; what they would add is not used here.
+import _socket
+import os
+import struct
+from _json import encode_basestring, encode_basestring_ascii, make_encoder, make_scanner
+
+from .errors import ProtocolError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+
+FRAME_MAX = 64 * 1024
+DEPTH_MAX = 16
+INT_MAX = 1 << 53
+FDS_MAX = 4
+
+_UCRED = struct.Struct("3i")
+# Room for more descriptors than we take: then stray ones arrive, are seen and closed, and nothing is cut silently.
+_ANC_SIZE = _socket.CMSG_SPACE(FDS_MAX * 4 * 2)
+
+
+class Packet:
+    """What one `recv` brought: the decoded object and its descriptors, which the taker must close."""
+
+    __slots__ = ("body", "fds")
+
+    def __init__(self, body: dict[str, object], fds: list[int]) -> None:
+        self.body = body
+        self.fds = fds
+
+    def take_fd(self) -> int:
+        """Take the first descriptor out of the packet (its closing is now the caller's), or raise ProtocolError."""
+        if not self.fds:
+            raise ProtocolError(problem="it should bring a descriptor and brings none")
+        return self.fds.pop(0)
+
+    def close(self) -> None:
+        """Close every descriptor not taken."""
+        for fd in self.fds:
+            os.close(fd)
+        self.fds.clear()
+
+
+class Socket(_socket.socket):
+    """What `connect` returns: a socket for `with`."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> Socket:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def connect(path: str, timeout: float | None = None) -> Socket:
+    """Return a connected socket; raises OSError. *timeout* in seconds bounds the connect and every later call."""
+    sock = Socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
+    try:
+        if timeout is not None:
+            # A non-blocking connect fails at once while the queue is full; a blocking one waits its turn, for this long.
+            sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, struct.pack("ll", int(timeout), int(timeout % 1 * 1e6)))
+        sock.connect(path)
+        sock.settimeout(timeout)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def listen(path: str, mode: int, backlog: int = 512) -> socket.socket:
+    """Bind and listen at *path* with permissions *mode*, replacing a stale socket file.
+
+    The directory must be ours alone to write.
+    """
+    import socket
+
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        if os.path.lexists(path):
+            os.unlink(path)
+        sock.bind(path)
+        os.chmod(path, mode)
+        sock.listen(backlog)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def peer_uid(sock: _socket.socket) -> int:
+    """The uid that connected (SO_PEERCRED: who *connected*, whatever that process became later)."""
+    return int(_UCRED.unpack(sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, _UCRED.size))[1])
+
+
+def encode(body: dict[str, object]) -> bytes:
+    """Return the packet of *body*, or raise ProtocolError when it would be too large to receive."""
+    data = "".join(_ASCII(body, 0)).encode("ascii")
+    if len(data) > FRAME_MAX:
+        raise ProtocolError(problem=f"it has {len(data)} bytes and the limit is {FRAME_MAX}")
+    return data
+
+
+def decode(data: bytes) -> dict[str, object]:
+    """Return the object in *data*, or raise ProtocolError naming what is wrong with it."""
+    if len(data) > FRAME_MAX:
+        raise ProtocolError(problem=f"it is larger than {FRAME_MAX} bytes")
+    if data.count(b"{") + data.count(b"[") > DEPTH_MAX and _depth(data) > DEPTH_MAX:
+        raise ProtocolError(problem=f"it is nested deeper than {DEPTH_MAX}")
+    try:
+        text = data.decode("utf-8").strip(" \t\n\r")
+        body, end = _scan(text, 0)
+        if end != len(text):
+            raise ValueError("something follows the object")
+        if b"\\u" in data:
+            # Escapes can smuggle in what UTF-8 cannot hold; encoding again finds it before it is stored anywhere.
+            "".join(_UNICODE(body, 0)).encode("utf-8")
+            if b"\\u0000" in data:
+                raise ProtocolError(problem="it holds a NUL character")
+    except (ValueError, RecursionError, StopIteration, SystemError) as exc:
+        # SystemError: the scanner's way to be without `json.decoder`, whose exception it looks for in what is imported.
+        raise ProtocolError(problem="it is not JSON as agreed") from exc
+    if not isinstance(body, dict):
+        raise ProtocolError(problem="it is not an object")
+    return body
+
+
+def send(sock: _socket.socket, body: dict[str, object], fds: tuple[int, ...] = ()) -> None:
+    """Send one packet; *fds* beside it stay open here. Raises OSError (BlockingIOError when the peer does not read)."""
+    ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
+    sock.sendmsg([encode(body)], ancillary, _socket.MSG_NOSIGNAL)
+
+
+def recv(sock: _socket.socket, fds_allowed: int = 0) -> Packet | None:
+    """Receive one packet; None when the peer has closed. Raises ProtocolError (descriptors already closed) and OSError."""
+    try:
+        data, ancillary, flags, _ = sock.recvmsg(FRAME_MAX, _ANC_SIZE, _socket.MSG_CMSG_CLOEXEC)
+    except ConnectionResetError:
+        # A peer that closed without reading everything: the kernel says so before it gives out what that peer sent last.
+        data, ancillary, flags, _ = sock.recvmsg(FRAME_MAX, _ANC_SIZE, _socket.MSG_CMSG_CLOEXEC)
+    fds: list[int] = []
+    for level, kind, payload in ancillary:
+        if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
+            fds.extend(struct.unpack_from(f"{len(payload) // 4}i", payload))
+    packet = Packet({}, fds)
+    try:
+        if flags & (_socket.MSG_TRUNC | _socket.MSG_CTRUNC):
+            raise ProtocolError(problem=f"it was larger than {FRAME_MAX} bytes or brought too many descriptors")
+        if not data and not fds:
+            return None
+        if len(fds) > fds_allowed:
+            raise ProtocolError(problem="it brings descriptors that nobody asked for")
+        packet.body = decode(data)
+    except BaseException:
+        packet.close()
+        raise
+    return packet
+
+
+def _depth(data: bytes) -> int:
+    deepest = depth = 0
+    in_string = escaped = False
+    for byte in data:
+        if in_string:
+            if escaped:
+                escaped = False
+            elif byte == 0x5C:
+                escaped = True
+            elif byte == 0x22:
+                in_string = False
+        elif byte == 0x22:
+            in_string = True
+        elif byte in b"{[":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif byte in b"}]":
+            depth -= 1
+    return deepest
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    body = dict(pairs)
+    if len(body) != len(pairs):
+        raise ValueError("a key stands there twice")
+    return body
+
+
+def _whole(text: str) -> int:
+    if len(text) > 17 or abs(int(text)) > INT_MAX:
+        raise ValueError("an integer beyond 2**53")
+    return int(text)
+
+
+def _refuse(text: str) -> object:
+    raise ValueError(f"{text[:20]} is no integer")
+
+
+def _no_json(value: object) -> object:
+    raise TypeError(f"{type(value).__name__} has no JSON")
+
+
+class _Rules:
+    """What the scanner reads from `json.JSONDecoder` otherwise."""
+
+    strict = True
+    object_hook = None
+    object_pairs_hook = _no_duplicates
+    parse_int = _whole
+    parse_float = _refuse
+    parse_constant = _refuse
+
+
+_scan = make_scanner(_Rules)  # type: ignore[arg-type]
+_ASCII = make_encoder(None, _no_json, encode_basestring_ascii, None, ":", ",", False, False, True)
+_UNICODE = make_encoder(None, _no_json, encode_basestring, None, ":", ",", False, False, True)
