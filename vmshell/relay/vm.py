@@ -78,6 +78,7 @@ class Vm:
         self.number = number
         self.claimed = False  # has the broker asked for it since we started?
         self.state = messages.STARTING
+        self._told = messages.STARTING  # the state that the viewers believe it is in
         self.words = Words(loop, lambda word, count: say(number, word, count))
         self.log = Log(layout.vm_log(number) + "/console.log", log_max)
         self.console = Console(loop, self.log, self, service, number)
@@ -107,6 +108,8 @@ class Vm:
 
     def resume(self, kept: Kept) -> None:
         """Go on after our own restart with what the service manager kept for us."""
+        # A viewer that was kept has seen it run: to say so again would tear the guest's output apart.
+        self._told = messages.RUNNING
         self.console.remember(self._started_at())
         if kept.stderr >= 0:
             self._take_stderr(kept.stderr)
@@ -293,4 +296,6 @@ class Vm:
         self.state = state
         for word in STATE_WORDS.get(state, ()):
             self.words.say(word)
-        self.console.audience.tell("state", state=state)
+        if state != self._told:
+            self._told = state
+            self.console.audience.tell("state", state=state)
