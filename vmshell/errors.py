@@ -111,6 +111,14 @@ class BadValue(VmshellError):
     exit_status = EX_USAGE
 
 
+class UnknownKey(VmshellError):
+    """there is no key {key!r}"""
+
+    code = "unknown-key"
+    exit_status = EX_USAGE
+    hint = "{advice}"
+
+
 class UnknownVerb(VmshellError):
     """there is no verb {verb!r}"""
 
@@ -153,6 +161,29 @@ class NoSuchImage(VmshellError):
     hint = "`images` shows the catalogue"
 
 
+class NoSuchObject(VmshellError):
+    """{where} has no {object}"""
+
+    code = "no-such-object"
+    exit_status = EX_NO_SUCH
+    hint = "{advice}"
+
+
+class NoSuchUser(VmshellError):
+    """there is no account {user} on this host"""
+
+    code = "no-such-user"
+    exit_status = EX_NO_SUCH
+
+
+class NoSuchSnapshot(VmshellError):
+    """{vm} has no snapshot {tag}"""
+
+    code = "no-such-snapshot"
+    exit_status = EX_NO_SUCH
+    hint = "{advice}"
+
+
 class ImageDamaged(VmshellError):
     """image {image} is damaged: {problem}"""
 
@@ -170,6 +201,50 @@ class VmExists(VmshellError):
     code = "vm-exists"
     exit_status = EX_STATE
     hint = "`info {vm}` shows it"
+
+
+class ObjectExists(VmshellError):
+    """{where} already has {object}"""
+
+    code = "object-exists"
+    exit_status = EX_STATE
+    hint = "`rm {ref}` deletes it"
+
+
+class ObjectInUse(VmshellError):
+    """{object} is in use by {user}"""
+
+    code = "object-in-use"
+    exit_status = EX_STATE
+    hint = "{advice}"
+
+
+class WrongFormat(VmshellError):
+    """{object} was made as {format}; {use}"""
+
+    code = "wrong-format"
+    exit_status = EX_USAGE
+
+
+class CannotSnapshot(VmshellError):
+    """{vm} cannot be saved: {problem}"""
+
+    code = "cannot-snapshot"
+    exit_status = EX_STATE
+
+
+class CannotRestore(VmshellError):
+    """snapshot {tag} of {vm} does not fit: {problem}"""
+
+    code = "cannot-restore"
+    exit_status = EX_STATE
+
+
+class UploadRefused(VmshellError):
+    """{object} was not taken: {problem}"""
+
+    code = "upload-refused"
+    hint = "nothing was changed"
 
 
 class WrongState(VmshellError):
@@ -196,11 +271,21 @@ class VmBusy(VmshellError):
 
 
 class OverLimit(VmshellError):
-    """{vm} asks for {asked} {what}; the limit is {limit} and {used} are in use ({rule})"""
+    """{vm} asks for {asked} {what}; the limit is {limit} and {used} are in use ({rule} in {section})"""
 
     code = "over-limit"
     exit_status = EX_LIMIT
     hint = "allowed now: {allowed}"
+
+    def __init__(self, **fields: object) -> None:
+        super().__init__(**{"section": "the built-in limits", **fields})
+
+
+class PolicyDenied(VmshellError):
+    """{vm}: {what} is not allowed ({rule} in {section})"""
+
+    code = "policy-denied"
+    hint = "allowed: {nearest}"
 
 
 class TooManyRequests(VmshellError):

@@ -9,14 +9,30 @@ from __future__ import annotations
 
 from .errors import BadName, BadValue, safe
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 LOWER = frozenset("abcdefghijklmnopqrstuvwxyz")
 NAME_CHARS = LOWER | frozenset("0123456789-")
 NAME_MAX = 31
 NAME_RULE = f"names are 1 to {NAME_MAX} of a-z, 0-9 and '-', starting with a letter"
 
+LETTERS = LOWER | frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+DIGITS = frozenset("0123456789")
+OBJECT_CHARS = LETTERS | DIGITS | frozenset("._+-")
+OBJECT_MAX = 64
+OBJECT_RULE = f"objects have names of 1 to {OBJECT_MAX} letters, digits and . _ + -, starting with a letter or digit"
+
 NUMBER_MAX = 0xFFFFFF  # a VM's number has 24 bits: six hex digits in tap names, three octets in MACs
 
 MIB = 1 << 20
+# What QEMU ships; its -k also opens a path, so only these ever reach it.
+KEYMAPS = (
+    *("ar", "bepo", "cz", "da", "de", "de-ch", "en-gb", "en-us", "es", "et", "fi", "fo", "fr", "fr-be", "fr-ca", "fr-ch", "hr"),
+    *("hu", "is", "it", "ja", "lt", "lv", "mk", "nl", "no", "pl", "pt", "pt-br", "ru", "sl", "sv", "th", "tr"),
+)
+
 _UNITS = {"": 1, "K": 1 << 10, "M": MIB, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -26,6 +42,17 @@ def check_name(value: object, what: str = "VM") -> str:
         raise BadName(what=what, value=safe(value, 40), rule=NAME_RULE)
     if len(value) > NAME_MAX:
         raise BadName(what=what, value=safe(value, 40), rule=f"it has {len(value)} characters; {NAME_RULE}")
+    return value
+
+
+def is_object_name(text: str) -> bool:
+    return 0 < len(text) <= OBJECT_MAX and text[0] in LETTERS | DIGITS and OBJECT_CHARS.issuperset(text)
+
+
+def check_object(value: object) -> str:
+    """Return *value* if it is the name of an object (a disk, an ISO, a kernel of a VM's own), else raise BadName."""
+    if not isinstance(value, str) or not is_object_name(value):
+        raise BadName(what="object", value=safe(value, 40), rule=OBJECT_RULE)
     return value
 
 
@@ -69,3 +96,30 @@ def tap_name(number: int, nic: int) -> str:
 def mac_address(number: int, nic: int, host: int = 0) -> str:
     """The MAC of NIC *nic* of VM *number* on host *host* (0..255): locally administered, unique by arithmetic."""
     return f"06:{nic:02x}:{host:02x}:{number >> 16 & 255:02x}:{number >> 8 & 255:02x}:{number & 255:02x}"
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str:
+    """The candidate a slip of the fingers away from *word*, or an empty string."""
+    best, best_distance = "", 3
+    for candidate in candidates:
+        distance = _distance(word[:40], candidate)
+        if distance < best_distance and distance <= max(1, len(candidate) // 3):
+            best, best_distance = candidate, distance
+    return best
+
+
+def _distance(left: str, right: str) -> int:
+    """Edits between two words; two neighbours changed over count as one (`lsit` is one edit from `list`)."""
+    if abs(len(left) - len(right)) > 2:
+        return 9
+    before: list[int] = []
+    row = list(range(len(right) + 1))
+    for i, a in enumerate(left, 1):
+        last, before = before, row
+        row = [i]
+        for j, b in enumerate(right, 1):
+            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (a != b))
+            if i > 1 and j > 1 and a == right[j - 2] and b == left[i - 2]:
+                cost = min(cost, last[j - 2] + 1)
+            row.append(cost)
+    return row[-1]

@@ -1,0 +1,289 @@
+"""The administrator's one file, `policy.toml`: the host, every user, groups, single users, and what there is to choose from.
+
+It is complete without the file: the built-in limits are in force before the first login. Of the sections that concern a user the
+narrowest wins, key by key: [user.NAME], then of the [group.NAME]s the one that stands first in the file, then [defaults].
+Used by: broker, shell, admin. Pure, but for `read`, the one look at the file.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tomllib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from ..errors import BadPolicy, VmshellError, safe
+from ..names import DIGITS, LETTERS, nearest
+from . import catalogues
+from .catalogues import Catalogues, Firmware, Network
+from .limitkinds import Account
+from .limits import HOST_KEYS, LIMIT_KEYS, SESSION_LIMITS, HostPolicy, Limits, PolicyKey
+
+__all__ = [
+    "BUILT_IN",
+    "SESSION_LIMITS",
+    "Catalogues",
+    "Effective",
+    "Firmware",
+    "HostPolicy",
+    "Limits",
+    "Network",
+    "Policy",
+    "examine",
+    "load",
+    "parse",
+    "read",
+]
+
+BUILT_IN = "built in"
+SIZE_MAX = 1 << 20  # bytes; a policy for thousands of users has less
+# Each section as it is written, for those who look for it.
+SECTIONS = {
+    "host": "[host]",
+    "defaults": "[defaults]",
+    "group": "[group.NAME]",
+    "user": "[user.NAME]",
+    "catalogue": "[catalogue]",
+    "cpu_models": "[cpu_models]",
+    "firmware": "[firmware.NAME]",
+    "networks": "[networks.NAME]",
+    "library": "[library]",
+}
+# The limits that are lists of names in a catalogue of the same name. (What images there are is not the policy's to say.)
+ALLOW_LISTS = ("machines", "cpu_models", "firmware", "networks", "nic_models", "video_models")
+_BARE = LETTERS | DIGITS | frozenset("_-")
+
+
+@dataclass(frozen=True)
+class Effective:
+    """What holds for one user. `source` says for each key where it comes from: `[user.alice]`, …, or `built in`."""
+
+    limits: Limits
+    source: Mapping[str, str]
+    catalogues: Catalogues
+
+    def section(self, key: str) -> str:
+        """Where *key* was said, as it stands in a sentence after `in`."""
+        return "the built-in limits" if self.source[key] == BUILT_IN else self.source[key]
+
+    def names(self, catalogue: str) -> tuple[str, ...]:
+        """The names in *catalogue* (one of ALLOW_LISTS) that this user may choose from."""
+        allowed = getattr(self.limits, catalogue)
+        return tuple(name for name in self.catalogues.names(catalogue) if "*" in allowed or name in allowed)
+
+    def numbers(self) -> dict[str, int]:
+        """The limits that are numbers, sizes in MiB."""
+        return {name: value for name, value in vars(self.limits).items() if type(value) is int}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """*defaults* are the built-in limits and over them what [defaults] says; *said* are the keys that it says."""
+
+    host: HostPolicy = field(default_factory=HostPolicy)
+    defaults: Limits = field(default_factory=Limits)
+    groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+    users: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+    catalogues: Catalogues = field(default_factory=Catalogues)
+    said: frozenset[str] = field(default=frozenset(), compare=False)
+    _known: dict[tuple[str, tuple[str, ...]], Effective] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def has_groups(self) -> bool:
+        """Is any group named, so that somebody's groups matter?"""
+        return bool(self.groups)
+
+    @property
+    def library(self) -> tuple[str, ...]:
+        """The directories with the administrator's read-only files."""
+        return self.catalogues.library
+
+    def names_for(self, limits: Limits) -> dict[str, list[str]]:
+        """What somebody with these limits may choose from, by catalogue."""
+        effective = Effective(limits, {}, self.catalogues)
+        return {catalogue: list(effective.names(catalogue)) for catalogue in ALLOW_LISTS}
+
+    def effective(self, user: str, groups: Collection[str]) -> Effective:
+        """What holds for *user*, a member of *groups*. Cheap: remembered for each set of sections that concern somebody."""
+        key = (user if user in self.users else "", tuple(name for name in self.groups if name in groups))
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = self._combine(*key)
+        return found
+
+    def _combine(self, user: str, groups: tuple[str, ...]) -> Effective:
+        source = {item.name: "[defaults]" if item.name in self.said else BUILT_IN for item in fields(Limits)}
+        values: dict[str, Any] = {}
+        layers = [(header("group", name), self.groups[name]) for name in reversed(groups)]
+        if user:
+            layers.append((header("user", user), self.users[user]))
+        for section, said in layers:
+            values.update(said)
+            source.update(dict.fromkeys(said, section))
+        return Effective(replace(self.defaults, **values), source, self.catalogues)
+
+
+def header(section: str, name: str) -> str:
+    """`[user.alice]` as TOML wants it written: quoted where the name has other characters than letters, digits, _ and -."""
+    return f"[{section}.{name}]" if _BARE.issuperset(name) else f'[{section}."{name}"]'
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load(path: str, defaults: Limits, *, required: bool = False) -> Policy:
+    """Read the policy at *path*; raises BadPolicy, and nothing is half applied. A missing file means the defaults."""
+    try:
+        text = read(path)
+    except FileNotFoundError:
+        if required:
+            raise BadPolicy(path=path, problem="there is no such file") from None
+        return Policy(defaults=defaults)
+    return parse(text, path, defaults)
+
+
+def parse(text: str, path: str, defaults: Limits) -> Policy:
+    """The policy in *text*; raises BadPolicy with the first problem and how many more there are."""
+    policy, problems = examine(text, defaults)
+    if problems:
+        more = f" (and {len(problems) - 1} more: `vmshell-admin policy check` lists them)" if len(problems) > 1 else ""
+        raise BadPolicy(path=path, problem=problems[0] + more)
+    return policy
+
+
+def examine(text: str, defaults: Limits) -> tuple[Policy, list[str]]:
+    """The policy as far as it is understood, and every problem, one sentence each."""
+    try:
+        document = tomllib.loads(text)
+    except RecursionError:
+        return Policy(defaults=defaults), ["it is nested too deeply"]
+    except tomllib.TOMLDecodeError as exc:
+        last = text.count("\n") + (not text.endswith("\n"))
+        return Policy(defaults=defaults), [str(exc).replace("at end of document", f"at line {last}, where the file ends")]
+    except ValueError:  # Python reads no number of more than 4300 digits
+        return Policy(defaults=defaults), ["a number in it has thousands of digits"]
+    reading = _Reading(document)
+    return reading.policy(defaults), reading.problems
+
+
+def read(path: str, *, trusted: bool = True) -> str:
+    """The text of the file; raises BadPolicy, or FileNotFoundError. *trusted*: only if root or oneself alone can write it."""
+    try:
+        # O_NONBLOCK: a FIFO in its place must not hang the broker.
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY), "rb") as file:
+            _judge(path, os.fstat(file.fileno()), trusted=trusted)
+            data = file.read(SIZE_MAX + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as exc:
+        raise BadPolicy(path=path, problem=exc.strerror or str(exc)) from exc
+    if len(data) > SIZE_MAX:
+        raise BadPolicy(path=path, problem="it is larger than 1M")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as exc:
+        line = data.count(b"\n", 0, exc.start) + 1
+        raise BadPolicy(path=path, problem=f"what stands at line {line} is not UTF-8 text") from None
+
+
+def _judge(path: str, status: os.stat_result, *, trusted: bool) -> None:
+    """By the open file, not its name: nobody can exchange it between the look and the reading."""
+    if not stat.S_ISREG(status.st_mode):
+        raise BadPolicy(path=path, problem="it is not a regular file")
+    if trusted and status.st_mode & 0o022:
+        raise BadPolicy(path=path, problem=f"it must not be writable by others: `chmod go-w {path}`")
+    if trusted and status.st_uid not in (0, os.geteuid()):
+        raise BadPolicy(path=path, problem=f"it belongs to uid {status.st_uid} and must be root's: `chown root {path}`")
+
+
+class _Reading:
+    """Takes a document apart; what is wrong goes into `problems`, and the rest is read all the same."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self.document = document
+        self.problems: list[str] = []
+
+    def policy(self, defaults: Limits) -> Policy:
+        self._sections()
+        host = self._values("[host]", self._table("host"), HOST_KEYS)
+        said = self._values("[defaults]", self._table("defaults"), LIMIT_KEYS)
+        groups, users = self._people("group"), self._people("user")
+        found = catalogues.Reading(self.document, self.problems).catalogues()
+        self._names_exist("[defaults]", said, found)
+        for section, people in (("group", groups), ("user", users)):
+            for name, values in people.items():
+                self._names_exist(header(section, name), values, found)
+        return Policy(replace(HostPolicy(), **host), replace(defaults, **said), groups, users, found, frozenset(said))
+
+    def _sections(self) -> None:
+        for name, value in self.document.items():
+            if name in SECTIONS:
+                continue
+            shown = f"section [{safe(name, 40)}]" if isinstance(value, dict) else f"key {safe(name, 40)} outside of the sections"
+            near = nearest(name, SECTIONS)
+            also = f"did you mean {SECTIONS[near]}?" if near else f"the sections are {' '.join(SECTIONS.values())}"
+            self.problems.append(f"there is no {shown}; {also}")
+
+    def _table(self, name: str) -> dict[str, Any]:
+        table = self.document.get(name, {})
+        if isinstance(table, dict):
+            return table
+        self.problems.append(f"{name} is {safe(repr(table), 40)}: a section {SECTIONS[name]}")
+        return {}
+
+    def _people(self, section: str) -> dict[str, dict[str, Any]]:
+        found = {}
+        for name, table in self._table(section).items():
+            if not isinstance(table, dict):
+                self.problems.append(f"[{section}] {safe(name, 40)} is {safe(repr(table), 40)}: a section {SECTIONS[section]}")
+                continue
+            try:
+                Account(section).check(name, f"{SECTIONS[section]} NAME")
+            except VmshellError as exc:
+                self.problems.append(exc.sentence())
+                continue
+            found[name] = self._values(header(section, name), table, LIMIT_KEYS)
+        return found
+
+    def _values(self, section: str, table: dict[str, Any], keys: dict[str, PolicyKey]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in table.items():
+            if name not in keys:
+                self.problems.append(f"{section} has no key {safe(name, 40)}{self._advice(section, name, value, keys)}")
+                continue
+            try:
+                found[name] = keys[name].kind.check(value, f"{section} {name}")
+            except VmshellError as exc:
+                self.problems.append(exc.sentence())
+        return found
+
+    def _advice(self, section: str, name: str, value: object, keys: dict[str, PolicyKey]) -> str:
+        """What the writer of an unknown key may have meant."""
+        for other, there in (("[host]", HOST_KEYS), ("[defaults]", LIMIT_KEYS)):
+            if name in there and section != other:
+                return f"; it belongs into {other}"
+        if isinstance(value, dict) and section.startswith(("[user.", "[group.")):
+            return f"; a name with a dot needs quotes: {section[:-1]}.{safe(name, 40)}] is {header_of(section, name)}"
+        near = nearest(name, keys)
+        alike = [near] if near else [key for key in keys if len(name) > 2 and (name in key or key in name)][:4]
+        if alike:
+            return f"; did you mean {' or '.join(alike)}?"
+        return f"; its keys are {', '.join(keys)}" if len(keys) < 10 else "; vmshell-policy(5) lists its keys"
+
+    def _names_exist(self, section: str, values: Mapping[str, Any], found: Catalogues) -> None:
+        """An allow-list with a slip in it would silently allow less than was meant."""
+        for catalogue in ALLOW_LISTS:
+            names = found.names(catalogue)
+            for name in values.get(catalogue, ()):
+                if name != "*" and name not in names:
+                    near = nearest(name, names)
+                    also = f"nearest is {near}" if near else f"there are {', '.join(names)}"
+                    self.problems.append(f"{section} {catalogue}: the catalogue has no {name}; {also}")
+
+
+def header_of(section: str, name: str) -> str:
+    """`[user.a.b]`, in which TOML saw two names, as it was meant: `[user."a.b"]`."""
+    kind, _, first = section.strip("[]").partition(".")
+    return f'[{kind}."{first.strip(chr(34))}.{safe(name, 40)}"]'
