@@ -49,10 +49,9 @@ class ByHand:
             files = Path(layout.images, image)
             disks: tuple[DiskPlan, ...] = ()
             if (files / "disk.raw").exists():
-                own = opened(f"{layout.vm_state(os.geteuid(), VM)}/disks/root.qcow2", os.O_RDWR)
-                disks = (
-                    DiskPlan(fd=own, format="qcow2", base_fd=opened(str(files / "disk.raw"), os.O_RDONLY), base_format="raw"),
-                )
+                own = opened(f"{layout.vm_state(os.geteuid(), VM)}/disks/root", os.O_RDWR)
+                base = opened(str(files / "disk.raw"), os.O_RDONLY)
+                disks = (DiskPlan(layers=((own, "qcow2"), (base, "raw")), bootindex=1),)
             boot = _boot_section(files / "image.toml")
             sockets = {name: stack.enter_context(self._listen(name)) for name in ("console", "qmp")}
             plan = LaunchPlan(

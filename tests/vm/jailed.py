@@ -32,23 +32,23 @@ class Jailed:
         change: Callable[[list[str]], list[str]] = list,
         qemu: str = "/usr/bin/qemu-system-x86_64",
         prefix: tuple[str, ...] = (),
+        more: Callable[[Jailed], dict[str, Any]] | None = None,
         **values: Any,
     ) -> None:
+        """*disks*: (path, format, raw base or None), on virtio, the boot order theirs. *more* opens and lends what else it
+        wants (`open`, `listen`) and returns more values of the plan."""
         self.folder = folder
         self.given: dict[int, str] = {}  # descriptor → what /proc says of it
-        opened: list[int] = []
+        self._opened: list[int] = []
 
-        def lend(fd: int) -> int:
-            opened.append(fd)
-            self.given[fd] = os.readlink(f"/proc/self/fd/{fd}")
-            return fd
-
-        def disk(path: Path, format: str, base: Path | None) -> DiskPlan:
-            fd = lend(os.open(path, os.O_RDWR))
-            base_fd = lend(os.open(base, os.O_RDONLY)) if base else None
-            return DiskPlan(fd=fd, format=format, base_fd=base_fd, base_format="raw" if base else None)
+        def disk(index: int, path: Path, format: str, base: Path | None) -> DiskPlan:
+            below = ((self.open(base, os.O_RDONLY), "raw"),) if base else ()
+            return DiskPlan(layers=((self.open(path), format), *below), bootindex=index + 1)
 
         try:
+            values |= more(self) if more else {}
+            values.setdefault("disks", tuple(disk(index, *words) for index, words in enumerate(disks)))
+            values["console_fd"] = self.listen("console")
             info, info_writer = os.pipe()
             self.info = info
             filter_fd = os.memfd_create("filter")
@@ -59,13 +59,12 @@ class Jailed:
                 accel="tcg",
                 cpus=values.pop("cpus", 1),
                 memory=values.pop("memory", 32),
-                console_fd=lend(self._listen("console")),
-                qmp_fd=lend(self._listen("qmp")),
+                console_fd=values.pop("console_fd", None),
+                qmp_fd=self.listen("qmp"),
                 info_fd=info_writer,
                 seccomp_fd=filter_fd,
-                disks=tuple(disk(*words) for words in disks),
-                kernel_fd=lend(os.open(kernel, os.O_RDONLY)) if kernel else None,
-                initrd_fd=lend(os.open(initrd, os.O_RDONLY)) if initrd else None,
+                kernel_fd=self.open(kernel, os.O_RDONLY) if kernel else None,
+                initrd_fd=self.open(initrd, os.O_RDONLY) if initrd else None,
                 uid=uid,
                 gid=uid,
                 file_size_max=1 << 30,
@@ -80,16 +79,24 @@ class Jailed:
                 pass_fds=self.plan.fds(),
                 env={"SECRET": "of the broker", "PATH": os.environ["PATH"]},
             )
-            opened += [info_writer, filter_fd]
+            self._opened += [info_writer, filter_fd]
         finally:
-            for fd in opened:
+            for fd in self._opened:
                 os.close(fd)
 
-    def _listen(self, name: str) -> int:
+    def open(self, path: Path, flags: int = os.O_RDWR) -> int:
+        return self._lend(os.open(path, flags))
+
+    def listen(self, name: str) -> int:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(f"{self.folder}/{name}.sock")
             listener.listen(1)
-            return listener.detach()
+            return self._lend(listener.detach())
+
+    def _lend(self, fd: int) -> int:
+        self._opened.append(fd)
+        self.given[fd] = os.readlink(f"/proc/self/fd/{fd}")
+        return fd
 
     def __enter__(self) -> Jailed:
         return self

@@ -133,6 +133,7 @@ def test_b29_b41_r6_nothing_of_the_host_is_in_sight(short_tmp: Path, disk: Path,
             "/usr/lib64",
             "/usr/share/qemu",
             "/usr/share/seabios",
+            "/usr/lib/ipxe/qemu",
         } | {mount for mount in mounts if mount.startswith("/proc/")}
 
 

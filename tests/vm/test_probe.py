@@ -112,9 +112,9 @@ class Stand:
 
     def __call__(self, layout: Layout, wanted: str = "auto", uid: int | None = None) -> dict[str, str]:
         started = time.monotonic()
-        found = answer(layout, wanted, uid, self.tools)
+        found = {key: str(value) for key, value in answer(layout, wanted, uid, self.tools).items()}
         assert time.monotonic() - started < PROMISED
-        assert sorted(found) == ["accel", "problem", "qemu", "reason"]
+        assert set(found) - {"machines", "versions"} == {"accel", "problem", "qemu", "reason"}
         assert "\n" not in found["problem"] + found["reason"]
         return found
 

@@ -11,7 +11,7 @@ Used by: broker, probe, admin. Touches nothing.
 
 from __future__ import annotations
 
-from .argv import QEMU, TCG_BUFFER, qemu_argv
+from .argv import QEMU, TCG_BUFFER, VIDEO, qemu_argv
 from .plan import LaunchPlan
 
 SYSTEMD_RUN = "/usr/bin/systemd-run"
@@ -20,10 +20,13 @@ SETPRIV = "/usr/bin/setpriv"
 PRLIMIT = "/usr/bin/prlimit"
 BWRAP = "/usr/bin/bwrap"
 
-# What QEMU reads: its libraries and its firmware. Everything else of the host does not exist for it.
+# What QEMU reads: its libraries, its firmware with the keymaps, and the boot ROMs of interfaces. Nothing else of the host exists.
 LIBRARIES = "/usr/lib/x86_64-linux-gnu"
 LOADER = "/usr/lib64"
-FIRMWARE = ("/usr/share/qemu", "/usr/share/seabios")
+FIRMWARE = ("/usr/share/qemu", "/usr/share/seabios", "/usr/lib/ipxe/qemu")
+
+VNC_MEMORY = 96  # MiB: a copy of the screen, and what a few slow viewers have not yet taken
+LAYER_MEMORY = 8  # MiB: the tables that QEMU keeps of a qcow2 file, enough for 64 GiB
 
 
 def command(plan: LaunchPlan, *, qemu: str = QEMU, bwrap: str = BWRAP, brief: bool = False) -> list[str]:
@@ -44,7 +47,10 @@ def command(plan: LaunchPlan, *, qemu: str = QEMU, bwrap: str = BWRAP, brief: bo
 
 def memory_ceiling(plan: LaunchPlan) -> int:
     """MiB that the VM's cgroup may hold: the guest's memory, QEMU itself, and what grows with CPUs and page tables (F02)."""
-    return plan.memory + 128 + 8 * plan.cpus + plan.memory // 64 + (TCG_BUFFER if plan.accel == "tcg" else 0)
+    screen = (VIDEO[plan.video][1] if plan.video != "none" else 0) + (VNC_MEMORY if plan.display == "vnc" else 0)
+    tables = LAYER_MEMORY * sum(format == "qcow2" for disk in plan.disks for _, format in disk.layers)
+    translator = TCG_BUFFER if plan.accel == "tcg" else 0
+    return plan.memory + 128 + 8 * plan.cpus + plan.memory // 64 + translator + screen + tables
 
 
 def tasks_ceiling(plan: LaunchPlan) -> int:
@@ -74,7 +80,8 @@ def _setpriv(plan: LaunchPlan) -> list[str]:
 
 
 def _prlimit(plan: LaunchPlan, brief: bool) -> list[str]:
-    files = 256 + 8 * plan.cpus  # KVM takes descriptors for each CPU and each virtqueue
+    # KVM takes descriptors for each CPU and each virtqueue, of which a disk has one for each CPU; a layer takes three.
+    files = 256 + 10 * len(plan.disks) + (8 + 2 * len(plan.disks)) * plan.cpus
     words = [PRLIMIT, "--core=0", f"--nofile={files}", f"--fsize={plan.file_size_max}", "--memlock=0"]
     return [*words, *(["--cpu=10"] if brief else []), "--"]
 
@@ -91,6 +98,8 @@ def _bwrap(plan: LaunchPlan, qemu: str, bwrap: str, brief: bool) -> list[str]:
         *("--ro-bind", qemu, QEMU, "--ro-bind", LIBRARIES, LIBRARIES, "--ro-bind", LOADER, LOADER),
         *(word for path in FIRMWARE for word in ("--ro-bind-try", path, path)),
         *("--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64"),
+        # Without the host's zone local time would be UTC in there.
+        *(("--ro-bind-try", "/etc/localtime", "/etc/localtime") if plan.clock == "localtime" else ()),
         # No --dev: a tty and a ptmx are doors QEMU does not need. Without /dev/null it finds no OFD locks and locks no disk.
         *("--proc", "/proc", "--dev-bind", "/dev/null", "/dev/null"),
         *(("--dev-bind", "/dev/kvm", "/dev/kvm") if plan.accel == "kvm" else ()),

@@ -1,52 +1,39 @@
 """What is needed to start one QEMU: numbers, descriptors and closed choices; no path and no name that a person chose.
 
-The one free text is the guest kernel's command line, which becomes one argument of its own. Every value is checked here, so
-that `argv.py` and `jail.py` can write it down without another look (threats B01-B04: a comma in a value is an option in QEMU).
+Two free texts: the guest kernel's command line, which becomes one argument of its own, and the CPU, which only the
+administrator's catalogue names. Every value is checked here or in `devices.py`, so that `argv.py` and `jail.py` can write it
+down without another look (threats B01-B04: a comma in a value is an option in QEMU).
 Used by: broker, probe, admin. Touches nothing.
 """
 
 from __future__ import annotations
 
-MACHINES = ("q35", "pc")
+from ..names import KEYMAPS
+from .devices import DiskPlan, NicPlan, choice, descriptor, flag, integer, optional
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+__all__ = ["DiskPlan", "LaunchPlan", "NicPlan"]
+
+MACHINES = {"q35": "pc-q35-", "pc": "pc-i440fx-"}  # family → what its pinned versions begin with
 ACCELS = ("kvm", "tcg")
-FORMATS = ("raw", "qcow2")
+CLOCKS = ("utc", "localtime")
+DISPLAYS = ("none", "vnc")
+VIDEOS = ("none", "std", "virtio", "cirrus")
+# All of them at once, with every controller, fill the 30 free slots of the machine's PCI bus.
+DISKS_MAX = 16
+NICS_MAX = 8
+BUS_MOST = {"ide": 4, "sata": 6, "usb": 8, "fdc": 2}
+ONLY_ON = {"ide": "pc", "sata": "q35"}
+OPTION_ROMS_MAX = 8
 CMDLINE_MAX = 2047  # what Linux on x86 takes (COMMAND_LINE_SIZE less its NUL)
-FD_MIN = 3  # QEMU's -add-fd refuses the standard descriptors
-FD_MAX = 1 << 16
-UNIT_CHARS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
-
-
-class DiskPlan:
-    """One disk by descriptor. With a base (read-only, never written) the disk is a qcow2 overlay over it."""
-
-    __slots__ = ("base_fd", "base_format", "fd", "format", "readonly")
-
-    def __init__(
-        self, *, fd: int, format: str, base_fd: int | None = None, base_format: str | None = None, readonly: bool = False
-    ) -> None:
-        self.fd = _fd(fd, "disk")
-        self.format = _choice(format, FORMATS, "format")
-        if (base_fd is None) != (base_format is None):
-            raise ValueError("base_fd and base_format go together")
-        if base_fd is not None and format != "qcow2":
-            raise ValueError("only a qcow2 disk has a base")
-        self.base_fd = None if base_fd is None else _fd(base_fd, "base")
-        self.base_format = None if base_format is None else _choice(base_format, FORMATS, "base_format")
-        self.readonly = bool(readonly)
-
-
-class NicPlan:
-    """One network interface: its MAC, six octets in lower-case hex as `names.mac_address` makes them."""
-
-    __slots__ = ("mac",)
-
-    def __init__(self, *, mac: str) -> None:
-        octets = mac.split(":")
-        if len(octets) != 6 or any(len(octet) != 2 or octet.strip("0123456789abcdef") for octet in octets):
-            raise ValueError("a MAC is six octets of two lower-case hex digits")
-        if int(octets[0], 16) & 1:
-            raise ValueError("a multicast address is no MAC of an interface")
-        self.mac = mac
+CPU_MAX = 1024
+LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
+CPU_CHARS = LETTERS | frozenset("._,=+-")
+UNIT_CHARS = LETTERS | frozenset("-_.")
+ID_MAX = (1 << 32) - 2
 
 
 class LaunchPlan:
@@ -54,29 +41,44 @@ class LaunchPlan:
 
     __slots__ = (
         "accel",
+        "acpi",
+        "agent_fd",
+        "balloon",
         "block_fd",
+        "boot_menu",
+        "clock",
         "cmdline",
         "console_fd",
+        "cpu_model",
         "cpu_weight",
         "cpus",
         "disks",
+        "display",
         "file_size_max",
+        "firmware",
         "gid",
         "info_fd",
         "initrd_fd",
         "kernel_fd",
+        "keymap",
         "kvm_gid",
+        "loadvm",
         "machine",
         "memory",
         "nics",
         "number",
         "oom_score_adj",
+        "option_rom_fds",
         "paused",
         "qmp_fd",
+        "reboot_stops",
         "scope",
         "seccomp_fd",
+        "serial",
         "slice",
+        "tablet",
         "uid",
+        "video",
     )
 
     def __init__(
@@ -93,11 +95,26 @@ class LaunchPlan:
         info_fd: int | None = None,
         block_fd: int | None = None,
         machine: str = "q35",
+        acpi: bool = True,
+        clock: str = "utc",
+        reboot_stops: bool = False,
+        cpu_model: str | None = None,
+        firmware: tuple[int, int] | None = None,
+        boot_menu: bool = False,
         kernel_fd: int | None = None,
         initrd_fd: int | None = None,
         cmdline: str = "",
+        option_rom_fds: tuple[int, ...] = (),
+        loadvm: int | None = None,
         disks: tuple[DiskPlan, ...] = (),
         nics: tuple[NicPlan, ...] = (),
+        display: str = "none",
+        video: str = "none",
+        keymap: str | None = None,
+        tablet: bool = False,
+        serial: bool = True,
+        agent_fd: int | None = None,
+        balloon: bool = True,
         uid: int | None = None,
         gid: int | None = None,
         kvm_gid: int | None = None,
@@ -107,62 +124,126 @@ class LaunchPlan:
         oom_score_adj: int | None = None,
         paused: bool = True,
     ) -> None:
-        self.number = _integer(number, 0, 0xFFFFFF, "number")
-        self.machine = _choice(machine, MACHINES, "machine")
-        self.accel = _choice(accel, ACCELS, "accel")
-        self.cpus = _integer(cpus, 1, 255, "cpus")
-        self.memory = _integer(memory, 1, 1 << 24, "memory")
-        self.kernel_fd = None if kernel_fd is None else _fd(kernel_fd, "kernel")
-        self.initrd_fd = None if initrd_fd is None else _fd(initrd_fd, "initrd")
+        self.number = integer(number, 0, 0xFFFFFF, "number")
+        self.machine = _machine(machine)
+        self.accel = choice(accel, ACCELS, "accel")
+        self.cpus = integer(cpus, 1, 255, "cpus")
+        self.cpu_model = None if cpu_model is None else _cpu(cpu_model)
+        self.memory = integer(memory, 1, 1 << 24, "memory")
+        self.acpi = flag(acpi, "acpi")
+        self.clock = choice(clock, CLOCKS, "clock")
+        self.reboot_stops = flag(reboot_stops, "reboot_stops")
+        self.firmware = None if firmware is None else _firmware(*firmware)
+        self.boot_menu = flag(boot_menu, "boot_menu")
+        self.kernel_fd = _fd(kernel_fd, "kernel")
+        self.initrd_fd = _fd(initrd_fd, "initrd")
         if kernel_fd is None and (initrd_fd is not None or cmdline):
             raise ValueError("an initrd and a command line need a kernel")
         self.cmdline = _cmdline(cmdline)
+        self.option_rom_fds = tuple(descriptor(fd, "option_rom") for fd in option_rom_fds)
+        if len(self.option_rom_fds) > OPTION_ROMS_MAX:
+            raise ValueError(f"at most {OPTION_ROMS_MAX} option ROMs")
         self.disks = tuple(disks)
         self.nics = tuple(nics)
-        self.console_fd = _fd(console_fd, "console")
-        self.qmp_fd = _fd(qmp_fd, "qmp")
-        self.info_fd = None if info_fd is None else _fd(info_fd, "info")
-        self.block_fd = None if block_fd is None else _fd(block_fd, "block")
-        self.seccomp_fd = _fd(seccomp_fd, "seccomp")
+        self.loadvm = optional(loadvm, 0, (1 << 32) - 1, "loadvm")
+        self.display = choice(display, DISPLAYS, "display")
+        self.video = choice(video, VIDEOS, "video")
+        self.keymap = None if keymap is None else choice(keymap, KEYMAPS, "keymap")
+        self.tablet = flag(tablet, "tablet")
+        self.serial = flag(serial, "serial")
+        self.balloon = flag(balloon, "balloon")
+        self.console_fd = descriptor(console_fd, "console")
+        self.agent_fd = _fd(agent_fd, "agent")
+        self.qmp_fd = descriptor(qmp_fd, "qmp")
+        self.info_fd = _fd(info_fd, "info")
+        self.block_fd = _fd(block_fd, "block")
+        self.seccomp_fd = descriptor(seccomp_fd, "seccomp")
         if (uid is None) != (gid is None):
             raise ValueError("uid and gid go together")
         # Never 0: a plan that forgot the uid must not become a QEMU of root's.
-        self.uid = None if uid is None else _integer(uid, 1, (1 << 32) - 2, "uid")
-        self.gid = None if gid is None else _integer(gid, 1, (1 << 32) - 2, "gid")
-        self.kvm_gid = None if kvm_gid is None else _integer(kvm_gid, 0, (1 << 32) - 2, "kvm_gid")
-        self.file_size_max = _integer(file_size_max, 0, 1 << 62, "file_size_max")
+        self.uid = optional(uid, 1, ID_MAX, "uid")
+        self.gid = optional(gid, 1, ID_MAX, "gid")
+        self.kvm_gid = optional(kvm_gid, 0, ID_MAX, "kvm_gid")
+        self.file_size_max = integer(file_size_max, 0, 1 << 62, "file_size_max")
         self.scope = None if scope is None else _unit(scope, ".scope")
         self.slice = _unit(slice, ".slice")
-        self.cpu_weight = _integer(cpu_weight, 1, 10000, "cpu_weight")
-        self.oom_score_adj = None if oom_score_adj is None else _integer(oom_score_adj, -1000, 1000, "oom_score_adj")
-        self.paused = bool(paused)
-        fds = self.fds()
-        if len(set(fds)) != len(fds):
-            # QEMU's -add-fd closes the number it took: the second user of it would get another file, or none.
-            raise ValueError("two things share a descriptor")
+        self.cpu_weight = integer(cpu_weight, 1, 10000, "cpu_weight")
+        self.oom_score_adj = optional(oom_score_adj, -1000, 1000, "oom_score_adj")
+        self.paused = flag(paused, "paused")
+        self._check_devices()
+        self._check_loadvm()
+        # QEMU's -add-fd closes the number it took: the second user of it would get another file, or none.
+        _unique(self.fds(), "descriptor")
+
+    @property
+    def family(self) -> str:
+        """`q35` or `pc`, whichever version is pinned."""
+        return next(family for family, prefix in MACHINES.items() if self.machine == family or self.machine.startswith(prefix))
+
+    @property
+    def usb(self) -> bool:
+        """Whether there is a USB controller: not for nothing, it is much code."""
+        return self.tablet or any(disk.bus == "usb" for disk in self.disks)
 
     def fds(self) -> tuple[int, ...]:
         """Every descriptor that must be open, and inheritable, when the command starts."""
-        named = (self.kernel_fd, self.initrd_fd, self.console_fd, self.qmp_fd, self.info_fd, self.block_fd, self.seccomp_fd)
-        disks = (fd for disk in self.disks for fd in (disk.fd, disk.base_fd))
-        return tuple(fd for fd in (*named, *disks) if fd is not None)
+        named = (
+            *(self.kernel_fd, self.initrd_fd, self.console_fd, self.agent_fd, self.qmp_fd),
+            *(self.info_fd, self.block_fd, self.seccomp_fd),
+        )
+        layers = (fd for disk in self.disks for fd, _ in disk.layers)
+        return (*(fd for fd in named if fd is not None), *layers, *(self.firmware or ()), *self.option_rom_fds)
+
+    def _check_devices(self) -> None:
+        if len(self.disks) > DISKS_MAX or len(self.nics) > NICS_MAX:
+            raise ValueError(f"a machine has at most {DISKS_MAX} disks and {NICS_MAX} network interfaces")
+        buses = [disk.bus for disk in self.disks]
+        for bus in buses:
+            if ONLY_ON.get(bus, self.family) != self.family:
+                raise ValueError(f"machine {self.family} has no {bus}")
+            if buses.count(bus) > BUS_MOST.get(bus, DISKS_MAX):
+                raise ValueError(f"{bus} takes {BUS_MOST[bus]} disks")
+        orders = [*(disk.bootindex for disk in self.disks), *(nic.bootindex for nic in self.nics)]
+        _unique([order for order in orders if order is not None], "bootindex")
+        _unique([forward[:2] for nic in self.nics for forward in nic.forwards], "host port")
+
+    def _check_loadvm(self) -> None:
+        written = [disk.layers[0][1] for disk in self.disks if not disk.readonly]
+        # What QEMU asks for: every writable drive can hold a state, and one does. The firmware's variables are raw.
+        if self.loadvm is not None and (not written or "raw" in written or self.firmware is not None):
+            raise ValueError("loadvm needs a writable disk, all of them qcow2, and no firmware of its own")
 
 
-def _integer(value: int, low: int, high: int, what: str) -> int:
-    # `type(...) is int`: a bool, or a str that compares, would be written into the line as it is.
-    if type(value) is not int or not low <= value <= high:
-        raise ValueError(f"{what} must be an integer from {low} to {high}")
-    return value
+def _fd(value: int | None, what: str) -> int | None:
+    return None if value is None else descriptor(value, what)
 
 
-def _fd(value: int, what: str) -> int:
-    return _integer(value, FD_MIN, FD_MAX, f"{what}_fd")
+def _unique(values: Collection[object], what: str) -> None:
+    if len(set(values)) != len(values):
+        raise ValueError(f"two things share a {what}")
 
 
-def _choice(value: str, allowed: tuple[str, ...], what: str) -> str:
-    if value not in allowed:
-        raise ValueError(f"{what} must be one of {', '.join(allowed)}")
-    return allowed[allowed.index(value)]
+def _machine(value: str) -> str:
+    for family, prefix in MACHINES.items():
+        if value == family:
+            return family
+        major, _, minor = value.removeprefix(prefix).partition(".")
+        # Built anew from two numbers and compared: nothing else can be in it.
+        if 0 < len(major) <= 2 and 0 < len(minor) <= 2 and (major + minor).isascii() and (major + minor).isdigit():
+            pinned = f"{prefix}{int(major)}.{int(minor)}"
+            if value == pinned:
+                return pinned
+    raise ValueError("machine must be q35, pc, or one of their versions, like pc-q35-7.2")
+
+
+def _cpu(text: str) -> str:
+    if not text or len(text) > CPU_MAX or not CPU_CHARS.issuperset(text) or text.startswith("-"):
+        raise ValueError("a CPU model is letters, digits and any of . _ , = + -")
+    return text
+
+
+def _firmware(code_fd: int, vars_fd: int) -> tuple[int, int]:
+    return descriptor(code_fd, "firmware"), descriptor(vars_fd, "variables")
 
 
 def _cmdline(text: str) -> str:

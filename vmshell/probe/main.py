@@ -1,6 +1,7 @@
 """`probe LAYOUT [auto|kvm|tcg] [UID]`: find out what runs VMs here and print it as one line of JSON.
 
-    {"qemu": "7.2.22", "accel": "tcg", "reason": "KVM does not run a guest here (…)", "problem": ""}
+    {"qemu": "7.2.22", "accel": "tcg", "reason": "KVM does not run a guest here (…)", "problem": "",
+     "machines": {"q35": "pc-q35-7.2", …}, "versions": ["pc-q35-7.2", …]}
 
 `reason` says why `accel` is what it is; `problem`, when not empty, is the one sentence why no VM can run here at all.
 It takes under 4 seconds whatever happens, and leaves no process behind.
@@ -46,13 +47,14 @@ def main(args: list[str], tools: Tools | None = None) -> int:
     return 0
 
 
-def answer(layout: Layout, wanted: str, uid: int | None, tools: Tools) -> dict[str, str]:
+def answer(layout: Layout, wanted: str, uid: int | None, tools: Tools) -> dict[str, object]:
     """What there is to know, as `main` prints it."""
-    found = {"qemu": "", "accel": "tcg", "reason": "", "problem": ""}
+    found: dict[str, object] = {"qemu": "", "accel": "tcg", "reason": "", "problem": ""}
     found["problem"] = _missing(tools)
     if not found["problem"]:
         found["qemu"], found["problem"] = qemu_version(tools)
     if not found["problem"]:
+        found["machines"], found["versions"] = machines(tools)
         try:
             os.makedirs(layout.run, 0o700, exist_ok=True)
             found["accel"], found["reason"], found["problem"] = _try_guests(layout.run, wanted, uid, tools)
@@ -71,29 +73,43 @@ def _missing(tools: Tools) -> str:
 
 def qemu_version(tools: Tools) -> tuple[str, str]:
     """QEMU's version, and a problem or an empty string."""
+    try:
+        return verdict.version(_ask_qemu(tools, "--version"))
+    except OSError as exc:
+        return "", f"QEMU cannot be started ({exc.strerror})"
+
+
+def machines(tools: Tools) -> tuple[dict[str, str], list[str]]:
+    """What `q35` and `pc` mean to this QEMU today, and every version of them that it has."""
+    try:
+        return verdict.machines(_ask_qemu(tools, "-machine", "help"))
+    except OSError:
+        return {}, []
+
+
+def _ask_qemu(tools: Tools, *question: str) -> bytes:
+    """What QEMU says of itself and ends; raises OSError."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
     try:
         try:
-            pid = spawn([tools.qemu, "--version"], writer, ())
+            pid = spawn([tools.qemu, *question], writer, ())
         finally:
             os.close(writer)
         try:
-            return verdict.version(_read(reader, time.monotonic() + VERSION_TIMEOUT))
+            return _read(reader, time.monotonic() + VERSION_TIMEOUT)
         finally:
             os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-    except OSError as exc:
-        return "", f"QEMU cannot be started ({exc.strerror})"
     finally:
         os.close(reader)
 
 
 def _read(fd: int, deadline: float) -> bytes:
-    """What comes out of *fd* until its end, 4 KiB or *deadline*."""
+    """What comes out of *fd* until its end, 16 KiB or *deadline*."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     output = b""
-    while len(output) < 4096 and wait(poll, deadline):
+    while len(output) < 16384 and wait(poll, deadline):
         data = os.read(fd, 4096)
         if not data:
             break

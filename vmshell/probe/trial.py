@@ -64,7 +64,7 @@ class Trial:
                 accel=accel,
                 cpus=1,
                 memory=_MEMORY,
-                disks=(DiskPlan(fd=disk, format="raw"),),
+                disks=(DiskPlan(layers=((disk, "raw"),), bootindex=1),),
                 console_fd=console,
                 qmp_fd=qmp,
                 info_fd=info,

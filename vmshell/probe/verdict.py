@@ -73,3 +73,16 @@ def _first(errors: str, program: str) -> str:
     """The first line that tells something, without time stamps and warnings, fit to be shown."""
     lines = [line.rpartition(program)[2].strip() for line in errors.splitlines() if line.strip() and "warning: " not in line]
     return safe(lines[0].removeprefix("error: "), 120) if lines else "it gave no reason"
+
+
+def machines(output: bytes) -> tuple[dict[str, str], list[str]]:
+    """From `qemu -machine help`: the version behind `q35` and `pc`, and all versions of the two."""
+    aliases: dict[str, str] = {}
+    versions: list[str] = []
+    for line in output.decode("ascii", "replace").splitlines():
+        name, _, rest = line.partition(" ")
+        if name.startswith(("pc-q35-", "pc-i440fx-")):
+            versions.append(name)
+        elif name in ("q35", "pc") and "(alias of " in rest:
+            aliases[name] = rest.rpartition("(alias of ")[2].partition(")")[0]
+    return {name: version for name, version in aliases.items() if version in versions}, versions
