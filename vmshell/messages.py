@@ -16,7 +16,7 @@ Runs in: every process. Stdlib only, no I/O at import.
 from __future__ import annotations
 
 from .errors import BadValue, ProtocolError, UnknownVerb, safe
-from .names import NUMBER_MAX, check_name, check_vm_ref
+from .names import NUMBER_MAX, check_name, check_object, check_vm_ref
 from .wire import INT_MAX
 
 TYPE_CHECKING = False
@@ -131,6 +131,31 @@ def image_name(value: object, name: str) -> str:
     return check_name(value, "image")
 
 
+def object_name(value: object, name: str) -> str:
+    return check_object(value)
+
+
+def word_list(value: object, name: str) -> list[str]:
+    if not isinstance(value, list) or len(value) > WORDS_MAX or not all(isinstance(word, str) for word in value):
+        raise _bad(name, value, f"a list of at most {WORDS_MAX} words")
+    return value
+
+
+def assignments(value: object, name: str) -> dict[str, str]:
+    if not isinstance(value, dict) or len(value) > WORDS_MAX or not all(isinstance(word, str) for word in value.values()):
+        raise _bad(name, value, f"at most {WORDS_MAX} keys with a text each")
+    return value
+
+
+def body(value: object, name: str) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise _bad(name, value, "a request")
+    return value
+
+
+TEXT_MAX = 32 * 1024  # characters of a definition: a packet has 64 KiB
+WORDS_MAX = 64
+SHELF = "shelf"  # where a VM is named: the objects that belong to no VM
 NUMBER = integer(1, NUMBER_MAX)
 
 
@@ -204,7 +229,10 @@ class List(Request):
 
 
 class Info(VmRequest):
+    """With `toml` the reply also holds the definition's text."""
+
     verb = "info"
+    toml: bool = field(boolean, default=False)
 
 
 class New(Request):
@@ -218,11 +246,37 @@ class New(Request):
     disk: int = field(integer(0, 1 << 24), default=0)
 
 
+class Define(Request):
+    """Make a VM from the text of a `vm.toml`, or give one that exists another definition (not with `new`).
+
+    With `once` the VM is booted at once and is gone when it ends; `vm` is then the stem of its name. The reply brings a console.
+    """
+
+    verb = "define"
+    vm: str = field(vm_name)
+    text: str = field(text(TEXT_MAX))
+    new: bool = field(boolean, default=False)
+    once: bool = field(boolean, default=False)
+
+
+class Change(VmRequest):
+    """Set keys of the definition from words, and put others back to their defaults (first)."""
+
+    verb = "set"
+    set: dict[str, str] = field(assignments, default={})
+    unset: list[str] = field(word_list, default=[])
+
+
 class Boot(VmRequest):
-    """Replies once the guest's CPUs run. With `console` the reply brings a console, attached before the first instruction."""
+    """Replies once the guest's CPUs run. With `console` the reply brings a console, attached before the first instruction.
+
+    For this run only: `restore` goes on from a snapshot, `scratch` throws away what the guest writes.
+    """
 
     verb = "boot"
     console: bool = field(boolean, default=False)
+    restore: str = field(text(63), default="")
+    scratch: bool = field(boolean, default=False)
 
 
 class Shutdown(VmRequest):
@@ -257,6 +311,72 @@ class Console(VmRequest):
     replay: bool = field(boolean, default=True)
 
 
+class Display(VmRequest):
+    """The reply brings one end of a byte stream on which the VM's screen speaks RFB (VNC)."""
+
+    verb = "display"
+
+
+class Snapshot(VmRequest):
+    """Save memory and disks of a running VM as `tag`; with `delete` forget that snapshot."""
+
+    verb = "snapshot"
+    tag: str = field(text(63))
+    delete: bool = field(boolean, default=False)
+
+
+class StoreRequest(VmRequest):
+    """A request about the objects of one VM, or, with the name `shelf`, about those that belong to no VM."""
+
+
+class Objects(StoreRequest):
+    verb = "objects"
+
+
+class DiskAdd(StoreRequest):
+    """Make a blank disk of `size` MiB, and put it into the VM's definition."""
+
+    verb = "disk-add"
+    object: str = field(object_name)
+    size: int = field(integer(1, 1 << 24))
+    format: str = field(choice("qcow2", "raw"), default="qcow2")
+    bus: str = field(text(16), default="")
+
+
+class Put(StoreRequest):
+    """Bring a file in: its bytes come on the socket beside this request, in frames (see `storage/upload.py`)."""
+
+    verb = "put"
+    fds = 1
+    object: str = field(object_name)
+    format: str = field(choice("raw", "qcow2", "file", "rom"))
+
+
+class Drop(StoreRequest):
+    verb = "drop"
+    object: str = field(object_name)
+
+
+class Explain(Request):
+    """Would `request` be allowed, and by which rules? Nothing is done. `user`: for whom, if an administrator asks."""
+
+    verb = "explain"
+    request: dict[str, object] = field(body)
+    user: str = field(text(64), default="")
+
+
+class LaunchLine(VmRequest):
+    """The command that a boot would run; nothing is started (administrators)."""
+
+    verb = "launch-line"
+
+
+class Reload(Request):
+    """Read the policy again (administrators)."""
+
+    verb = "reload"
+
+
 class Images(Request):
     verb = "images"
     after: str = field(text(128), default="")
@@ -271,7 +391,11 @@ class Version(Request):
 
 
 REQUESTS: dict[str, type[Request]] = {
-    kind.verb: kind for kind in (List, Info, New, Boot, Shutdown, Kill, Reset, Reboot, Rm, Console, Images, Whoami, Version)
+    kind.verb: kind
+    for kind in (
+        *(List, Info, New, Define, Change, Boot, Shutdown, Kill, Reset, Reboot, Rm, Console, Display, Snapshot),
+        *(Objects, DiskAdd, Put, Drop, Explain, LaunchLine, Reload, Images, Whoami, Version),
+    )
 }
 
 
@@ -297,6 +421,7 @@ class Watch(ToRelay):
     verb = "watch"
     fds = 1
     log_max: int = field(integer(4096, 1 << 30), default=1 << 20)
+    log: bool = field(boolean, default=True)
 
 
 class Attach(ToRelay):
@@ -309,11 +434,32 @@ class Attach(ToRelay):
     replay: bool = field(boolean, default=True)
 
 
+ORDERS = (
+    "cont",
+    "powerdown",
+    "reset",
+    "quit",
+    "balloon",  # `value` MiB are the guest's from now on
+    "link-up",  # NIC `value`
+    "link-down",
+    "insert",  # into CD drive `value` the read-only file whose descriptor comes beside it
+    "eject",  # what is in CD drive `value`
+    "display",  # the descriptor that comes beside it is a VNC client
+    "snapshot-save",  # memory, and the disks of the bit mask `disks`, under number `value`
+    "snapshot-delete",
+    "log-on",  # keep the guest's output in the log from now on; never reaches QEMU
+    "log-off",
+)
+
+
 class Order(ToRelay):
-    """One of the few things we ever tell QEMU."""
+    """One of the few things we ever tell QEMU; its arguments are numbers of ours, never anybody's text."""
 
     verb = "order"
-    what: str = field(choice("cont", "powerdown", "reset", "quit"))
+    fds = 1
+    what: str = field(choice(*ORDERS))
+    value: int = field(integer(0, 1 << 24), default=0)
+    disks: int = field(integer(0, (1 << 32) - 1), default=0)
 
 
 class Forget(ToRelay):

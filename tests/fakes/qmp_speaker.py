@@ -7,19 +7,33 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 GREETING = b'{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}}\r\n'
 
 
+class Refusal(Exception):
+    """Raised in an answer: QEMU says no."""
+
+
+class HangUp(Exception):
+    """Raised in an answer: QEMU drops the connection."""
+
+
 class QmpSpeaker:
-    """*script*, when given, is called with each monitor connection in place of the polite conversation."""
+    """*script*, when given, is called with each monitor connection in place of the polite conversation.
+
+    `answers` has, by command, what returns its answer or raises one of the above. Descriptors that came are in `fds`, each with
+    the command it came beside; they are closed at the end.
+    """
 
     def __init__(self, run_dir: str, status: str = "prelaunch", script: Callable[[socket.socket], None] | None = None) -> None:
         os.makedirs(run_dir, exist_ok=True)
         self.status = status
         self.commands: list[dict[str, Any]] = []
+        self.answers: dict[str, Callable[[dict[str, Any]], object]] = {}
+        self.fds: list[tuple[str, int]] = []
         self.connections = 0
         self._closed = False
         self._script = script
@@ -42,6 +56,11 @@ class QmpSpeaker:
         assert self._monitor is not None
         self._monitor.sendall(json.dumps({"event": name, "data": data, "timestamp": {"seconds": 1}}).encode() + b"\r\n")
 
+    def names(self, start: str) -> list[str]:
+        """The commands from the last *start* on."""
+        names = [command["execute"] for command in self.commands]
+        return names[len(names) - 1 - names[::-1].index(start) :]
+
     def wait_command(self, name: str, timeout: float = 60) -> dict[str, Any]:
         until = time.monotonic() + timeout
         while not any(command.get("execute") == name for command in self.commands):
@@ -60,6 +79,8 @@ class QmpSpeaker:
         self.hang_up()
         for sock in self._consoles:
             sock.close()
+        for _, fd in self.fds:
+            os.close(fd)
         self._thread.join(30)
         assert not self._thread.is_alive()
 
@@ -87,16 +108,42 @@ class QmpSpeaker:
 
     def _converse(self, sock: socket.socket) -> None:
         sock.sendall(GREETING)
-        for line in sock.makefile("rb"):
+        for line, fds in _lines(sock):
             command = json.loads(line)
+            name = command["execute"]
+            self.fds += [(name, fd) for fd in fds]
             self.commands.append(command)
-            answer: dict[str, Any] = {}
-            if command["execute"] == "query-status":
-                answer = {"status": self.status, "singlestep": False, "running": self.status == "running"}
-            sock.sendall(json.dumps({"return": answer, "id": command["id"]}).encode() + b"\r\n")
-            if command["execute"] == "cont":
+            result: dict[str, Any] = {"return": {}}
+            if name in self.answers:
+                try:
+                    result = {"return": self.answers[name](command)}
+                except Refusal as exc:
+                    result = {"error": {"class": "GenericError", "desc": str(exc)}}
+                except HangUp:
+                    return
+            elif name == "query-status":
+                result = {"return": {"status": self.status, "singlestep": False, "running": self.status == "running"}}
+            sock.sendall(json.dumps({**result, "id": command["id"]}).encode() + b"\r\n")
+            if name == "cont":
                 self.status = "running"
                 self.event("RESUME")
+
+
+def _lines(sock: socket.socket) -> Iterator[tuple[bytes, list[int]]]:
+    """Each line with the descriptors that came beside it."""
+    data = b""
+    fds: list[int] = []
+    while True:
+        while b"\n" in data:
+            line, data = data.split(b"\n", 1)
+            yield line, fds
+            fds = []
+        # The kernel ends a read before data that brings other descriptors.
+        more, came, _, _ = socket.recv_fds(sock, 65536, 4)
+        if not more:
+            return
+        data += more
+        fds += came
 
 
 def _listen(path: str) -> socket.socket:

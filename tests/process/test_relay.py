@@ -9,11 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.consoles import Viewer
-from tests.fakes.qmp_speaker import GREETING, QmpSpeaker
+from tests.fakes.qmp_speaker import GREETING, HangUp, QmpSpeaker, Refusal
 from tests.process.relays import PATIENCE, RelayProcess, ServiceManager, rss, until
 from vmshell import wire
 from vmshell.layout import Layout
@@ -50,7 +51,7 @@ def qemus(layout: Layout) -> Iterator[Callable[..., QmpSpeaker]]:
 Qemus = Callable[..., QmpSpeaker]
 
 
-def boot(relay: RelayProcess, qemus: Qemus, number: int = 1, **watch: int) -> tuple[QmpSpeaker, socket.socket]:
+def boot(relay: RelayProcess, qemus: Qemus, number: int = 1, **watch: Any) -> tuple[QmpSpeaker, socket.socket]:
     """A watched, running VM: its QEMU and the guest's end of its console."""
     qemu = qemus(number)
     relay.tell(Watch(number=number, **watch))
@@ -222,6 +223,200 @@ def test_only_root_and_itself_may_command_the_relay(relay: RelayProcess, layout:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     relay.tell(Watch(number=1))
+
+
+# --- orders that bring something or take long -------------------------------------------------------------------------
+
+
+def refusing(command: object) -> object:
+    raise Refusal("no")
+
+
+def hanging_up(command: object) -> object:
+    raise HangUp
+
+
+def descriptors(relay: RelayProcess) -> int:
+    return len(os.listdir(f"/proc/{relay.pid}/fd"))
+
+
+@pytest.fixture
+def disc(short_tmp: Path) -> Iterator[int]:
+    path = short_tmp / "disc.iso"
+    path.write_bytes(b"a disc")
+    fd = os.open(path, os.O_RDONLY)
+    yield fd
+    os.close(fd)
+
+
+def test_a_disc_reaches_qemu_and_nothing_stays_behind(relay: RelayProcess, qemus: Qemus, disc: int, short_tmp: Path) -> None:
+    qemu, _ = boot(relay, qemus)
+    before = descriptors(relay)
+    relay.tell(Order(number=1, what="insert", value=2), disc)
+    ((command, fd),) = qemu.fds
+    assert command == "add-fd" and os.readlink(f"/proc/self/fd/{fd}") == f"{short_tmp}/disc.iso"
+    assert qemu.names("add-fd")[-3:] == ["blockdev-insert-medium", "blockdev-close-tray", "remove-fd"]
+    relay.tell(Order(number=1, what="eject", value=2))
+    assert descriptors(relay) == before
+
+
+def test_a_refused_disc_leaves_the_tray_closed(relay: RelayProcess, qemus: Qemus, disc: int) -> None:
+    qemu, _ = boot(relay, qemus)
+    before = descriptors(relay)
+    qemu.answers["blockdev-insert-medium"] = refusing
+    assert relay.ask(Order(number=1, what="insert"), disc)["error"]["code"] == "qemu-silent"
+    undone = ["blockdev-del", "blockdev-del", "blockdev-close-tray", "remove-fd"]
+    assert qemu.names("blockdev-insert-medium") == ["blockdev-insert-medium", *undone]
+    del qemu.answers["blockdev-insert-medium"]
+    relay.tell(Order(number=1, what="insert"), disc)
+    assert descriptors(relay) == before
+
+
+def test_an_order_ends_with_its_connection(relay: RelayProcess, qemus: Qemus, disc: int) -> None:
+    qemu, guest = boot(relay, qemus)
+    before = descriptors(relay)
+    qemu.answers["blockdev-remove-medium"] = hanging_up
+    first = relay.send(Order(number=1, what="insert"), disc)
+    relay.send(Order(number=1, what="insert"), disc)
+    last = relay.ask(Order(number=1, what="insert"), disc)
+    assert last["error"]["code"] == "qemu-silent" and last["id"] == first + 2
+    until(lambda: qemu.connections == 2, "a new connection")
+    del qemu.answers["blockdev-remove-medium"]
+    until(lambda: "ok" in relay.ask(Order(number=1, what="insert"), disc), "an order on the new connection")
+    assert descriptors(relay) == before
+    viewer = relay.attach(1)
+    viewer.type("x")
+    assert guest.recv(10) == b"x"
+    viewer.close()
+
+
+def test_descriptors_belong_to_the_orders_that_bring_one(relay: RelayProcess, qemus: Qemus, disc: int) -> None:
+    qemu, _ = boot(relay, qemus)
+    before = descriptors(relay)
+    relay.tell(Order(number=1, what="powerdown"), disc)
+    relay.tell(Order(number=1, what="log-on"), disc)
+    for what in ("insert", "display"):
+        assert relay.ask(Order(number=1, what=what))["error"]["code"] == "protocol"
+    assert relay.ask(Order(number=9, what="insert"), disc)["error"]["code"] == "not-watched"
+    qemus(2, script=lambda sock: time.sleep(0.5))
+    relay.tell(Watch(number=2))
+    assert relay.ask(Order(number=2, what="insert"), disc)["error"]["code"] == "qemu-silent"
+    relay.tell(Forget(number=2))
+    until(lambda: descriptors(relay) == before, "all descriptors to be closed")
+    assert qemu.fds == []
+
+
+def test_a_snapshot_is_nobodys_news(relay: RelayProcess, qemus: Qemus) -> None:
+    qemu, guest = boot(relay, qemus)
+    viewer = relay.attach(1)
+    viewer.wait_notice("hello")
+    relay.words.clear()
+    looks = 0
+
+    def save(command: object) -> object:
+        qemu.status = "save-vm"
+        qemu.event("STOP")
+        return {}
+
+    def look(command: object) -> object:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            qemu.status = "running"
+            qemu.event("RESUME")
+        return [{"id": "snap3", "status": "running" if looks < 3 else "concluded"}]
+
+    qemu.answers.update({"snapshot-save": save, "query-jobs": look})
+    relay.tell(Order(number=1, what="snapshot-save", value=3, disks=1))
+    assert looks == 3 and qemu.names("snapshot-save")[-2:] == ["job-dismiss", "query-status"]
+    guest.sendall(b"still here")
+    viewer.wait_output("still here")
+    relay.tell(Order(number=1, what="powerdown"))
+    assert not any(notice["notice"] == "state" for notice in viewer.notices)
+    assert [word for _, word, _ in relay.words if word in ("running", "paused")] == []
+    # A guest that was stopped for a reason of its own meanwhile is news once the job is over.
+    qemu.answers["query-jobs"] = lambda command: [{"id": "snap3", "status": "concluded", "error": "the disk is full"}]
+
+    def save_and_stop(command: object) -> object:
+        qemu.status = "io-error"
+        qemu.event("STOP")
+        return {}
+
+    qemu.answers["snapshot-save"] = save_and_stop
+    assert relay.ask(Order(number=1, what="snapshot-save", value=3, disks=1))["error"]["code"] == "qemu-silent"
+    relay.wait_word(1, "io-error")
+    assert viewer.wait_notice("state")["state"] == "io-error"
+    viewer.close()
+
+
+# --- a log that is not kept -------------------------------------------------------------------------------------------
+
+
+def test_without_a_log_the_replay_goes_on(relay: RelayProcess, qemus: Qemus, layout: Layout) -> None:
+    qemu, guest = boot(relay, qemus, log=False)
+    viewer = relay.attach(1)
+    guest.sendall(b"a secret;")
+    viewer.wait_output("a secret;")
+    late = relay.attach(1, "bob")
+    late.wait_output("a secret;")
+    assert not Path(layout.vm_log(1), "console.log").exists()
+    relay.tell(Order(number=1, what="log-on"))
+    guest.sendall(b"no secret;")
+    wait_log(layout, b"no secret;")
+    relay.tell(Order(number=1, what="log-off"))
+    guest.sendall(b"another;")
+    viewer.wait_output("another;")
+    relay.tell(Watch(number=1, log=True))
+    guest.sendall(b"and none")
+    wait_log(layout, b"no secret;and none")
+    assert log_of(layout) == b"no secret;and none"
+    assert {command["execute"] for command in qemu.commands} <= {"qmp_capabilities", "query-status", "cont"}
+    for each in (viewer, late):
+        each.close()
+
+
+def test_without_a_log_nothing_is_remembered(relay: RelayProcess, qemus: Qemus, layout: Layout) -> None:
+    qemu, guest = boot(relay, qemus)
+    guest.sendall(b"from before")
+    wait_log(layout, b"from before")
+    relay.tell(Order(number=1, what="log-off"))
+    relay.end(signal.SIGKILL)
+    relay.start()
+    relay.tell(Watch(number=1, log=False))
+    guest = qemu.console()
+    relay.wait_word(1, "ready")
+    viewer = relay.attach(1)
+    guest.sendall(b"after")
+    viewer.wait_output("after")
+    assert viewer.output == b"after" and log_of(layout) == b"from before"
+    viewer.close()
+
+
+def test_a_kept_console_stays_without_a_log(layout: Layout, qemus: Qemus, short_tmp: Path) -> None:
+    """Between its restart and the broker's Watch, the relay knows it from the name in the store."""
+    manager = ServiceManager(str(short_tmp))
+    try:
+        with RelayProcess(layout, manager) as relay:
+            _, guest = boot(relay, qemus)
+            relay.tell(Order(number=1, what="log-off"))
+            until(lambda: manager.names() == ["console-1-unlogged"], "the console's new name in the store")
+            viewer = relay.attach(1)
+            viewer.wait_notice("hello")
+            relay.end()
+            relay.start()
+            guest.sendall(b"a secret;")
+            viewer.wait_output("a secret;")
+            assert not Path(layout.vm_log(1), "console.log").exists()
+            relay.tell(Watch(number=1, log=True))
+            until(lambda: "console-1" in manager.names() and len(manager.names()) == 2, "the console's old name")
+            guest.sendall(b"no secret;")
+            wait_log(layout, b"no secret;")
+            assert log_of(layout) == b"no secret;"
+            viewer.close()
+            relay.tell(Forget(number=1))
+            until(lambda: manager.names() == [], "the store to be empty")
+    finally:
+        manager.close()
 
 
 # --- restarts ---------------------------------------------------------------------------------------------------------

@@ -14,15 +14,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmshell import messages
 from vmshell.errors import ProtocolError
 from vmshell.layout import Layout
-from vmshell.relay import logfile, qmp, service, words
+from vmshell.relay import jobs, logfile, orders, qmp, service, words
 from vmshell.relay.logfile import Log
 from vmshell.relay.loop import IN, Loop
+from vmshell.relay.orders import Orders
 from vmshell.relay.qmp import Lines, Monitor
 from vmshell.relay.ring import Ring
 from vmshell.relay.service import Service
 from vmshell.relay.viewers import Audience
+from vmshell.relay.vm import Kept, Vm
 from vmshell.relay.words import Words
 
 
@@ -228,6 +231,28 @@ class Talk:
         self.loop = Loop()
         self.machine = Machine()
         self.monitor = Monitor(self.loop, self.machine, ours)
+        self.orders = Orders(self.loop, self.monitor)
+
+    def give(self, what: str, value: int = 0, disks: int = 0, fd: int = -1) -> list[bool]:
+        """Give an order; its answer comes into the list."""
+        answers: list[bool] = []
+        self.orders.give(what, value, disks, fd, answers.append)
+        return answers
+
+    def refuse(self, sent: dict[str, Any]) -> list[dict[str, Any]]:
+        return self.say({"error": {"class": "GenericError", "desc": "no"}, "id": sent["id"]})
+
+    def accept(self, sent: dict[str, Any], value: object = None) -> list[dict[str, Any]]:
+        return self.say({"return": {} if value is None else value, "id": sent["id"]})
+
+    def carry_out(self, sent: list[dict[str, Any]], refused: int = -1) -> list[dict[str, Any]]:
+        """Say yes to each command, one after the other, and no to number *refused*; all that was sent."""
+        seen: list[dict[str, Any]] = []
+        while sent:
+            (command,) = sent
+            sent = self.refuse(command) if len(seen) == refused else self.accept(command)
+            seen.append(command)
+        return seen
 
     def say(self, *bodies: object, seconds: float = 0.05) -> list[dict[str, Any]]:
         """Send lines, let the monitor work, and return what it has sent by then."""
@@ -268,45 +293,17 @@ def test_the_monitor_greets_and_hears_events(talk: Talk) -> None:
     assert talk.machine.heard == [("RESUME", {}), ("SHUTDOWN", {"guest": True})]
 
 
-@pytest.mark.parametrize(
-    ("what", "command", "arguments"),
-    [
-        ("cont", "cont", None),
-        ("powerdown", "system_powerdown", None),
-        ("reset", "system_reset", None),
-        ("quit", "quit", None),
-        ("break", "chardev-send-break", {"id": "ser0"}),
-    ],
-)
-def test_orders_are_fixed_commands_and_answered_once(talk: Talk, what: str, command: str, arguments: object) -> None:
-    talk.greet()
-    answers: list[bool] = []
-    talk.monitor.order(what, lambda done, body: answers.append(done))
-    (sent,) = talk.say()
-    assert (sent["execute"], sent.get("arguments")) == (command, arguments)
-    talk.say({"return": {}, "id": sent["id"]}, {"return": {}, "id": sent["id"]})
-    assert answers == [True] and not talk.lost()
-    talk.monitor.order(what, lambda done, body: answers.append(done))
-    (sent,) = talk.say()
-    talk.say({"error": {"class": "GenericError", "desc": "no"}, "id": sent["id"]})
-    assert answers == [True, False]
-
-
 def test_a_lost_monitor_answers_what_was_pending(talk: Talk) -> None:
     talk.greet()
-    answers: list[bool] = []
-    talk.monitor.order("quit", lambda done, body: answers.append(done))
+    answers = talk.give("quit")
     talk.qemu.close()
     run(talk.loop, 0.05)
     assert answers == [False] and talk.lost()
-    talk.monitor.order("cont", lambda done, body: answers.append(done))
-    assert answers == [False, False]
+    assert talk.give("cont") == [False]
 
 
 def test_before_the_greeting_nothing_is_heard_and_no_order_given(talk: Talk) -> None:
-    answers: list[bool] = []
-    talk.monitor.order("cont", lambda done, body: answers.append(done))
-    assert answers == [False]
+    assert talk.give("cont") == [False]
     assert talk.say({"event": "RESUME"}) == [] and talk.lost()
 
 
@@ -363,8 +360,7 @@ def test_a_few_lines_nobody_understands_are_forgiven(talk: Talk) -> None:
 def test_a_monitor_that_does_not_answer_is_given_up(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qmp, "ANSWER_TIME", 0.1)
     talk.greet()
-    answers: list[bool] = []
-    talk.monitor.order("cont", lambda done, body: answers.append(done))
+    answers = talk.give("cont")
     run(talk.loop, 0.3)
     assert answers == [False] and talk.lost()
 
@@ -377,6 +373,332 @@ def test_one_question_at_a_time(talk: Talk) -> None:
     (second,) = talk.say({"return": {"status": "paused"}, "id": first["id"]})
     assert talk.say({"return": {"status": "running"}, "id": second["id"]}) == []
     assert [data["status"] for name, data in talk.machine.heard if name == "STATUS"] == ["paused", "running"]
+
+
+# --- orders -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_order_of_the_broker_is_known() -> None:
+    assert set(messages.ORDERS) == set(orders.PLANS) - {"break"} | {"log-on", "log-off"}
+    assert {what for what in messages.ORDERS if orders.brings_fd(what)} == {"insert", "display"}
+
+
+@pytest.mark.parametrize(
+    ("what", "value", "command", "arguments"),
+    [
+        ("cont", 0, "cont", None),
+        ("powerdown", 0, "system_powerdown", None),
+        ("reset", 0, "system_reset", None),
+        ("quit", 0, "quit", None),
+        ("break", 0, "chardev-send-break", {"id": "ser0"}),
+        ("balloon", 300, "balloon", {"value": 300 << 20}),
+        ("link-up", 2, "set_link", {"name": "nic2", "up": True}),
+        ("link-down", 0, "set_link", {"name": "nic0", "up": False}),
+    ],
+)
+def test_single_orders_go_out_at_once_and_are_answered_once(
+    talk: Talk, what: str, value: int, command: str, arguments: object
+) -> None:
+    talk.greet()
+    eject = talk.give("eject")
+    answers = talk.give(what, value)
+    _, sent = talk.say()
+    assert (sent["execute"], sent.get("arguments")) == (command, arguments)
+    talk.say({"return": {}, "id": sent["id"]}, {"return": {}, "id": sent["id"]})
+    assert answers == [True] and eject == [] and not talk.lost()
+    answers = talk.give(what, value)
+    (sent,) = talk.say()
+    talk.refuse(sent)
+    assert answers == [False]
+
+
+def spoken(commands: list[dict[str, Any]]) -> list[str]:
+    """Each command with the node or drive it is about."""
+    said = []
+    for command in commands:
+        arguments = command.get("arguments", {})
+        said.append(" ".join([command["execute"], *(arguments[key] for key in ("id", "node-name") if key in arguments)]))
+    return said
+
+
+INSERT = [
+    "add-fd",
+    "blockdev-open-tray cd1",
+    "blockdev-remove-medium cd1",
+    "blockdev-del cd1-disc",
+    "blockdev-del cd1-disc-file",
+    "blockdev-add cd1-disc-file",
+    "blockdev-add cd1-disc",
+    "blockdev-insert-medium cd1 cd1-disc",
+    "blockdev-close-tray cd1",
+    "remove-fd",
+]
+
+
+def opened(path: Path) -> int:
+    path.write_bytes(b"a disc")
+    return os.open(path, os.O_RDONLY)
+
+
+def test_a_disc_is_inserted(talk: Talk, short_tmp: Path) -> None:
+    talk.greet()
+    fd = opened(short_tmp / "iso")
+    answers = talk.give("insert", 1, fd=fd)
+    with pytest.raises(OSError):
+        os.fstat(fd)  # what was sent is not kept
+    run(talk.loop, 0.01)
+    line, fds, _, _ = socket.recv_fds(talk.qemu, 4096, 4)
+    assert os.readlink(f"/proc/self/fd/{fds[0]}") == str(short_tmp / "iso") and len(fds) == 1
+    os.close(fds[0])
+    seen = talk.carry_out([json.loads(line)])
+    assert spoken(seen) == INSERT and answers == [True]
+    fdset = seen[0]["arguments"]["fdset-id"]
+    assert orders.FDSET_FIRST <= fdset < orders.FDSET_LAST
+    assert seen[5]["arguments"] == {
+        "driver": "file",
+        "node-name": "cd1-disc-file",
+        "filename": f"/dev/fdset/{fdset}",
+        "read-only": True,
+        "auto-read-only": False,
+    }
+    assert seen[6]["arguments"] == {"driver": "raw", "node-name": "cd1-disc", "file": "cd1-disc-file", "read-only": True}
+    assert seen[1]["arguments"]["force"] is True and seen[9]["arguments"] == {"fdset-id": fdset}
+
+
+@pytest.mark.parametrize(
+    ("step", "undone"),
+    [
+        (0, []),
+        (1, ["remove-fd"]),
+        (2, ["blockdev-close-tray cd1", "remove-fd"]),
+        (5, ["blockdev-close-tray cd1", "remove-fd"]),
+        (6, ["blockdev-del cd1-disc-file", "blockdev-close-tray cd1", "remove-fd"]),
+        (7, ["blockdev-del cd1-disc", "blockdev-del cd1-disc-file", "blockdev-close-tray cd1", "remove-fd"]),
+        (
+            8,
+            [
+                "blockdev-remove-medium cd1",
+                "blockdev-del cd1-disc",
+                "blockdev-del cd1-disc-file",
+                "blockdev-close-tray cd1",
+                "remove-fd",
+            ],
+        ),
+    ],
+)
+def test_a_refused_step_takes_back_those_before_it(talk: Talk, short_tmp: Path, step: int, undone: list[str]) -> None:
+    talk.greet()
+    answers = talk.give("insert", 1, fd=opened(short_tmp / "iso"))
+    seen = talk.carry_out(talk.say(), refused=step)
+    assert spoken(seen) == INSERT[: step + 1] + undone and answers == [False]
+    # And the next one is not in the way of what failed.
+    answers = talk.give("eject", 1)
+    assert spoken(talk.carry_out(talk.say())) == [*INSERT[1:5], "blockdev-close-tray cd1"] and answers == [True]
+
+
+@pytest.mark.parametrize("step", [3, 4, 9])
+def test_what_need_not_work_is_no_failure(talk: Talk, short_tmp: Path, step: int) -> None:
+    talk.greet()
+    answers = talk.give("insert", 1, fd=opened(short_tmp / "iso"))
+    assert spoken(talk.carry_out(talk.say(), refused=step)) == INSERT and answers == [True]
+
+
+def test_long_orders_go_one_after_the_other_and_are_bounded(
+    talk: Talk, short_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(orders, "WAITING_MAX", 3)
+    talk.greet()
+    first, second = talk.give("eject", 0), talk.give("insert", 0, fd=opened(short_tmp / "iso"))
+    waiting = [talk.give("eject", 0) for _ in range(orders.WAITING_MAX - 1)]
+    before = len(os.listdir("/proc/self/fd"))
+    assert talk.give("insert", 0, fd=opened(short_tmp / "other")) == [False], "too many wait"
+    assert len(os.listdir("/proc/self/fd")) == before
+    seen = spoken(talk.carry_out(talk.say()))
+    assert seen[:5] == ["blockdev-open-tray cd0", *(text.replace("1", "0") for text in INSERT[2:5]), "blockdev-close-tray cd0"]
+    assert seen[5:15] == [text.replace("1", "0") for text in INSERT] and len(seen) == 15 + 5 * len(waiting)
+    assert [first, second, *waiting] == [[True]] * 4
+
+
+def test_a_connection_lost_in_the_middle_fails_all_that_waits(talk: Talk, short_tmp: Path) -> None:
+    talk.greet()
+    before = len(os.listdir("/proc/self/fd"))
+    first = talk.give("insert", 0, fd=opened(short_tmp / "iso"))
+    others = [talk.give("insert", 0, fd=opened(short_tmp / "iso")) for _ in range(orders.WAITING_MAX)]
+    (command,) = talk.say()
+    talk.accept(command)
+    talk.qemu.close()
+    run(talk.loop, 0.1)
+    assert talk.lost() and [first, *others] == [[False]] * (orders.WAITING_MAX + 1)
+    assert len(os.listdir("/proc/self/fd")) == before - 2, "the two ends of the monitor"
+
+
+@pytest.mark.parametrize("refused", [-1, 0, 1])
+def test_a_display_client_is_handed_over(talk: Talk, refused: int) -> None:
+    talk.greet()
+    ours, theirs = socket.socketpair()
+    answers = talk.give("display", fd=theirs.detach())
+    run(talk.loop, 0.01)
+    line, fds, _, _ = socket.recv_fds(talk.qemu, 4096, 4)
+    with ours, socket.socket(fileno=fds[0]) as client:
+        client.send(b"RFB")
+        assert ours.recv(10) == b"RFB"
+    seen = talk.carry_out([json.loads(line)], refused)
+    name = seen[0]["arguments"]["fdname"]
+    assert spoken(seen) == {-1: ["getfd", "add_client"], 0: ["getfd"], 1: ["getfd", "add_client", "closefd"]}[refused]
+    if refused != 0:
+        assert seen[1]["arguments"] == {"protocol": "vnc", "fdname": name, "skipauth": True}
+    assert answers == [refused < 0]
+
+
+def begin_job(talk: Talk, what: str = "snapshot-save") -> tuple[list[bool], dict[str, Any]]:
+    """An order whose job QEMU has just been told to begin, and that command."""
+    talk.greet()
+    answers = talk.give(what, 7, disks=0b1010)
+    (dismiss,) = talk.say()
+    assert (dismiss["execute"], dismiss["arguments"]) == ("job-dismiss", {"id": "snap7"})
+    (begin,) = talk.refuse(dismiss)
+    return answers, begin
+
+
+def job(status: str, name: str = "snap7", **more: object) -> list[dict[str, object]]:
+    return [{"id": "other", "status": "running"}, {"id": name, "status": status, "current-progress": 1, **more}]
+
+
+@pytest.mark.parametrize(
+    ("what", "arguments"),
+    [
+        ("snapshot-save", {"job-id": "snap7", "tag": "s7", "vmstate": "disk1", "devices": ["disk1", "disk3"]}),
+        ("snapshot-delete", {"job-id": "snap7", "tag": "s7", "devices": ["disk1", "disk3"]}),
+    ],
+)
+def test_a_job_is_asked_about_until_it_has_concluded(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch, what: str, arguments: object
+) -> None:
+    monkeypatch.setattr(jobs, "LOOK", 0.01)
+    answers, begin = begin_job(talk, what)
+    assert (begin["execute"], begin["arguments"]) == (what, arguments) and talk.orders.in_job
+    (look,) = talk.accept(begin)
+    for status in ("running", "pending"):
+        assert look["execute"] == "query-jobs" and answers == []
+        (look,) = talk.accept(look, job(status))
+    (dismiss,) = talk.accept(look, job("concluded"))
+    assert (dismiss["execute"], dismiss["arguments"]) == ("job-dismiss", {"id": "snap7"})
+    (status_query,) = talk.accept(dismiss)
+    assert status_query["execute"] == "query-status" and answers == [True] and not talk.orders.in_job
+
+
+@pytest.mark.parametrize("answer", [job("concluded", error="no space left"), job("concluded", error=None)])
+def test_a_job_that_ends_with_an_error_has_failed(talk: Talk, answer: object) -> None:
+    answers, begin = begin_job(talk)
+    (look,) = talk.accept(begin)
+    (dismiss,) = talk.accept(look, answer)
+    assert dismiss["execute"] == "job-dismiss"
+    talk.refuse(dismiss)
+    assert answers == [False] and not talk.lost()
+
+
+@pytest.mark.parametrize("answer", [[], {}, [7], "snap7", job("concluded", "snap70"), [{"id": ["snap7"], "status": "concluded"}]])
+def test_a_job_nobody_knows_has_failed(talk: Talk, answer: object) -> None:
+    """B46."""
+    answers, begin = begin_job(talk)
+    (look,) = talk.accept(begin)
+    talk.accept(look, answer)
+    assert answers == [False] and not talk.orders.in_job
+
+
+@pytest.mark.parametrize("status", [None, 7, [], "CONCLUDED", "x" * 5000])
+def test_a_status_nobody_knows_is_no_end(talk: Talk, status: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """B46."""
+    monkeypatch.setattr(jobs, "LOOK", 0.01)
+    monkeypatch.setattr(jobs, "JOB_TIME", 0.3)
+    answers, begin = begin_job(talk)
+    (look,) = talk.accept(begin)
+    (look,) = talk.say({"return": [{"id": "snap7", "status": status}], "id": look["id"]})
+    assert look["execute"] == "query-jobs" and answers == []
+    run(talk.loop, 0.4)
+    talk.accept(look, job("running"))
+    assert answers == [False], "its time was up"
+
+
+def test_a_refused_job_has_failed(talk: Talk) -> None:
+    answers, begin = begin_job(talk)
+    (status_query,) = talk.refuse(begin)
+    assert status_query["execute"] == "query-status" and answers == [False] and not talk.orders.in_job
+
+
+def test_answers_may_be_late_during_a_job_and_not_after_it(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qmp, "ANSWER_TIME", 0.1)
+    answers, begin = begin_job(talk)
+    early = talk.give("powerdown")
+    run(talk.loop, 0.5)
+    assert not talk.lost() and answers == early == []
+    (command,) = talk.say()
+    (look,) = talk.say({"return": {}, "id": begin["id"]}, {"return": {}, "id": command["id"]})
+    run(talk.loop, 0.3)
+    assert not talk.lost() and early == [True]
+    (dismiss,) = talk.accept(look, job("concluded"))
+    talk.accept(dismiss)
+    assert answers == [True]
+    run(talk.loop, 0.3)
+    assert talk.lost(), "the question after its status was not answered in time"
+
+
+def test_a_job_has_its_time_too(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qmp, "ANSWER_TIME", 0.1)
+    monkeypatch.setattr(jobs, "JOB_TIME", 0.4)
+    answers, _ = begin_job(talk)
+    run(talk.loop, 0.25)
+    assert not talk.lost()
+    run(talk.loop, 0.35)
+    assert talk.lost() and answers == [False] and not talk.orders.in_job
+
+
+# --- a VM's state -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(layout: Layout) -> Vm:
+    """A VM after our restart, whose QEMU cannot be reached; its words go nowhere."""
+    return Vm(Loop(), layout, Service(""), 7, 4096, lambda number, word, count: None, lambda vm: None)
+
+
+def state_notices(viewer: socket.socket) -> list[str]:
+    """The states that *viewer* has been told of since the last look."""
+    found: list[str] = []
+    while True:
+        try:
+            packet = viewer.recv(1 << 17, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return found
+        notice = json.loads(packet[1:])
+        if notice["notice"] == "state":
+            found.append(notice["state"])
+
+
+def test_after_our_restart_kept_viewers_are_not_told_what_they_know(machine: Vm) -> None:
+    kept = Kept()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    kept.viewers.append((f"viewer-7-1-w-{b'alice'.hex()}", theirs))
+    with ours:
+        machine.resume(kept)
+        machine.monitor_ready("running")
+        assert machine.state == "running" and state_notices(ours) == []
+        machine.monitor_event("STATUS", {"status": "paused"})
+        assert state_notices(ours) == ["paused"]
+        machine.monitor_event("RESUME", {})
+        assert state_notices(ours) == ["running"]
+        machine.forget("done", False)
+
+
+def test_a_fresh_vms_viewers_are_told_that_it_runs(machine: Vm) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        machine.console.audience.attach(theirs.detach(), "alice", False, True)
+        machine.monitor_ready("prelaunch")
+        assert state_notices(ours) == []
+        machine.monitor_event("RESUME", {})
+        assert state_notices(ours) == ["running"]
+        machine.forget("done", False)
 
 
 # --- who may type -----------------------------------------------------------------------------------------------------

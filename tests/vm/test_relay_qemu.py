@@ -1,11 +1,12 @@
-"""The relay with a real QEMU: a boot sector that echoes, and one that floods, on the serial port of machine `pc`.
+"""The relay with a real QEMU: boot sectors that echo, flood or count, on the serial port of machine `pc`.
 
 QEMU runs by itself here, without the jail (see test_jail.py for that), but as the launch line has it: listening sockets
-inherited, CPUs stopped.
+inherited, CPUs stopped, its names for devices and nodes. Where a test must see what an order did, QEMU has a second monitor.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,11 +31,16 @@ _PUT = bytes.fromhex("88c4bafd03eca82074fbb2f888e0eec3")  # AH = AL; until COM1 
 _GET = bytes.fromhex("bafd03eca80174fbb2f8ec")  # until COM1 has a byte: wait; AL = the byte
 
 
-def boot_sector(*, flood: bool) -> bytes:
-    """Code that says GREETING, over and over with *flood*, and else echoes each byte from then on."""
+_COUNTER = bytes.fromhex("c606000540")  # the byte at 0500 is `@`
+_COUNT = bytes.fromhex("fe060005a00005")  # add one to it; AL = that
+
+
+def boot_sector(*, flood: bool = False, count: bool = False, greeting: bytes = GREETING) -> bytes:
+    """Code that says *greeting*, over and over with *flood*, and else answers each byte: with the same one, or, with *count*,
+    with the next letter, which it keeps in memory."""
     put = message = 0
     for _ in range(2):  # the second pass knows where `put` and the message have come to lie
-        code = _START + b"\xbe" + (_ORIGIN + message).to_bytes(2, "little")
+        code = _START + _COUNTER + b"\xbe" + (_ORIGIN + message).to_bytes(2, "little")
         loop = len(code)
         code += b"\xac\x84\xc0\x74\x05"  # lodsb; at the NUL: leave the loop
         code += _call(code, put)
@@ -42,12 +49,12 @@ def boot_sector(*, flood: bool) -> bytes:
             code += _jump(code, len(_START))
         else:
             again = len(code)
-            code += _GET
+            code += _GET + (_COUNT if count else b"")
             code += _call(code, put)
             code += _jump(code, again)
         put = len(code)
         message = put + len(_PUT)
-    return (code + _PUT + GREETING + b"\0").ljust(510, b"\0") + b"\x55\xaa"
+    return (code + _PUT + greeting + b"\0").ljust(510, b"\0") + b"\x55\xaa"
 
 
 def _call(code: bytes, target: int) -> bytes:
@@ -59,36 +66,60 @@ def _jump(code: bytes, target: int) -> bytes:
 
 
 class Qemu:
-    """QEMU as the launch line starts it, less the jail."""
+    """QEMU as the launch line starts it, less the jail. *more* are further arguments; without a *sector* they bring the disk."""
 
-    def __init__(self, layout: Layout, number: int, *, flood: bool) -> None:
+    def __init__(self, layout: Layout, number: int, *, sector: bytes = b"", more: tuple[str, ...] = ()) -> None:
         run_dir = Path(layout.vm_run(number))
-        run_dir.mkdir(parents=True)
-        disk = run_dir / "disk"
-        disk.write_bytes(boot_sector(flood=flood))
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if sector:
+            disk = run_dir / "disk"
+            disk.write_bytes(sector)
+            more = (*more, "-drive", f"file={disk},format=raw,if=ide,snapshot=on")
         sockets = []
         for name in ("console", "qmp"):
             sock = socket.socket(socket.AF_UNIX)
-            sock.bind(f"{run_dir}/{name}.sock")
+            path = Path(f"{run_dir}/{name}.sock")
+            path.unlink(missing_ok=True)
+            sock.bind(str(path))
             sock.listen(1)
             sockets.append(sock)
         console, qmp = (sock.fileno() for sock in sockets)
+        ours, theirs = socket.socketpair()
+        self._second = ours
+        self._answers = ours.makefile("rb")
         self.stderr, errors = os.pipe()
         command = (
-            "qemu-system-x86_64 -nodefaults -no-user-config -display none -vga none -machine pc,accel=tcg -m 8 -S -no-reboot "
-            f"-drive file={disk},format=raw,if=ide,snapshot=on -device isa-serial,chardev=ser0 "
+            "qemu-system-x86_64 -nodefaults -no-user-config -display none -vga none -machine pc,accel=tcg -m 8 -S "
+            "-device isa-serial,chardev=ser0 "
             f"-chardev socket,id=ser0,fd={console},server=on,wait=off "
-            f"-chardev socket,id=qmp0,fd={qmp},server=on,wait=off -mon chardev=qmp0,mode=control,pretty=off"
+            f"-chardev socket,id=qmp0,fd={qmp},server=on,wait=off -mon chardev=qmp0,mode=control,pretty=off "
+            f"-chardev socket,id=qmp1,fd={theirs.fileno()} -mon chardev=qmp1,mode=control"
         )
-        self.process = subprocess.Popen(command.split(), pass_fds=(console, qmp), stdin=subprocess.DEVNULL, stderr=errors)
+        fds = (console, qmp, theirs.fileno())
+        self.process = subprocess.Popen([*command.split(), *more], pass_fds=fds, stdin=subprocess.DEVNULL, stderr=errors)
         os.close(errors)
-        for sock in sockets:
+        for sock in (*sockets, theirs):
             sock.close()
+
+    def ask(self, command: str, **arguments: object) -> Any:
+        """What QEMU says on its second monitor, which the relay knows nothing of."""
+        for name, given in (("qmp_capabilities", {}), (command, arguments)):
+            self._second.sendall(json.dumps({"execute": name, "arguments": given, "id": name}).encode() + b"\n")
+            while (answer := json.loads(self._answers.readline())).get("id") != name:
+                pass
+        return answer["return"]
+
+    def files(self) -> list[str]:
+        """What QEMU has open."""
+        folder = f"/proc/{self.process.pid}/fd"
+        return [os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder)]
 
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(60)
+        self._answers.close()
+        self._second.close()
         os.close(self.stderr)
 
 
@@ -105,7 +136,7 @@ def relay(layout: Layout) -> Iterator[RelayProcess]:
 
 @pytest.fixture
 def qemu(layout: Layout) -> Iterator[Qemu]:
-    made = Qemu(layout, 1, flood=False)
+    made = Qemu(layout, 1, sector=boot_sector())
     yield made
     made.close()
 
@@ -185,7 +216,7 @@ def _cpu(pid: int) -> float:
 @pytest.mark.slow
 def test_a_flooding_guest_costs_the_relay_little(relay: RelayProcess, layout: Layout) -> None:
     """Byte by byte, as a serial port speaks; the log has all of it, in order."""
-    qemu = Qemu(layout, 1, flood=True)
+    qemu = Qemu(layout, 1, sector=boot_sector(flood=True))
     try:
         boot(relay, qemu)
         time.sleep(1)
@@ -208,3 +239,205 @@ def test_a_flooding_guest_costs_the_relay_little(relay: RelayProcess, layout: La
 
 def _said(layout: Layout) -> int:
     return Path(layout.vm_log(1), "console.log").stat().st_size
+
+
+# --- orders with something to them ------------------------------------------------------------------------------------
+
+
+def refused(relay: RelayProcess, *fds: int, **order: Any) -> bool:
+    answer = relay.ask(Order(number=1, **order), *fds)
+    return "error" in answer and answer["error"]["code"] == "qemu-silent"
+
+
+@pytest.fixture
+def fitted(layout: Layout) -> Iterator[Qemu]:
+    """A QEMU with all that orders are about, whose BIOS tries the CD drive first."""
+    more = "-vnc none -device virtio-balloon-pci,id=balloon0 -netdev user,id=n0,restrict=on -boot order=d"
+    nic = "-device virtio-net-pci,netdev=n0,id=nic0,romfile= -device ide-cd,id=cd0,bus=ide.1,unit=0"
+    made = Qemu(layout, 1, sector=boot_sector(), more=(*more.split(), *nic.split()))
+    yield made
+    made.close()
+
+
+def test_memory_and_links_are_changed_as_told(relay: RelayProcess, fitted: Qemu) -> None:
+    boot(relay, fitted)
+    relay.tell(Order(number=1, what="balloon", value=6))
+    assert refused(relay, what="balloon", value=0), "there is no machine without memory"
+    for what in ("link-down", "link-up"):
+        relay.tell(Order(number=1, what=what, value=0))
+        assert refused(relay, what=what, value=3), "there is no such NIC"
+
+
+def bootable_disc(path: Path, greeting: bytes) -> int:
+    """An El Torito disc whose boot sector says *greeting*; opened to be read."""
+    sectors = {
+        16: b"\1CD001\1",
+        17: (b"\0CD001\1EL TORITO SPECIFICATION".ljust(0x47, b"\0") + (19).to_bytes(4, "little")),
+        18: b"\xffCD001\1",
+        # Key, checksum and signature of the catalogue; then: bootable, no emulation, at 07c0, four sectors of 512 from 20 on.
+        19: (b"\1" + bytes(27) + b"\xaa\x55\x55\xaa" + b"\x88\0\0\0\0\0\4\0" + (20).to_bytes(4, "little")),
+        20: boot_sector(greeting=greeting),
+    }
+    path.write_bytes(b"".join(sectors.get(number, b"").ljust(2048, b"\0") for number in range(200)))
+    return os.open(path, os.O_RDONLY)
+
+
+def drive(qemu: Qemu) -> tuple[bool, str]:
+    """Whether the tray is open, and the node of the medium in the drive."""
+    (found,) = (each for each in qemu.ask("query-block") if each["qdev"].endswith("cd0"))
+    return found["tray_open"], found.get("inserted", {}).get("node-name", "")
+
+
+def test_the_guest_finds_the_disc_that_was_inserted(relay: RelayProcess, fitted: Qemu, short_tmp: Path) -> None:
+    boot(relay, fitted)
+    viewer = relay.attach(1)
+    viewer.wait_output(GREETING.decode())
+    for name in ("first", "second"):
+        path = short_tmp / f"{name}.iso"
+        fd = bootable_disc(path, f"the {name} disc\r\n".encode())
+        relay.tell(Order(number=1, what="insert", value=0), fd)
+        os.close(fd)
+        assert drive(fitted) == (False, "cd0-disc")
+        assert [name for name in fitted.files() if name.endswith(".iso")] == [str(path)], "the one before is closed"
+        relay.tell(Order(number=1, what="reset"))
+        viewer.wait_output(f"the {name} disc")
+    # After a restart of ours the drive is as usable as before.
+    relay.end(signal.SIGKILL)
+    viewer.close()
+    relay.words.clear()
+    relay.start()
+    relay.tell(Watch(number=1))
+    relay.wait_word(1, "ready")
+    fd = bootable_disc(short_tmp / "third.iso", b"the third disc\r\n")
+    relay.tell(Order(number=1, what="insert", value=0), fd)
+    assert [name for name in fitted.files() if name.endswith(".iso")] == [f"{short_tmp}/third.iso"]
+    # What QEMU does not take leaves the drive empty, closed and usable.
+    directory = os.open(short_tmp, os.O_RDONLY)
+    assert refused(relay, directory, what="insert", value=0)
+    os.close(directory)
+    assert drive(fitted) == (False, "") and str(short_tmp) not in fitted.files()
+    relay.tell(Order(number=1, what="insert", value=0), fd)
+    assert drive(fitted) == (False, "cd0-disc")
+    assert refused(relay, fd, what="insert", value=1), "there is no such drive"
+    assert len([name for name in fitted.files() if name.endswith(".iso")]) == 1
+    os.close(fd)
+    for _ in range(2):  # the second time there is nothing in it
+        relay.tell(Order(number=1, what="eject", value=0))
+        assert drive(fitted) == (False, "") and not any(name.endswith(".iso") for name in fitted.files())
+    assert refused(relay, what="eject", value=1)
+    assert not [node for node in fitted.ask("query-named-block-nodes") if node["node-name"].startswith("cd0")]
+    assert fitted.ask("query-fdsets") == []
+
+
+def test_a_medium_of_the_launch_line_is_replaced(relay: RelayProcess, layout: Layout, short_tmp: Path) -> None:
+    first = bootable_disc(short_tmp / "first.iso", b"the first disc\r\n")
+    nodes: tuple[dict[str, object], ...] = (
+        {"driver": "file", "node-name": "disk0-file", "filename": f"{short_tmp}/first.iso", "read-only": True},
+        {"driver": "raw", "node-name": "disk0", "file": "disk0-file", "read-only": True},
+    )
+    more = [word for node in nodes for word in ("-blockdev", json.dumps(node))]
+    qemu = Qemu(layout, 1, more=(*more, "-device", "ide-cd,id=cd0,drive=disk0", "-boot", "order=d"))
+    try:
+        boot(relay, qemu)
+        viewer = relay.attach(1)
+        viewer.wait_output("the first disc")
+        second = bootable_disc(short_tmp / "second.iso", b"the second disc\r\n")
+        relay.tell(Order(number=1, what="insert"), second)
+        relay.tell(Order(number=1, what="reset"))
+        viewer.wait_output("the second disc")
+        viewer.close()
+        for fd in (first, second):
+            os.close(fd)
+    finally:
+        qemu.close()
+
+
+def test_a_display_client_is_greeted(relay: RelayProcess, fitted: Qemu) -> None:
+    boot(relay, fitted)
+    pairs = [socket.socketpair() for _ in range(2)]
+    for _, theirs in pairs:
+        relay.tell(Order(number=1, what="display"), theirs.fileno())
+        theirs.close()
+    for ours, _ in pairs:
+        ours.settimeout(60)
+        assert ours.recv(100) == b"RFB 003.008\n"
+        ours.close()
+
+
+def snapshots(disk: Path) -> list[str]:
+    told = subprocess.run(["qemu-img", "info", "-U", "--output=json", disk], capture_output=True, check=True)
+    return [each["name"] for each in json.loads(told.stdout).get("snapshots", [])]
+
+
+def counting(layout: Layout, folder: Path, *more: str) -> Qemu:
+    """A guest that counts, on two disks of qcow2; the same ones each time."""
+    words = list(more)
+    for index in range(2):
+        disk = folder / f"disk{index}.qcow2"
+        if not disk.exists():
+            raw = folder / "raw"
+            raw.write_bytes(boot_sector(count=True).ljust(1 << 20, b"\0"))
+            subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, disk], check=True)
+        file = {"driver": "file", "node-name": f"disk{index}-file", "filename": str(disk)}
+        top = {"driver": "qcow2", "node-name": f"disk{index}", "file": f"disk{index}-file", "backing": None}
+        for node in (file, top):
+            words += ["-blockdev", json.dumps(node)]
+        words += ["-device", f"virtio-blk-pci,drive=disk{index},id=vd{index},bootindex={index + 1}"]
+    return Qemu(layout, 1, more=tuple(words))
+
+
+def test_a_snapshot_brings_the_guests_memory_back(relay: RelayProcess, layout: Layout, short_tmp: Path) -> None:
+    qemu = counting(layout, short_tmp)
+    try:
+        boot(relay, qemu)
+        viewer = relay.attach(1)
+        viewer.wait_output(GREETING.decode())
+        for letter in "ABC":
+            viewer.type("x")
+            viewer.wait_output(letter)
+        relay.wait_word(1, "output")
+        relay.words.clear()
+        notices = len(viewer.notices)
+        relay.tell(Order(number=1, what="snapshot-save", value=1, disks=0b11))
+        relay.tell(Order(number=1, what="snapshot-save", value=2, disks=0b10))
+        assert refused(relay, what="snapshot-save", value=1, disks=0b11), "the name is taken"
+        assert refused(relay, what="snapshot-save", value=3, disks=0b100), "there is no such disk"
+        assert refused(relay, what="snapshot-save", value=3, disks=0)
+        for letter in "DE":
+            viewer.type("x")
+            viewer.wait_output(letter)
+        assert viewer.notices[notices:] == [] and relay.words == [], "that QEMU stood still was our doing"
+        assert snapshots(short_tmp / "disk0.qcow2") == ["s1"] and snapshots(short_tmp / "disk1.qcow2") == ["s1", "s2"]
+        relay.tell(Order(number=1, what="snapshot-delete", value=2, disks=0b10))
+        assert snapshots(short_tmp / "disk1.qcow2") == ["s1"] and qemu.ask("query-jobs") == []
+        relay.tell(Order(number=1, what="quit"))
+        qemu.process.wait(60)
+        relay.tell(Forget(number=1))
+        viewer.close()
+    finally:
+        qemu.close()
+    qemu = counting(layout, short_tmp, "-loadvm", "s1")
+    try:
+        boot(relay, qemu)
+        viewer = relay.attach(1, replay=False)
+        viewer.type("x")
+        viewer.wait_output("D")
+        assert viewer.output == b"D"
+        viewer.close()
+    finally:
+        qemu.close()
+
+
+def test_a_snapshot_of_a_paused_guest_leaves_it_paused(relay: RelayProcess, layout: Layout, short_tmp: Path) -> None:
+    qemu = counting(layout, short_tmp)
+    try:
+        boot(relay, qemu)
+        qemu.ask("stop")
+        relay.wait_word(1, "paused")
+        relay.words.clear()
+        relay.tell(Order(number=1, what="snapshot-save", value=1, disks=1))
+        assert qemu.ask("query-status")["status"] == "paused" and relay.words == []
+        relay.tell(Order(number=1, what="cont"))
+        relay.wait_word(1, "running")
+    finally:
+        qemu.close()

@@ -12,6 +12,8 @@ words of `messages.WORDS`. It can be killed and started again at any moment; no 
     logfile    the same bytes on disk, bounded
     stderr     QEMU's own words into a bounded log
     qmp        the monitor of one QEMU, taken as hostile
+    orders     what the broker may have QEMU do, step by step
+    jobs       the few of it that take long
     words      what the broker hears, at a bounded rate
     loop       epoll, timers and the barrier that keeps one peer's trouble its own
     service    the service manager's notify socket and descriptor store

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import socket
     from typing import Protocol
 
-    from .logfile import Log
+    from .logfile import Log, NoLog
     from .loop import Loop, Timer
     from .service import Service
 
@@ -55,12 +55,12 @@ BULK_NAP = 0.001
 class Console:
     """Outlives its connection: after a loss the VM brings a new one with `connect`."""
 
-    def __init__(self, loop: Loop, log: Log, machine: Machine, service: Service, number: int) -> None:
+    def __init__(self, loop: Loop, log: Log | NoLog, machine: Machine, service: Service, number: int) -> None:
         self.ring = Ring()
         self.audience = Audience(loop, self.ring, self, service, f"viewer-{number}")
         self.seen = False  # has the guest said anything since it was started?
+        self.log = log
         self._loop = loop
-        self._log = log
         self._machine = machine
         self._sock: socket.socket | None = None
         self._fd = -1
@@ -78,6 +78,9 @@ class Console:
     def connected(self) -> bool:
         return self._fd >= 0
 
+    def fileno(self) -> int:
+        return self._fd
+
     def connect(self, sock: socket.socket) -> None:
         """Take over the connection to QEMU's serial port."""
         self._sock = sock
@@ -87,8 +90,8 @@ class Console:
 
     def remember(self, since: float) -> None:
         """After a restart: refill the ring from the log; *since* (seconds since the epoch) is when the VM was started."""
-        self.ring.fill(self._log.tail(self.ring.size))
-        changed = self._log.changed()
+        self.ring.fill(self.log.tail(self.ring.size))
+        changed = self.log.changed()
         if changed >= since > 0.0:
             self.seen = True
             self._heard_at = self._loop.now - max(0.0, time.time() - changed)
@@ -152,7 +155,7 @@ class Console:
         parts = self.ring.advance(size)
         self.audience.deliver(parts, size)
         self._heard_at = now = self._loop.now
-        self._log.write(parts, size, now)
+        self.log.write(parts, size, now)
         if not self.seen:
             self.seen = True
             self._machine.first_output()

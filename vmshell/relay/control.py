@@ -15,6 +15,7 @@ from collections import deque
 from .. import messages, wire
 from ..errors import Internal, NotWatched, ProtocolError, QemuSilent, VmshellError
 from .loop import GONE, IN, OUT
+from .orders import brings_fd
 from .vm import Kept, Vm
 
 TYPE_CHECKING = False
@@ -192,12 +193,14 @@ class Control:
         if vm is None:
             vm = self._add(watch.number, watch.log_max)
             vm.claimed = True
+            vm.keep_log(watch.log)
             if packet.fds:
                 vm.start(fresh=True, stderr=packet.take_fd())
             else:
                 vm.start(fresh=False)
         vm.claimed = True
         vm.log.limit = watch.log_max
+        vm.keep_log(watch.log)
         vm.repeat()
         reply.ok()
 
@@ -212,15 +215,16 @@ class Control:
 
     def _on_order(self, order: messages.Order, packet: wire.Packet, reply: _Reply) -> None:
         vm = self._vm(order.number)
+        fd = packet.take_fd() if brings_fd(order.what) else -1
 
-        def answer(done: bool, body: dict[str, object]) -> None:
+        def answer(ok: bool) -> None:
             # QEMU may be gone before its "yes" to quit has been read: that is a yes.
-            if done or order.what == "quit" and not vm.reachable:
+            if ok or order.what == "quit" and not vm.reachable:
                 reply.ok()
             else:
                 reply.error(QemuSilent(vm=order.number, what=order.what))
 
-        vm.order(order.what, answer)
+        vm.order(order, fd, answer)
 
     def _on_forget(self, forget: messages.Forget, packet: wire.Packet, reply: _Reply) -> None:
         vm = self.vms.get(forget.number)

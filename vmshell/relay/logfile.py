@@ -83,6 +83,10 @@ class Log:
         self._closed = True
         self._release()
 
+    def rest(self) -> None:
+        """Close the file until something is written again."""
+        self._release()
+
     def _release(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
@@ -141,6 +145,21 @@ class Log:
         self.why = exc.strerror or type(exc).__name__
         self._retry_at = now + RETRY
         self._release()
+
+
+class NoLog:
+    """In a log's place where nothing is to be kept: writes nothing and remembers nothing."""
+
+    __slots__ = ()
+
+    def write(self, parts: Sequence[bytes | memoryview], size: int, now: float) -> None:
+        """Forget *parts*."""
+
+    def tail(self, count: int) -> bytes:
+        return b""
+
+    def changed(self) -> float:
+        return 0.0
 
 
 def purge(directory: str) -> None:

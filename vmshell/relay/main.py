@@ -19,7 +19,7 @@ from ..names import NUMBER_MAX
 from .control import Control
 from .loop import IN, Loop
 from .service import Service, take_fds
-from .vm import Kept
+from .vm import UNLOGGED, Kept
 
 _LISTEN = "--listen-fd="
 RESTARTING = "the console service is restarting; attach again"
@@ -97,6 +97,7 @@ def _restore(control: Control, passed: list[tuple[str, int]]) -> None:
         elif kind == "console" and kept.console is None:
             kept.console = socket.socket(fileno=fd)
             kept.console.setblocking(False)
+            kept.logged = not rest.endswith(UNLOGGED)
         elif kind == "stderr" and kept.stderr < 0:
             kept.stderr = fd
         else:

@@ -1,14 +1,16 @@
-"""The monitor of one QEMU: a line of JSON each way, a handful of commands with fixed arguments, a handful of events.
+"""The monitor of one QEMU: a line of JSON each way, commands of ours, a handful of events.
 
 QEMU may have been taken over by its guest (threat B46), so everything it says is bounded: a line has 64 KiB, a value sixteen
-levels, 32 lines are handled in one go, 500 lines or 256 KiB in a second, an answer has 30 seconds, and what is not
-understood a few times over closes the connection. Nothing from here is used as a path, shown to a person or passed on: the
-VM hears a run state and the names in `EVENTS`.
+levels, 32 lines are handled in one go, 500 lines or 256 KiB in a second, an answer has 30 seconds (while one
+of our jobs stops QEMU, as long as the job), and what is not understood a few times over closes the connection. Nothing from
+here is used as a path, shown to a person or passed on: the VM hears a run state and the names in `EVENTS`, and who gave a
+command hears whether it was done (`orders.py` has the commands, `jobs.py` those that take long).
 Runs in: the relay. Touches one `qmp.sock`.
 """
 
 from __future__ import annotations
 
+import array
 import json
 import socket
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
     from .loop import Loop, Timer
 
-    Answer = Callable[[bool, dict[str, object]], None]
+    Answer = Callable[[bool, object], None]
 
     class Machine(Protocol):
         """Whose monitor it is."""
@@ -44,15 +46,6 @@ PENDING_MAX = 32
 GREETING_TIME = 30.0  # QEMU may wait long for its turn while fifty others boot
 ANSWER_TIME = 30.0
 
-SERIAL = "ser0"  # the launch line's name for the serial port's character device
-
-COMMANDS: dict[str, tuple[str, dict[str, object]]] = {
-    "cont": ("cont", {}),
-    "powerdown": ("system_powerdown", {}),
-    "reset": ("system_reset", {}),
-    "quit": ("quit", {}),
-    "break": ("chardev-send-break", {"id": SERIAL}),
-}
 EVENTS = frozenset(("RESUME", "STOP", "SHUTDOWN", "GUEST_PANICKED", "BLOCK_IO_ERROR", "RESET"))
 
 
@@ -107,19 +100,23 @@ class Monitor:
         self._ask_again = False
         self._pending: dict[int, Answer] = {}
         self._deadlines: dict[int, Timer] = {}
+        self._excused_until = 0.0
         self._pause: Timer | None = None
         loop.add(self._fd, IN, self._on_event, self)
         self._expect(0, GREETING_TIME)
 
     # --- for the VM ---
 
-    def order(self, what: str, answer: Answer) -> None:
-        """Give one of COMMANDS; *answer(done, body)* is called exactly once."""
+    def execute(self, command: str, arguments: dict[str, object], answer: Answer, fd: int = -1) -> None:
+        """Give a command, with *fd* beside it (it stays open here); *answer(done, body)* is called exactly once."""
         if not self.ready or len(self._pending) >= PENDING_MAX:
-            answer(False, {})
-            return
-        command, arguments = COMMANDS[what]
-        self._execute(command, arguments, answer)
+            answer(False, None)
+        else:
+            self._execute(command, arguments, answer, fd)
+
+    def excuse(self, until: float) -> None:
+        """QEMU is busy with something of ours: up to then, answers may come late."""
+        self._excused_until = until
 
     def ask_status(self) -> None:
         """Have `monitor_event("STATUS", …)` say QEMU's run state; one question at a time however often it is asked."""
@@ -156,7 +153,7 @@ class Monitor:
             self._pause.cancel()
         pending, self._pending = self._pending, {}
         for answer in pending.values():
-            answer(False, {})
+            answer(False, None)
 
     def broken(self, exc: Exception) -> None:
         self._lose(type(exc).__name__)
@@ -237,23 +234,23 @@ class Monitor:
         self._met(0)
         self._execute("qmp_capabilities", {}, self._negotiated)
 
-    def _negotiated(self, done: bool, body: dict[str, object]) -> None:
+    def _negotiated(self, done: bool, body: object) -> None:
         if not done:
             self._lose("refused to negotiate")
             return
         self._execute("query-status", {}, self._first_status)
 
-    def _first_status(self, done: bool, body: dict[str, object]) -> None:
-        status = body.get("status")
+    def _first_status(self, done: bool, body: object) -> None:
+        status = body.get("status") if isinstance(body, dict) else None
         if not done or not isinstance(status, str):
             self._lose("no status")
             return
         self.ready = True
         self._machine.monitor_ready(status)
 
-    def _status(self, done: bool, body: dict[str, object]) -> None:
+    def _status(self, done: bool, body: object) -> None:
         self._asking = False
-        if done:
+        if done and isinstance(body, dict):
             self._machine.monitor_event("STATUS", body)
         if self._ask_again:
             self._ask_again = False
@@ -267,10 +264,9 @@ class Monitor:
             return
         assert type(number) is int
         self._met(number)
-        value = body.get("return")
-        answer("return" in body, value if isinstance(value, dict) else {})
+        answer("return" in body, body.get("return"))
 
-    def _execute(self, command: str, arguments: dict[str, object], answer: Answer) -> None:
+    def _execute(self, command: str, arguments: dict[str, object], answer: Answer, fd: int = -1) -> None:
         self._number += 1
         number = self._number
         body: dict[str, object] = {"execute": command, "id": number}
@@ -279,23 +275,28 @@ class Monitor:
         line = json.dumps(body, separators=(",", ":")).encode("ascii") + b"\n"
         self._pending[number] = answer
         self._expect(number, ANSWER_TIME)
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
         try:
             # Commands are short and answered one by one: a QEMU whose buffer is full of them has stopped listening.
-            if self._sock.send(line) != len(line):
+            if self._sock.sendmsg([line], ancillary) != len(line):
                 self._lose("does not read")
         except OSError as exc:
             self._lose(exc.strerror or "error")
 
     def _expect(self, number: int, seconds: float) -> None:
-        self._deadlines[number] = self._loop.after(seconds, self._late, self)
+        self._deadlines[number] = self._loop.after(seconds, lambda: self._late(number), self)
 
     def _met(self, number: int) -> None:
         timer = self._deadlines.pop(number, None)
         if timer is not None:
             timer.cancel()
 
-    def _late(self) -> None:
-        self._lose("does not answer")
+    def _late(self, number: int) -> None:
+        excused = self._excused_until - self._loop.now
+        if excused > 0:
+            self._expect(number, min(ANSWER_TIME, excused))
+        else:
+            self._lose("does not answer")
 
 
 def connect(path: str) -> socket.socket:

@@ -11,7 +11,8 @@ import os
 
 from .. import messages
 from .console import Console
-from .logfile import Log, purge
+from .logfile import Log, NoLog, purge
+from .orders import Orders
 from .qmp import Monitor, connect
 from .stderr import Stderr
 from .words import Words
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from ..layout import Layout
     from .loop import Loop, Timer
-    from .qmp import Answer
+    from .orders import Done
     from .service import Service
 
 FIRST_RETRY = 0.02
@@ -31,6 +32,7 @@ LAST_RETRY = 1.0
 UNREACHABLE_AFTER = 5.0
 
 UNREACHABLE = "unreachable"
+UNLOGGED = "-unlogged"  # what the service manager keeps a console under whose output is not to be written down
 
 # QEMU's run states in our terms; any other one means that the CPUs stand still.
 STATES = {
@@ -54,10 +56,11 @@ STATE_WORDS: dict[str, tuple[str, ...]] = {
 class Kept:
     """What the service manager kept of one VM's connections while we were away."""
 
-    __slots__ = ("console", "stderr", "viewers")
+    __slots__ = ("console", "logged", "stderr", "viewers")
 
     def __init__(self) -> None:
         self.console: socket.socket | None = None
+        self.logged = True
         self.stderr = -1
         self.viewers: list[tuple[str, socket.socket]] = []
 
@@ -87,7 +90,9 @@ class Vm:
         self._abandoned = abandoned
         self._run_dir = layout.vm_run(number)
         self._log_dir = layout.vm_log(number)
+        self._logged = True
         self._monitor: Monitor | None = None
+        self._orders: Orders | None = None
         self._stderr: Stderr | None = None
         self._timer: Timer | None = None
         self._retry = FIRST_RETRY
@@ -110,6 +115,7 @@ class Vm:
         """Go on after our own restart with what the service manager kept for us."""
         # A viewer that was kept has seen it run: to say so again would tear the guest's output apart.
         self._told = messages.RUNNING
+        self.keep_log(kept.logged)
         self.console.remember(self._started_at())
         if kept.stderr >= 0:
             self._take_stderr(kept.stderr)
@@ -134,12 +140,29 @@ class Vm:
     def reachable(self) -> bool:
         return self._monitor is not None and self._monitor.ready
 
-    def order(self, what: str, answer: Answer) -> None:
-        """Give QEMU one of the orders; *answer(done, body)* is called once."""
-        if self._monitor is None:
-            answer(False, {})
+    def order(self, order: messages.Order, fd: int, done: Done) -> None:
+        """Carry out *order*; *done(ok)* is called once. The closing of *fd* (or -1) is ours from here on."""
+        if order.what in ("log-on", "log-off"):
+            self.keep_log(order.what == "log-on")
+            done(True)
+        elif self._monitor is not None and self._orders is not None:
+            self._orders.give(order.what, order.value, order.disks, fd, done)
         else:
-            self._monitor.order(what, answer)
+            if fd >= 0:
+                os.close(fd)
+            done(False)
+
+    def keep_log(self, on: bool) -> None:
+        """Write the guest's output down from now on, or no more; what is in memory is replayed either way."""
+        if on == self._logged:
+            return
+        if self.console.connected:
+            self._service.remove(self._console_name)
+        self._logged = on
+        if self.console.connected:
+            self._service.store(self._console_name, self.console.fileno())
+        self.console.log = self.log if on else NoLog()
+        self.log.rest()
 
     def forget(self, reason: str, purge_log: bool) -> None:
         """The VM has ended: last words, goodbye, close; nothing of it stays in the relay."""
@@ -149,7 +172,7 @@ class Vm:
         if self._monitor is not None:
             self._monitor.finish()
         self.console.finish()
-        self._service.remove(f"console-{self.number}")
+        self._service.remove(self._console_name)
         self.console.audience.end("the guest switched itself off" if self._ended_itself else reason)
         if self._monitor is not None:
             self._monitor.close()
@@ -176,10 +199,11 @@ class Vm:
         try:
             if not self.console.connected:
                 sock = connect(f"{self._run_dir}/console.sock")
-                self._service.store(f"console-{self.number}", sock.fileno())
+                self._service.store(self._console_name, sock.fileno())
                 self.console.connect(sock)
             if self._monitor is None:
                 self._monitor = Monitor(self._loop, self, connect(f"{self._run_dir}/qmp.sock"))
+                self._orders = Orders(self._loop, self._monitor)
             elif self._monitor.ready and not self._ready:
                 self._now_ready()
         except OSError:
@@ -209,6 +233,10 @@ class Vm:
         self._retry = FIRST_RETRY
         self.words.say("ready")
 
+    @property
+    def _console_name(self) -> str:
+        return f"console-{self.number}{'' if self._logged else UNLOGGED}"
+
     def _started_at(self) -> float:
         # The broker makes the socket anew for each start, so its age is the run's.
         try:
@@ -225,7 +253,7 @@ class Vm:
             self._monitor = None
         if self.console.connected:
             self.console.disconnect()
-            self._service.remove(f"console-{self.number}")
+            self._service.remove(self._console_name)
         self._lost()
 
     # --- QEMU's error pipe ---
@@ -238,14 +266,15 @@ class Vm:
     # --- what the console says ---
 
     def console_lost(self) -> None:
-        self._service.remove(f"console-{self.number}")
+        self._service.remove(self._console_name)
         self._lost()
 
     def first_output(self) -> None:
         self.words.say("output")
 
     def send_break(self) -> None:
-        self.order("break", lambda done, body: None)
+        if self._monitor is not None and self._orders is not None:
+            self._orders.give("break", 0, 0, -1, lambda ok: None)
 
     def viewers_changed(self, count: int) -> None:
         self.words.say("viewers", count)
@@ -267,6 +296,9 @@ class Vm:
         self._lost()
 
     def monitor_event(self, name: str, data: dict[str, object]) -> None:
+        if name in ("RESUME", "STOP", "STATUS") and self._orders is not None and self._orders.in_job:
+            # QEMU stands still while it saves: nothing that anybody need hear. The job's end asks how things are.
+            return
         if name == "RESUME":
             self._set_state(messages.RUNNING)
         elif name == "STOP":
