@@ -1,0 +1,145 @@
+"""`put`: standard input on its way into a storage job, and how far it has come.
+
+Frames of four length bytes (big-endian) and as many bytes; a length of 0 is the end, and only that: when the connection breaks
+or somebody presses Ctrl-C it is missing, and what was sent is thrown away.
+Runs in: the shell. Touches descriptor 0, the job's socket and descriptor 2.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+import sys
+from time import monotonic
+
+from ..errors import Usage
+from ..names import format_size
+from .show import duration
+from .terminal import write_all
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .terminal import Terminal
+
+FRAME_MAX = 1 << 20  # the job takes no longer frames
+END = bytes(4)
+
+PATIENCE = 1.0  # seconds before anything is said: most files are there by then
+REDRAW = 0.5
+PACE = 10.0  # seconds between lines where neither the line can be redrawn nor the end is known
+TENTH = 10  # per cent between lines where it is known
+BAR = 20
+
+
+def check_stdin(terminal: Terminal, name: str) -> None:
+    """Raises Usage when somebody sits at standard input; *name* is what they would put. Before the broker is asked."""
+    if terminal.stdin_tty:
+        raise Usage(problem="put reads the file from standard input", usage=f"ssh HOST put {name} < FILE")
+
+
+def size_of(stdin: int) -> int | None:
+    """How many bytes will come from *stdin*, if that can be known."""
+    status = os.fstat(stdin)
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return max(0, status.st_size - os.lseek(stdin, 0, os.SEEK_CUR))
+
+
+def send(sock: int, stdin: int, progress: Callable[[int], None]) -> int:
+    """Send all of *stdin* to the job; return how many bytes were sent.
+
+    Returns early when the job wants no more of it: the broker's answer says why. Raises Usage when *stdin* cannot be read, and
+    KeyboardInterrupt passes through; the caller then closes *sock*, so that the job sees the missing end.
+    """
+    poll = select.poll()
+    poll.register(stdin, select.POLLIN)
+    poll.register(sock, 0)  # that the job has hung up is told unasked
+    sent = 0
+    while True:
+        events = dict(poll.poll(int(REDRAW * 1000)))
+        if sock in events:
+            return sent
+        if stdin in events:
+            data = _read(stdin)
+            if data is not None:
+                try:
+                    write_all(sock, len(data).to_bytes(4) + data)  # nothing read: the length 0, which is END
+                except (BrokenPipeError, ConnectionResetError):
+                    return sent
+                if not data:
+                    return sent
+                sent += len(data)
+        progress(sent)
+
+
+def _read(stdin: int) -> bytes | None:
+    try:
+        return os.read(stdin, FRAME_MAX)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise Usage(problem=f"standard input cannot be read ({reason})", usage="ssh HOST put NAME < FILE") from error
+
+
+class Meter:
+    """How far it has come, on stderr: a bar on a terminal, else a line per tenth, or per ten seconds if the end is unknown."""
+
+    def __init__(self, terminal: Terminal, total: int | None) -> None:
+        self._redraws = terminal.stderr_tty and not terminal.dumb
+        self._width = terminal.size()[0] - 1 if self._redraws else 200
+        self._total = total
+        self._start = monotonic()
+        self._next = self._start + PATIENCE
+        self._tenth = 0
+        self._shown = False
+
+    def __call__(self, sent: int) -> None:
+        """*sent* bytes have gone."""
+        now = monotonic()
+        if now < self._next or not self._worth_a_line(sent):
+            return
+        text = self._text(sent, now - self._start)
+        if self._redraws:
+            self._next = now + REDRAW
+            self._shown = True
+            sys.stderr.write(f"\r{text[: self._width]}\x1b[K")
+        else:
+            self._next = now + (PACE if self._total is None else 0)
+            sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+    def clear(self) -> None:
+        """It is over: leave no trace on a terminal."""
+        if self._shown:
+            self._shown = False
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+    def _worth_a_line(self, sent: int) -> bool:
+        if self._redraws or self._total is None:
+            return True
+        tenth = self._percent(sent) // TENTH
+        news = tenth > self._tenth
+        self._tenth = max(tenth, self._tenth)
+        return news
+
+    def _percent(self, sent: int) -> int:
+        # A file may grow while it is read.
+        return min(100, sent * 100 // self._total) if self._total else 0
+
+    def _text(self, sent: int, elapsed: float) -> str:
+        rate = sent / elapsed
+        pace = f"{format_size(int(rate))}/s"
+        if self._total is None:
+            return f"{format_size(sent)} sent, {pace}"
+        percent = self._percent(sent)
+        text = f"{percent} %, {format_size(sent)} of {format_size(self._total)}, {pace}"
+        if sent and sent < self._total:
+            text += f", {duration(int((self._total - sent) / rate) + 1)} left"
+        if self._redraws:
+            text = f"[{'#' * (percent * BAR // 100):{BAR}}] {text}"
+        return text
