@@ -1,6 +1,7 @@
 #!/bin/sh
 # install.sh install|uninstall: put vmshell on a systemd host, or take it away again. Run by `make install` and `make uninstall`.
 #
+# KVM=1         also the command `kvm` for members of vmusers who have a real shell (uninstall always takes it away)
 # DESTDIR=DIR   only lay the files out below DIR (for a package); nothing is enabled, created or reloaded
 #
 # Installing over a running vmshell is the upgrade: VMs run on, their consoles pause for a moment.
@@ -75,7 +76,9 @@ put_files() {
     put_code
     put 0755 etc/bin/vmshell /usr/local/bin/vmshell
     put 0755 etc/bin/vmshell-admin /usr/local/sbin/vmshell-admin
+    if [ "${KVM:-}" = 1 ]; then put 0755 etc/bin/kvm /usr/local/bin/kvm; fi
     for unit in $UNITS; do put 0644 "etc/systemd/$unit" "$UNITDIR/$unit"; done
+    for example in etc/examples/*.toml; do put 0644 "$example" "/usr/local/share/vmshell/examples/${example##*/}"; done
     put 0644 etc/sysusers.d/vmshell.conf /usr/local/lib/sysusers.d/vmshell.conf
     put 0644 etc/tmpfiles.d/vmshell.conf /usr/local/lib/tmpfiles.d/vmshell.conf
     put 0644 pam/vmshell /etc/pam.d/vmshell
@@ -136,6 +139,8 @@ uninstall() {
         systemctl stop vmshell-broker.service vmshell-relay.service vmshell.slice 2>/dev/null || true
     fi
     rm -rf "$DESTDIR$LIBDIR" "$DESTDIR/run/vmshell"
+    rm -rf "$DESTDIR/usr/local/share/vmshell"
+    if cmp -s etc/bin/kvm "$DESTDIR/usr/local/bin/kvm"; then rm -f "$DESTDIR/usr/local/bin/kvm"; fi
     for file in /usr/local/bin/vmshell /usr/local/sbin/vmshell-admin /usr/local/lib/sysusers.d/vmshell.conf \
         /usr/local/lib/tmpfiles.d/vmshell.conf /etc/pam.d/vmshell "$SSHD"; do rm -f "$DESTDIR$file"; done
     for unit in $UNITS; do rm -f "$DESTDIR$UNITDIR/$unit"; done

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import Any
 from vmshell import wire
 from vmshell.errors import from_wire
 from vmshell.layout import PACKAGE_DIR, Layout
-from vmshell.messages import Request, Whoami
+from vmshell.messages import Put, Request, Whoami
 
 PATIENCE = 120.0  # seconds; TCG guests on a shared machine
 
@@ -70,8 +71,10 @@ class Client:
 class Session:
     """`with Session(layout) as session:` runs a broker; at the end nothing of it may be left."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, *wrap: str) -> None:
+        """*wrap*: words before the broker's command, for one that is to see another host."""
         self.layout = layout
+        self.wrap = wrap
         self.broker: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Session:
@@ -85,7 +88,7 @@ class Session:
         os.makedirs(self.layout.run, exist_ok=True)
         with open(f"{self.layout.run}/broker.err", "ab") as errors:
             self.broker = subprocess.Popen(
-                [sys.executable, "-IS", f"{PACKAGE_DIR}/__main__.py", "broker", self.layout.to_args()],
+                [*self.wrap, sys.executable, "-IS", f"{PACKAGE_DIR}/__main__.py", "broker", self.layout.to_args()],
                 stdin=subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,
@@ -118,6 +121,22 @@ class Session:
     def ask(self, request: Request) -> dict[str, Any]:
         with self.client() as client:
             return client.ask(request)
+
+    def put(self, ref: str, data: bytes, format: str = "file", *, cut: bool = False) -> dict[str, Any]:
+        """Bring *data* in as the object *ref* (`web1.kernel`, `shelf.x`); with *cut* the connection breaks before the end."""
+        where, _, name = ref.partition(".")
+        ours, theirs = socket.socketpair()
+        with self.client() as client, ours:
+            with theirs:
+                wire.send(client.sock, {"id": 1, **Put(vm=where, object=name, format=format).to_body()}, (theirs.fileno(),))
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused before the end: the answer says why
+                for start in range(0, len(data), 1 << 16):
+                    part = data[start : start + (1 << 16)]
+                    ours.sendall(len(part).to_bytes(4, "big") + part)
+                if not cut:
+                    ours.sendall(bytes(4))
+            ours.shutdown(socket.SHUT_WR)
+            return client.receive()[0]
 
     def kill_broker(self) -> None:
         assert self.broker is not None

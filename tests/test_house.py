@@ -17,13 +17,17 @@ TREE = Path(__file__).resolve().parent.parent
 LEAVES = {"errors", "names", "messages", "wire", "layout"}
 # A leaf may import the leaves before it in this order.
 LEAF_ORDER = ["errors", "layout", "names", "wire", "messages"]
-# One folder is one process. The launch line is a pure library: those who start QEMU may import it, and it imports leaves only.
-PROCESSES = {"admin", "broker", "launch", "probe", "relay", "shell", "storage"}
-IMPORTS_LAUNCH = {"admin", "broker", "probe"}
+# One folder is one process, but for two pure libraries, which import leaves only: the launch line is for those who start QEMU,
+# the model (definition and policy) for those who read them.
+LIBRARIES = {"launch": {"admin", "broker", "probe"}, "model": {"admin", "broker", "shell"}}
 THIRD_PARTY = {"shell": {"prompt_toolkit", "pexpect"}, "tapnet": {"pyroute2"}}
-# Code that runs as root or decides for it; a reviewer reads it in a sitting.
-PRIVILEGED_AIM, PRIVILEGED_MOST = 1500, 3500
-PRIVILEGED = ("vmshell/*.py", "vmshell/broker/*.py", "vmshell/launch/*.py", "pam/*")
+# What runs as root, in two heaps: the code that acts on the host or keeps the state of VMs, and pure code that only decides (what
+# a message, a definition, a policy, a command line may be; text in, value out, tested without a host).
+PRIVILEGED_AIM = 1500
+PRIVILEGED = {
+    "acting": (3600, ("vmshell/__main__.py", "vmshell/layout.py", "vmshell/wire.py", "vmshell/broker/*.py", "pam/*")),
+    "deciding": (2900, ("vmshell/[emn]*s.py", "vmshell/launch/*.py", "vmshell/model/*.py")),
+}
 # Modules that no root process has any use for and every reviewer would ask about.
 BANNED_AS_ROOT = {"pickle", "shelve", "marshal", "subprocess", "importlib", "runpy", "code", "pty", "xml", "urllib", "http"}
 BANNED_CALLS = {"eval", "exec", "compile", "__import__", "breakpoint", "input"}
@@ -69,11 +73,11 @@ def arrow_problem(path: Path, name: str) -> str:
             return ""
         if here == "leaf":
             return "" if path.stem == "__main__" else "leaves import leaves only"
-        if target == here or (target == "launch" and here in IMPORTS_LAUNCH):
+        if target == here or here in LIBRARIES.get(target, ()):
             return ""
         return f"{here} may not import {target}"
     if top in sys.stdlib_module_names:
-        return f"{top} has no place in a root process" if here in ("leaf", "broker", "launch") and top in BANNED_AS_ROOT else ""
+        return f"{top} has no place in a root process" if here in ("leaf", "broker", *LIBRARIES) and top in BANNED_AS_ROOT else ""
     return "" if top in THIRD_PARTY.get(here, set()) else f"{here} may not import {top}"
 
 
@@ -158,12 +162,13 @@ def code_lines(path: Path) -> int:
 
 def test_privileged_code_is_read_in_a_sitting(capsys: pytest.CaptureFixture[str]) -> None:
     """Prints the count beside its aim, and fails where growing further should be a decision of its own."""
-    counts = {pattern: sum(map(code_lines, TREE.glob(pattern))) for pattern in PRIVILEGED}
-    total = sum(counts.values())
+    totals = {}
+    for heap, (_, patterns) in PRIVILEGED.items():
+        totals[heap] = sum(code_lines(path) for pattern in patterns for path in TREE.glob(pattern))
     with capsys.disabled():
-        parts = ", ".join(f"{pattern} {count}" for pattern, count in counts.items())
-        print(f"\nprivileged code lines: {total}, aim {PRIVILEGED_AIM} ({parts})")
-    assert total < PRIVILEGED_MOST
+        print(f"\nprivileged code lines: {totals}, aim {PRIVILEGED_AIM} in all")
+    for heap, (most, _) in PRIVILEGED.items():
+        assert totals[heap] < most, heap
 
 
 def test_the_packages_are_listed() -> None:

@@ -164,7 +164,8 @@ def test_pages_are_put_together(broker: FakeBroker, short_tmp: Path) -> None:
 
 def test_what_others_chose_is_escaped(broker: FakeBroker, short_tmp: Path) -> None:
     broker.answers["list"] = {"vms": [{**ROW, "note": "\x1b[2Jcleared \u202e\n", "owner": "a\x07"}], "more": False}
-    broker.answers["info"] = {**ROW, "last_error": {"code": "x\x1b", "text": "\x1b]0;t\a", "at": 5}, "disks": [{"name": "\x1b"}]}
+    error = {"code": "x\x1b", "text": "\x1b]0;t\a", "at": 5}
+    broker.answers["info"] = {**ROW, "last_error": error, "devices": [{"name": "\x1b"}]}
     for arguments in (["list", "--all"], ["info", "web1"]):
         done = run(short_tmp, broker.layout, *arguments)
         assert done.returncode == 0 and done.stdout.decode().replace("\n", "").isprintable()
@@ -174,7 +175,7 @@ def test_what_others_chose_is_escaped(broker: FakeBroker, short_tmp: Path) -> No
 def test_nonsense_from_the_broker_is_survived(broker: FakeBroker, short_tmp: Path) -> None:
     nonsense: tuple[dict[str, object], ...] = (
         {},
-        {"vms": None, "images": 7, "disks": "x", "limits": [], "used": {}, "lacks": 3},
+        {"vms": None, "images": 7, "devices": "x", "limits": [], "used": {}, "lacks": 3},
         {"vms": [1, {}], "images": [{}], "more": True},
     )
     for junk in nonsense:

@@ -106,7 +106,8 @@ def test_man_pages_are_readable(host: Host) -> None:
     for page, words in pages.items():
         path = f"/usr/local/share/man/man{page[-1]}/{page}"
         done = host.exec("man", "--warnings", "-l", path)
-        assert words in re.sub(".\b", "", done.stdout) and not done.stderr
+        text = " ".join(re.sub(".\b", "", done.stdout).split())  # filled lines have wider blanks
+        assert words in text and not done.stderr
         assert host.sh(f"realpath $(man -w {page[-1]} {page[:-2]})").strip() == path
 
 

@@ -212,12 +212,12 @@ def test_qemus_process(web1: Host) -> None:
     mounts = {line.split()[4] for line in web1.exec("cat", f"/proc/{pid}/mountinfo").stdout.splitlines()}
     assert mounts <= {
         "/", "/proc", "/dev/null", "/dev/urandom", "/usr/bin/qemu-system-x86_64",
-        "/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/share/qemu", "/usr/share/seabios",
+        "/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/share/qemu", "/usr/share/seabios", "/usr/lib/ipxe/qemu",
     }  # fmt: skip
     targets = web1.sh(f"readlink /proc/{pid}/fd/*").splitlines()
     files = {target for target in targets if target.startswith("/") and target != "/dev/null"}
     folder = "/var/lib/vmshell/vms/" + str(web1.uid("alice"))
-    assert files == {f"{folder}/web1/disks/root.qcow2", "/var/lib/vmshell/images/echo/disk.raw"}
+    assert files == {f"{folder}/web1/disks/root", "/var/lib/vmshell/images/echo/disk.raw"}
     assert "/vmshell.slice/vmshell-vm-" in web1.exec("cat", f"/proc/{pid}/cgroup").stdout
     scope = web1.sh("systemctl list-units --plain --no-legend 'vmshell-vm-*' | cut -d' ' -f1").strip()
     shown = web1.exec("systemctl", "show", "-p", "MemoryMax", "-p", "TasksMax", scope).stdout

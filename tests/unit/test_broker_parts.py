@@ -1,161 +1,28 @@
-"""The broker's pure parts: definitions, policy, records, who may do what. Threat rows D15-D17, D22."""
+"""The broker's pure parts: records, who may do what, images. Threat rows D15, D16, D22."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from vmshell import messages
-from vmshell.broker import catalogue, definition, policy
+from vmshell.broker import catalogue, opening
 from vmshell.broker.access import Peer, authorise, visible
 from vmshell.broker.context import Context
-from vmshell.broker.definition import Definition, Disk
 from vmshell.broker.fleet import Live
 from vmshell.broker.host import Host
 from vmshell.broker.loop import Loop
-from vmshell.broker.policy import Limits, Usage, decide
+from vmshell.broker.objects import Object
 from vmshell.broker.vms import Registry
-from vmshell.errors import BadPolicy, BadValue, ImageDamaged, NoSuchImage, NoSuchVm, NotAllowed, OverLimit, VmExists, VmshellError
+from vmshell.errors import ImageDamaged, NoSuchImage, NoSuchObject, NoSuchVm, NotAllowed, StorageFailed, VmExists, VmshellError
 from vmshell.layout import Layout
-
-NAME = st.from_regex(r"[a-z][a-z0-9-]{0,30}", fullmatch=True)
-DEFINITIONS = st.builds(
-    Definition,
-    name=NAME,
-    image=NAME,
-    cpus=st.integers(1, 255),
-    memory=st.integers(16, 1 << 24),
-    machine=st.sampled_from(["q35", "pc"]),
-    kernel=NAME | st.just(""),
-    disks=st.lists(st.builds(Disk, name=NAME, size=st.integers(1, 1 << 50), base=NAME | st.just("")), max_size=3).map(tuple),
-)
-
-
-@given(DEFINITIONS)
-def test_a_definition_is_read_as_it_was_written(made: Definition) -> None:
-    assert definition.parse(made.to_toml()) == made
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "name = ",
-        'name = "a"',
-        'name = "a"\nimage = "b"\nextra = 1',
-        'name = "a"\nimage = "b"\n[cpu]\ncount = 0',
-        'name = "a"\nimage = "b"\n[cpu]\ncount = 2.0',
-        'name = "a"\nimage = "b"\n[memory]\nsize = 512',
-        'name = "a"\nimage = "b"\n[memory]\nsize = "nanM"',
-        'name = "a"\nimage = "b"\n[boot]\nkernel = "/etc/passwd"',
-        'name = "a"\nimage = "b"\n[[disk]]\nname = "x"\nformat = "vmdk"\nsize = 5',
-        'name = "a"\nimage = "b"\n[[disk]]\nname = "../x"\nformat = "qcow2"\nsize = 5',
-        'name = "a"\nimage = "b"\ndisk = 5',
-        'name = "a"\nimage = "b"\nmachine = 2026-11-22',
-    ],
-)
-def test_a_wrong_definition_names_its_key(text: str) -> None:
-    with pytest.raises(VmshellError) as caught:
-        definition.parse(text)
-    assert caught.value.code in ("bad-value", "bad-name")
-
-
-# --- policy -----------------------------------------------------------------------------------------------------------
-
-
-def write_policy(tmp_path: Path, text: str) -> str:
-    path = tmp_path / "policy.toml"
-    path.write_text(text)
-    return str(path)
-
-
-def test_without_a_file_the_defaults_are_in_force(tmp_path: Path) -> None:
-    assert policy.load(str(tmp_path / "none"), Limits()).defaults == Limits()
-
-
-def test_a_policy_is_read(tmp_path: Path) -> None:
-    rules = policy.load(
-        write_policy(tmp_path, '[host]\naccel = "tcg"\nlog_size_max = "2M"\n[defaults]\nmemory_max = "3G"\nvms_max = 1\n'),
-        Limits(),
-    )
-    assert (rules.host.accel, rules.host.log_size_max) == ("tcg", 2 << 20)
-    assert (rules.defaults.memory_max, rules.defaults.vms_max, rules.defaults.cpus_max) == (3072, 1, 2)
-
-
-def test_the_shipped_policy_is_valid_also_with_every_comment_taken_off(tmp_path: Path) -> None:
-    shipped = Path(__file__).parents[2].joinpath("etc/policy.toml").read_text()
-    assert policy.load(write_policy(tmp_path, shipped), Limits()) == policy.Policy()
-    lines = [line.removeprefix("# ") if " = " in line else line for line in shipped.splitlines()]
-    assert policy.load(write_policy(tmp_path, "\n".join(lines)), Limits()) == policy.Policy()
-
-
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
-        ("[defaults]\nvms_max = \n", "line 2"),
-        ("[defaults]\nvms = 1", "vms"),
-        ("[default]\nvms_max = 1", "[default]"),
-        ("defaults = 1", "[defaults]"),
-        ("[defaults]\nvms_max = true", "vms_max"),
-        ("[defaults]\nvms_max = -1", "vms_max"),
-        ("[defaults]\nvms_max = nan", "vms_max"),
-        ('[defaults]\nvms_max = "9"', "vms_max"),
-        ("[defaults]\nmemory_max = 5", "memory_max"),
-        ("[defaults]\nvms_max = 1\nvms_max = 2\n", "line 3"),
-        ('[host]\naccel = "hvf"', "accel"),
-        ("[defaults]\nvms_max = 2026-11-22", "vms_max"),
-    ],
-)
-def test_a_wrong_policy_says_where(tmp_path: Path, text: str, named: str) -> None:
-    with pytest.raises((BadPolicy, BadValue), match="(?s).*" + named.replace("[", r"\[")):
-        policy.load(write_policy(tmp_path, text), Limits())
-
-
-def test_a_policy_that_others_can_write_is_refused(tmp_path: Path) -> None:
-    path = write_policy(tmp_path, "")
-    os.chmod(path, 0o666)
-    with pytest.raises(BadPolicy, match="writable"):
-        policy.load(path, Limits())
-
-
-@given(
-    st.lists(
-        st.builds(
-            Usage,
-            vms=st.just(1),
-            running=st.integers(0, 1),
-            cpus=st.integers(0, 4),
-            memory=st.integers(0, 5000),
-            disk=st.integers(0, 90000),
-        ),
-        max_size=20,
-    )
-)
-def test_what_decide_lets_in_never_exceeds_a_limit(shares: list[Usage]) -> None:
-    """D17: whatever is asked in whatever order, the sums stay within the limits."""
-    limits, used = Limits(), Usage()
-    for share in shares:
-        try:
-            decide("x", limits, share, used)
-        except OverLimit as exc:
-            assert exc.sentence()
-            continue
-        used = Usage.total([used, share])
-    assert used.vms <= limits.vms_max
-    assert used.running <= limits.running_max
-    assert used.disk <= limits.user_disk
-
-
-def test_a_refusal_says_the_rule_and_every_number() -> None:
-    with pytest.raises(OverLimit) as caught:
-        decide("web1", Limits(), Usage(vms=1, running=1, cpus=1, memory=2048), Usage(running=1, memory=3072))
-    assert caught.value.sentence() == "web1 asks for 2G memory in all; the limit is 4G and 3G are in use (user_memory)"
-    assert caught.value.advice() == "allowed now: 1G"
-
+from vmshell.model.definition import Definition, Disk
+from vmshell.model.policy import HostPolicy, Policy
 
 # --- records ----------------------------------------------------------------------------------------------------------
 
@@ -169,8 +36,7 @@ def registry(tmp_path: Path) -> Registry:
 
 
 def define(registry: Registry, uid: int, owner: str, name: str) -> None:
-    vm, folder = registry.create(uid, owner, Definition(name=name, image="demo", disks=(Disk("root", 1 << 30),)))
-    registry.finish_creation(vm, folder)
+    registry.finish_creation(registry.create(uid, owner, Definition(name=name, image="demo", disks=(Disk("root"),))))
 
 
 def again(registry: Registry) -> Registry:
@@ -230,9 +96,10 @@ def test_a_definition_of_a_newer_version_is_kept_and_not_booted(registry: Regist
     text = path.read_text() + '\n[future]\nkey = "x"\n'
     path.write_text(text)
     (vm,) = again(registry).of(1000)
-    assert vm.unreadable
-    assert vm.state == messages.FAILED
+    assert "newer version" in vm.unreadable
+    assert (vm.state, vm.definition.disks) == (messages.FAILED, (Disk("root"),))
     assert path.read_text() == text
+    assert registry.text(vm) == text
 
 
 def test_run_state_of_another_boot_of_the_host_is_not_believed(registry: Registry) -> None:
@@ -246,6 +113,39 @@ def test_run_state_of_another_boot_of_the_host_is_not_believed(registry: Registr
     assert registry.saved_run(vm.number) == {}
 
 
+def test_a_shelf_is_an_accounts_and_counts_in_its_uids_limit(registry: Registry) -> None:
+    """D22: whoever is given a used uid finds an empty shelf, and the room that is left."""
+    old = registry.shelf(1000, "alice")
+    path = old.begin("secret", Object("raw", 5 << 20))
+    os.makedirs(old.folder)
+    Path(path).write_bytes(b"x")
+    old.finish("secret", Object("raw", 5 << 20))
+    assert [name for name, _ in registry.shelf(1000, "mallory")] == []
+    second = again(registry)
+    assert [name for name, _ in second.shelf(1000, "alice")] == ["secret"]
+    assert second.used(1000).disk == 5
+    Path(old.folder, "objects.json").write_text("{")
+    with pytest.raises(StorageFailed, match="damaged"):
+        again(registry).used(1000)
+    assert Path(old.folder, "secret").exists()
+
+
+def test_the_library_offers_files_that_all_may_read_and_no_links(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "two/x.iso").write_bytes(b"iso")
+    (tmp_path / "one/closed").touch(0o600)
+    (tmp_path / "one/link").symlink_to("/etc/passwd")
+    os.mkfifo(tmp_path / "one/fifo")
+    context = SimpleNamespace(policy=SimpleNamespace(library=(str(tmp_path / "one"), str(tmp_path / "two"))))
+    fd = opening.open_library(cast(Any, context), "x.iso")
+    assert os.read(fd, 9) == b"iso"
+    os.close(fd)
+    for name in ("closed", "link", "fifo", "missing"):
+        with pytest.raises(NoSuchObject, match=f"the library has no {name}"):
+            opening.open_library(cast(Any, context), name)
+
+
 # --- who may do what --------------------------------------------------------------------------------------------------
 
 ALICE, BOB, ROOT = Peer(1000, "alice", admin=False), Peer(1001, "bob", admin=False), Peer(0, "root", admin=True)
@@ -257,18 +157,18 @@ def test_every_verb_for_every_identity(registry: Registry, verb: str) -> None:
     """D15, D16, D22: the owner and the administrator reach a VM; to everyone else it does not exist, in the same words."""
     define(registry, 1000, "alice", "web1")
     kind = messages.REQUESTS[verb]
+    given = {"image": "demo", "text": "x", "request": {}, "tag": "t", "object": "o", "size": 1, "format": "raw"}
+    others = {key: value for key, value in given.items() if key in kind.fields}
     if not issubclass(kind, messages.VmRequest):
-        assert (
-            authorise(
-                BOB, kind(**{key: value for key, value in {"vm": "x", "image": "demo"}.items() if key in kind.fields}), registry
-            )
-            is None
-        )
+        name = {"vm": "x"} if "vm" in kind.fields else {}
+        assert authorise(BOB, kind(**name, **others), registry) is None
         return
+    if issubclass(kind, messages.StoreRequest):
+        assert authorise(BOB, kind(vm="shelf", **others), registry) is None  # everybody's own
 
     def result(peer: Peer, ref: str) -> str:
         try:
-            found = authorise(peer, kind(vm=ref), registry)
+            found = authorise(peer, kind(vm=ref, **others), registry)
         except NoSuchVm as exc:
             return exc.sentence()
         return found.name if found else ""
@@ -346,7 +246,7 @@ def test_a_guest_that_the_host_cannot_run_is_named_in_the_list(tmp_path: Path) -
     """`internal-error` is QEMU's own name for it: the CPUs stand still, and the list says why until they run again."""
     layout = Layout(etc=f"{tmp_path}/e", state=f"{tmp_path}/s", run=f"{tmp_path}/r", log=f"{tmp_path}/l", embedded=True)
     loop = Loop(lambda exc: pytest.fail(str(exc)))
-    context = Context(layout, policy.Policy(), loop, Host(policy.HostPolicy(), embedded=True))
+    context = Context(layout, Policy(), loop, Host(HostPolicy(), embedded=True))
     context.registry.load()
     define(context.registry, 1000, "alice", "web1")
     (vm,) = context.registry.of(1000)

@@ -39,7 +39,7 @@ def publish(layout: Layout, name: str, *, disk: bool, contents: bytes = b"x" * 5
 def refer(layout: Layout, image: str, name: str = "web1", record: str = "") -> None:
     folder = Path(layout.vm_state(os.getuid(), name))
     folder.mkdir(parents=True)
-    (folder / "record.json").write_text(record or json.dumps({"image": image}))
+    (folder / "record.json").write_text(record or json.dumps({"images": [image]}))
 
 
 # --- publishing -------------------------------------------------------------------------------------------------------
@@ -90,13 +90,13 @@ def test_a_disk_with_overlays_over_it_is_never_replaced(layout: Layout) -> None:
     publish(layout, "demo-new", disk=True)
 
 
-@pytest.mark.parametrize("record", ["", "{", "[]", "{}", '{"image": 7}'])
+@pytest.mark.parametrize("record", ["", "{", "[]", "{}", '{"images": ["other"]}'])
 def test_a_record_that_cannot_be_read_protects_every_disk(layout: Layout, record: str) -> None:
     publish(layout, "demo-disk", disk=True)
     folder = Path(layout.vm_state(os.getuid(), "broken"))
     folder.mkdir(parents=True)
     (folder / "record.json").write_text(record)
-    if record == '{"image": 7}':
+    if record == '{"images": ["other"]}':
         assert Catalogue(layout).users_of("demo-disk") == []
     else:
         assert len(Catalogue(layout).users_of("demo-disk")) == 1

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from vmshell.errors import BadName, BadValue, Usage, VmshellError
+from vmshell.names import nearest
 from vmshell.shell import grammar, verbs
 from vmshell.shell.grammar import Pointed
 
@@ -75,7 +76,7 @@ def test_options_with_blank_or_equals_sign_in_any_order() -> None:
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("new web1", "--image"),
+        ("disk add web1 data", "--size"),
         ("new web1 --image demo --image demo", "twice"),
         ("new web1 --image", "needs a value"),
         ("new web1 --imagee demo", "did you mean --image"),
@@ -122,11 +123,11 @@ def test_escape_keys() -> None:
 
 def test_nearest() -> None:
     words = list(verbs.BY_WORD)
-    assert grammar.nearest("lsit", words) == "list"
-    assert grammar.nearest("shutdwn", words) == "shutdown"
-    assert grammar.nearest("consloe", words) == "console"
-    assert grammar.nearest("id", words) == ""
-    assert grammar.nearest("sftp-server", words) == ""
+    assert nearest("lsit", words) == "list"
+    assert nearest("shutdwn", words) == "shutdown"
+    assert nearest("consloe", words) == "console"
+    assert nearest("id", words) == ""
+    assert nearest("sftp-server", words) == ""
 
 
 ALPHABET = [

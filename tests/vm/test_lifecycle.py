@@ -73,7 +73,7 @@ def test_a_life(echo: Session) -> None:
     info = echo.ask(Info(vm="web1"))
     assert info["accel"] == "tcg"
     assert info["rss"] > 1 << 20
-    assert [disk["name"] for disk in info["disks"]] == ["root"]
+    assert [device["name"] for device in info["devices"]] == ["disk0", "net0"]
     second.type("\x04")
     assert second.wait_notice("end")["reason"]
     echo.wait_for(lambda: row(echo)["state"] == "off", "the VM to be off")
@@ -177,7 +177,7 @@ def test_a_damaged_image_is_refused_before_anything_starts(echo: Session, damage
 
 
 def test_a_missing_disk_is_one_sentence_and_no_leftover(echo: Session) -> None:
-    (disk,) = Path(echo.layout.vms).glob("*/web1/disks/root.qcow2")
+    (disk,) = Path(echo.layout.vms).glob("*/web1/disks/root")
     disk.rename(disk.with_name("away"))
     error = refused(echo, Boot(vm="web1"))
     assert error.code == "storage"
@@ -403,6 +403,6 @@ def test_a_storm_of_verbs(echo: Session) -> None:
 def test_records_are_what_they_should_be(echo: Session) -> None:
     (record,) = Path(echo.layout.vms).glob("*/web1/record.json")
     document = json.loads(record.read_text())
-    assert document["image"] == "echo"
+    assert document["images"] == ["echo"]
     assert record.stat().st_mode & 0o077 == 0
     assert record.parent.stat().st_mode & 0o077 == 0

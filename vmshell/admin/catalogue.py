@@ -120,16 +120,17 @@ class Catalogue:
             for folder in _listdir(f"{self._layout.vms}/{uid}"):
                 if folder.startswith(".rm-"):
                     continue  # its VM is gone; only the deleting goes on
-                name, image = folder, "*"
+                name, images = folder, ["*"]
                 try:
                     with open(f"{self._layout.vms}/{uid}/{folder}/record.json", encoding="utf-8") as file:
                         record = json.load(file)
-                    name, image = str(record.get("name", folder)), str(record["image"])
+                    name, images = str(record.get("name", folder)), _names(record["images"])
                 except (FileNotFoundError, NotADirectoryError):
                     continue
-                except (ValueError, AttributeError, KeyError):
+                except (ValueError, AttributeError, KeyError, TypeError):
                     pass
-                users.setdefault(image, []).append(f"{_account(uid)}/{name}")
+                for image in images:
+                    users.setdefault(image, []).append(f"{_account(uid)}/{name}")
         return users
 
     def users_of(self, name: str) -> list[str]:
@@ -253,3 +254,10 @@ def _account(uid: str) -> str:
 def _quoted(text: str) -> str:
     # JSON's string syntax is TOML's basic string for everything we write.
     return json.dumps(text, ensure_ascii=True)
+
+
+def _names(value: object) -> list[str]:
+    """The list of names that *value* must be; raises TypeError."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise TypeError("not a list of names")
+    return value

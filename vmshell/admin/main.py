@@ -13,7 +13,7 @@ import sys
 
 from ..errors import EX_INTERRUPTED, UnknownVerb, Usage, VmshellError
 from ..layout import Layout
-from . import doctor, images, users
+from . import broker, doctor, images, policies, users
 from .verbs import Arguments, Context, Verb
 
 
@@ -34,6 +34,11 @@ VERBS = (
     ),  # fmt: skip
     Verb("user list", "", "the accounts that have vmshell", users.show),
     Verb("user remove", "NAME [--keep-account]", "take an account's access away; its VMs are kept", users.remove),
+    Verb("policy check", "[FILE]", "is FILE (else the one in force) a valid policy, and what is odd about it?", policies.check),
+    Verb("policy load", "", "have the running service take the policy file as it is now", broker.load),
+    Verb("policy test", "USER VERB [WORD…]", "would this request of USER be allowed, and by which rules?", broker.test),
+    Verb("launch-line", "USER/VM", "the command that booting this VM would run; nothing is started", broker.launch_line),
+    Verb("policy show", "USER", "what holds for an account: each key, its value, and which section says so", policies.show),
     Verb("doctor", "", "look at everything this host needs, one line each, with the cure", doctor.run),
     Verb("help", "[VERB…]", "this list, or one verb", _help),
 )

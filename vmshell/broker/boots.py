@@ -8,15 +8,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..errors import AlreadyRunning, NoQemu, StartFailed, VmBusy, VmshellError
+from ..errors import AlreadyRunning, BadValue, NoQemu, StartFailed, VmBusy, VmshellError
 from ..messages import CREATING, FAILED, OFF, QUEUED, RUNNING, STARTING, STOPPING
+from ..model.decide import apply_fixed, refuse
+from . import defining, opening, scratch, snapshots
 from . import start as starter
 from .journal import by_user, unexpected
-from .policy import decide
+from .live import order_all
 
 if TYPE_CHECKING:
+    from ..model.definition import Definition
     from .catalogue import Image
     from .context import Context
     from .endings import Endings
@@ -37,21 +41,58 @@ class Boots:
         self._endings = endings
         self._attach = attach
 
-    def boot(self, call: Call, vm: Vm, *, console: bool) -> None:
-        if vm.state in (CREATING, STOPPING):
-            raise VmBusy(vm=vm.ref, state=vm.state)
-        if vm.state not in BOOTABLE:
-            raise AlreadyRunning(vm=vm.ref, state=vm.state)
-        if vm.unreadable:
-            raise StartFailed(vm=vm.ref, problem=vm.note)
-        used = self._context.registry.used(vm.uid, without=vm)
-        decide(vm.ref, self._context.policy.defaults, vm.share(running=True), used)
-        live = self._fleet.begin(vm)
+    def boot(self, call: Call, vm: Vm, *, console: bool, restore: str = "", scratch: bool = False) -> None:
+        """Boot *vm* for *call*; for this run only from the snapshot *restore*, or with what it writes thrown away (*scratch*)."""
+        live = self.start(vm, restore, scratch=scratch)
         live.boots.append((call, console))
         self.enter(live)
         if vm.state == QUEUED:
             ahead = self._context.admission.ahead(vm)
             call.progress(f"waiting for its turn: {ahead} boots ahead" if ahead else "looking at what this host can do")
+
+    def start(self, vm: Vm, restore: str = "", *, scratch: bool = False) -> Live:
+        """Begin a run if nothing stands against it; it is still to `enter` the queue."""
+        self.must_be_bootable(vm)
+        wanted = self.for_this_run(vm, restore, scratch=scratch)
+        self._allow(vm, wanted)
+        return self._fleet.begin(vm, wanted)
+
+    def must_be_bootable(self, vm: Vm) -> None:
+        if vm.state in (CREATING, STOPPING) or vm.defining:
+            raise VmBusy(vm=vm.ref, state="being changed" if vm.defining else vm.state)
+        if vm.unreadable:
+            raise StartFailed(vm=vm.ref, problem=vm.unreadable)
+        if vm.state not in BOOTABLE:
+            raise AlreadyRunning(vm=vm.ref, state=vm.state)
+
+    def again(self, vm: Vm, waiting: list[tuple[Call, bool]]) -> None:
+        """Boot *vm* for those who asked for a reboot: as it is defined and allowed now."""
+        try:
+            wanted = self.for_this_run(vm, "", scratch=False)
+            self._allow(vm, wanted)
+            live = self._fleet.begin(vm, wanted)
+        except VmshellError as exc:
+            for call, _ in waiting:
+                call.fail(exc)
+            return
+        live.boots = waiting
+        self.enter(live)
+
+    def for_this_run(self, vm: Vm, restore: str, *, scratch: bool) -> Definition:
+        """What *vm* boots with: its definition, what the policy fixes, and what was asked for this once."""
+        wanted = apply_fixed(vm.definition, self._context.effective(vm.owner).limits)
+        if restore:
+            wanted = replace(wanted, restore=restore)
+        if scratch:
+            wanted = replace(wanted, disks=tuple(replace(disk, snapshot=disk.writable or disk.snapshot) for disk in wanted.disks))
+        return wanted
+
+    def _allow(self, vm: Vm, wanted: Definition) -> None:
+        """Everything that may stand against this boot; raises the first of it."""
+        context = self._context
+        refuse(defining.verdicts(context, vm, wanted, {}, running=True), vm.ref)
+        opening.check_objects(context, vm, wanted)
+        snapshots.check_restore(context, vm, wanted)
 
     def enter(self, live: Live) -> None:
         """Queue *live* for its turn to boot."""
@@ -73,24 +114,40 @@ class Boots:
         facts = self._context.facts
         if facts.problem:
             raise NoQemu(problem=facts.problem)
-        definition = live.vm.definition
-        names = sorted({name for name in (definition.kernel, *(disk.base for disk in definition.disks)) if name})
-        images = {name: self._context.images.get(name) for name in names}
+        definition = self._booted(live)
+        if facts.versions and definition.machine not in ("q35", "pc") and definition.machine not in facts.versions:
+            rule = f"this host's QEMU has no such machine; nearest is {facts.machines.get(definition.family, definition.family)}"
+            raise BadValue(field="machine.type", value=definition.machine, rule=rule)
+        images = starter.images_of(self._context, live.vm, definition)
 
         def verified(error: VmshellError | None) -> None:
             if error:
                 self._fail(live, error)
             else:
-                self._step(live, lambda live: self._launch(live, images))
+                self._step(live, lambda live: self._make_scratch(live, images))
 
-        self._context.images.when_verified([images[name] for name in names], verified)
+        self._context.images.when_verified(list(images.values()), verified)
 
-    def _launch(self, live: Live, images: dict[str, Image]) -> None:
+    def _booted(self, live: Live) -> Definition:
+        return live.vm.booted or live.vm.definition
+
+    def _make_scratch(self, live: Live, images: dict[str, Image]) -> None:
+        def made(error: VmshellError | None, overlays: dict[int, int]) -> None:
+            if error:
+                self._fail(live, error)
+            else:
+                self._step(live, lambda live: self._launch(live, images, overlays))
+
+        scratch.make(self._context, live.vm, self._booted(live), made)
+
+    def _launch(self, live: Live, images: dict[str, Image], overlays: dict[int, int]) -> None:
         vm, context = live.vm, self._context
         vm.accel = context.facts.accel
         vm.started = time.time()
         context.registry.set_state(vm, STARTING)
-        started = starter.start(context.host, context.layout, vm, vm.accel, images)
+        # Looked at again: a turn may be long in coming, and much can change meanwhile.
+        opening.check_objects(context, vm, self._booted(live))
+        started = starter.start(context, vm, self._booted(live), images, overlays)
         try:
             self._fleet.hold_outer(live, started.process)
             context.registry.set_state(vm, STARTING)  # again, with the pid: a new broker finds QEMU by it
@@ -115,6 +172,7 @@ class Boots:
         for call, console in live.boots:
             if console:
                 self._attach(call, live.vm)
+        order_all(self._context, live)
         self._fleet.order(live, "cont")
 
     def runs(self, live: Live) -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..layout import Layout
+from ..messages import Forget
+from ..model import policy as policies
+from ..model.policy import SESSION_LIMITS, Effective, Limits, Policy
 from .admission import Admission
 from .facts import Facts
 from .host import Host
 from .images import Images
 from .jobs import Jobs
+from .journal import by_user, note
 from .loop import Loop
 from .machine import Machines
-from .policy import Policy
 from .relaylink import RelayLink
-from .vms import Registry
+from .vms import Registry, Vm
 
 
 @dataclass
@@ -31,6 +34,7 @@ class Context:
     admission: Admission = field(init=False)
     machines: Machines = field(init=False)
     relay: RelayLink = field(init=False)
+    uploads: set[int] = field(default_factory=set)  # who is bringing in a file
 
     def __post_init__(self) -> None:
         self.registry = Registry(self.layout)
@@ -41,3 +45,47 @@ class Context:
         places = self.policy.host.boots_at_once or os.cpu_count() or 1
         self.admission = Admission(self.loop, places, self.machines.qemu_pid)
         self.relay = RelayLink(self.loop, self.host, self.layout, self.machines.heard, self.machines.watch_all)
+
+    # --- the policy ---------------------------------------------------------------------------------------------------
+
+    def effective(self, user: str) -> Effective:
+        """What holds for *user* now; the account's groups are only looked up if the policy names any."""
+        return self.policy.effective(user, self.host.groups_of(user) if self.policy.has_groups else ())
+
+    def reload_policy(self) -> list[str]:
+        """Take the policy file as it is now, or raise BadPolicy and keep the old one; returns what waits for a restart.
+
+        VMs that run go on as they are: limits are asked when something is defined or booted.
+        """
+        new = read_policy(self.layout)
+        later = [key for key, value in vars(new.host).items() if value != getattr(self.policy.host, key)]
+        self.policy = replace(new, host=self.policy.host)
+        note("policy-loaded", waits=", ".join(later))
+        return later
+
+    # --- what several verbs end with ----------------------------------------------------------------------------------
+
+    def remove(self, vm: Vm) -> None:
+        """Delete a VM that is off. One rename makes it irrevocable; the files are deleted by a job."""
+        aside = self.registry.set_aside(vm)
+        self.registry.forget(vm)
+        self.relay.send(Forget(number=vm.number, purge=True), lambda error: None)
+        self.delete_later(aside)
+        by_user(vm.uid, "rm", number=vm.number, owner=vm.owner, vm=vm.name)
+
+    def delete_later(self, folder: str) -> None:
+        """Delete a folder of ours in a job; what is interrupted is found again at the next start."""
+
+        def done(status: int, output: str) -> None:
+            if status:
+                note("delete-failed", folder=folder, status=status)
+
+        try:
+            self.jobs.start(["rm", "-rf", "--one-file-system", "--", folder], {}, done)
+        except OSError as exc:
+            note("delete-failed", folder=folder, problem=exc)
+
+
+def read_policy(layout: Layout) -> Policy:
+    """The policy as the file says it; raises BadPolicy."""
+    return policies.load(layout.policy, SESSION_LIMITS if layout.embedded else Limits(), required=False)

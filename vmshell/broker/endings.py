@@ -29,9 +29,9 @@ WAITERS_MAX = 64  # who may wait for one VM's end; those who have hung up count 
 
 
 class Endings:
-    """`boot_again` is called with a new run when a guest has gone down to be booted again."""
+    """`boot_again` is called with the VM, and with who waits for it, when a guest has gone down to be booted again."""
 
-    def __init__(self, context: Context, fleet: Fleet, boot_again: Callable[[Live], None]) -> None:
+    def __init__(self, context: Context, fleet: Fleet, boot_again: Callable[[Vm, list[tuple[Call, bool]]], None]) -> None:
         self._context = context
         self._fleet = fleet
         self._boot_again = boot_again
@@ -181,6 +181,7 @@ class Endings:
         if error is not None:
             vm.last_error = {**error.to_wire(), "at": int(time.time())}
         vm.note = error.sentence() if error is not None and failed else ""
+        vm.booted = None
         self._context.registry.set_state(vm, FAILED if failed else OFF)
         by_user(vm.uid, "ended", number=vm.number, owner=vm.owner, vm=vm.name, state=vm.state, why=live.why_it_ends())
         if error is not None:
@@ -191,17 +192,9 @@ class Endings:
         with contextlib.suppress(VmshellError):
             self._context.registry.save(vm)
         if again:
-            self._again(live)
-
-    def _again(self, live: Live) -> None:
-        try:
-            next_run = self._fleet.begin(live.vm)
-        except VmshellError as exc:
-            for call, _ in live.boots:
-                call.fail(exc)
-            return
-        next_run.boots = live.boots
-        self._boot_again(next_run)
+            self._boot_again(vm, live.boots)
+        elif vm.once:
+            self._context.remove(vm)
 
     def _failure(self, live: Live) -> VmshellError | None:
         """What to tell those who waited for it to run, or to remember when nobody asked for its end."""

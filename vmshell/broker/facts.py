@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 
 from ..layout import Layout
+from ..model.policy import HostPolicy
 from .host import Host
 from .jobs import Jobs
 from .journal import note
-from .policy import HostPolicy
 from .vms import boot_id
 
 LOOK_AGAIN = 1.0  # seconds for which bad news is believed
@@ -34,6 +34,8 @@ class Facts:
         self._look_again = 0.0
         self.known = False
         self.qemu = self.accel = self.reason = self.problem = ""
+        self.machines: dict[str, str] = {}  # `q35` and `pc` as today's versions
+        self.versions: frozenset[str] = frozenset()  # every machine version this QEMU has
 
     def when_known(self, action: Callable[[], None]) -> None:
         """Call *action* once the host is known: at once, usually."""
@@ -81,6 +83,9 @@ class Facts:
         )
         if self.accel not in ("kvm", "tcg") and not self.problem:
             self.problem = "the look at this host gave no answer"
+        machines, versions = answer.get("machines"), answer.get("versions")
+        self.machines = {str(key): str(value) for key, value in machines.items()} if isinstance(machines, dict) else {}
+        self.versions = frozenset(map(str, versions)) if isinstance(versions, list) else frozenset()
         self.known = True
         self._look_again = time.monotonic() + LOOK_AGAIN
         note("host", qemu=self.qemu, accel=self.accel, reason=self.reason, problem=self.problem)
@@ -99,7 +104,7 @@ class Facts:
     def _cached(self) -> dict[str, object] | None:
         try:
             with open(self._layout.host_facts, encoding="utf-8") as file:
-                answer = json.loads(file.read(4096))
+                answer = json.loads(file.read(1 << 16))
         except (OSError, ValueError):
             return None
         return answer if isinstance(answer, dict) and answer.get("key") == self._key() != "" else None

@@ -15,8 +15,10 @@ from .host import Process, children
 from .journal import by_user
 
 if TYPE_CHECKING:
+    from ..model.definition import Definition
     from .context import Context
     from .loop import Timer
+    from .relaylink import Done
     from .server import Call
     from .vms import Vm
 
@@ -68,9 +70,10 @@ class Fleet:
         """Is this still the VM's present run? Timers and answers may come after its end."""
         return self._lives.get(live.vm.number) is live
 
-    def begin(self, vm: Vm) -> Live:
-        """A new run of *vm*, waiting for its turn: written first."""
+    def begin(self, vm: Vm, wanted: Definition) -> Live:
+        """A new run of *vm* with *wanted* as what it is booted with, waiting for its turn: written first."""
         vm.started_again()
+        vm.booted = wanted
         self._context.registry.set_state(vm, QUEUED)
         return self.add(Live(vm))
 
@@ -137,14 +140,15 @@ class Fleet:
 
     # --- by way of the relay ------------------------------------------------------------------------------------------
 
-    def order(self, live: Live, what: str, done: Callable[[VmshellError | None], None] | None = None) -> None:
-        """Have the relay tell QEMU *what*."""
+    def order(self, live: Live, what: str, done: Done | None = None, *, value: int = 0, disks: int = 0, fd: int = -1) -> None:
+        """Have the relay tell QEMU *what*, one of messages.ORDERS, with its numbers and the descriptor beside it."""
 
         def failed(error: VmshellError | None) -> None:
             if error:
                 by_user(live.vm.uid, "order-failed", number=live.vm.number, what=what, problem=error)
 
-        self._context.relay.send(Order(number=live.vm.number, what=what), done or failed)
+        message = Order(number=live.vm.number, what=what, value=value, disks=disks)
+        self._context.relay.send(message, done or failed, fd=fd)
 
     def watch(self, live: Live, errors: int = -1) -> None:
         """Put the VM into the relay's care; *errors* is QEMU's error pipe. A failed start's time-out bounds the wait for it."""
@@ -153,7 +157,8 @@ class Fleet:
             if error:
                 by_user(live.vm.uid, "watch-failed", number=live.vm.number, problem=error)
 
-        message = Watch(number=live.vm.number, log_max=self._context.policy.host.log_size_max)
+        log = (live.vm.booted or live.vm.definition).log
+        message = Watch(number=live.vm.number, log_max=self._context.policy.host.log_size_max, log=log)
         self._context.relay.send(message, failed, fd=errors)
 
     def watch_all(self) -> None:

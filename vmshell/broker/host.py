@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import grp
 import os
 import pwd
 import signal
@@ -19,7 +20,7 @@ from collections.abc import Mapping, Sequence
 
 from ..errors import StorageFailed
 from ..layout import PACKAGE_DIR, PYTHON_FLAGS
-from .policy import HostPolicy
+from ..model.policy import HostPolicy
 
 RELAY_USER = "vmshell-relay"
 _ENV = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
@@ -88,10 +89,11 @@ class Host:
 
     # --- files and sockets --------------------------------------------------------------------------------------------
 
-    def open_disk(self, path: str) -> int:
-        """Open a VM's disk read-write: a regular file of ours with one name. A fresh open each time, never a dup (R16)."""
+    def open_disk(self, path: str, *, writable: bool) -> int:
+        """Open an object: a regular file of ours with one name. A fresh open each time, never a dup (R16)."""
+        mode = os.O_RDWR if writable else os.O_RDONLY
         try:
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = os.open(path, mode | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as exc:
             raise StorageFailed(problem=f"the VM's disk cannot be opened ({exc.strerror})") from exc
         status = os.fstat(fd)
@@ -103,6 +105,20 @@ class Host:
     def create_file(self, path: str) -> int:
         """Create a new file, 0600, that must not exist yet."""
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+    def uid_of(self, user: str) -> int | None:
+        try:
+            return pwd.getpwnam(user).pw_uid
+        except KeyError:
+            return None
+
+    def groups_of(self, user: str) -> frozenset[str]:
+        """The names of *user*'s groups, looked up anew each time (D21); none for an account that is gone."""
+        try:
+            gids = os.getgrouplist(user, pwd.getpwnam(user).pw_gid)
+        except KeyError:
+            return frozenset()
+        return frozenset(name for gid in gids if (name := _group_name(gid)))
 
     def share_with_relay(self, path: str, mode: int) -> None:
         """Let the relay into *path* by its group, and nobody else."""
@@ -154,6 +170,13 @@ def _relay_gid() -> int:
         return pwd.getpwnam(RELAY_USER).pw_gid
     except KeyError as exc:
         raise OSError(f"there is no account {RELAY_USER}; `make install` makes it") from exc
+
+
+def _group_name(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return ""
 
 
 def same_process(pid: object, ticks: object) -> Process | None:

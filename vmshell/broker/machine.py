@@ -18,12 +18,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..errors import VmBusy, VmshellError, VmStopped, WrongState
-from ..messages import ALIVE, OFF, PAUSED, QUEUED, RUNNING, STARTING, STOPPING, Attach, Event, Forget
+from ..messages import ALIVE, FAILED, OFF, PAUSED, QUEUED, RUNNING, STARTING, STOPPING, Attach, Event, Forget
 from . import start as starter
 from .boots import Boots
 from .endings import Endings
 from .fleet import Fleet, Live
 from .host import same_process
+from .journal import note
 
 if TYPE_CHECKING:
     from .context import Context
@@ -42,18 +43,26 @@ class Machines:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._fleet = Fleet(context)
-        self._endings = Endings(context, self._fleet, lambda live: self._boots.enter(live))
+        self._endings = Endings(context, self._fleet, lambda vm, waiting: self._boots.again(vm, waiting))
         self._boots = Boots(context, self._fleet, self._endings, self._attach_at_boot)
         self.boot = self._boots.boot
         self.shutdown = self._endings.shutdown
         self.reboot = self._endings.reboot
         self.kill = self._endings.kill
         self.watch_all = self._fleet.watch_all
+        self.must_be_bootable = self._boots.must_be_bootable
+        self.for_this_run = self._boots.for_this_run
+        self.must_live = self._fleet.must_live
+        self.order = self._fleet.order
 
     def qemu_pid(self, vm: Vm) -> int:
         """The pid of *vm*'s QEMU for figures in /proc, 0 while there is none."""
         live = self._fleet.get(vm.number)
         return live.qemu.pid if live and live.qemu else 0
+
+    def live(self, vm: Vm) -> Live | None:
+        """*vm*'s present run, if it has one."""
+        return self._fleet.get(vm.number)
 
     def busy(self) -> bool:
         return len(self._fleet) > 0
@@ -117,6 +126,25 @@ class Machines:
 
         self._attach(call, vm, done, readonly=readonly, replay=replay)
 
+    def display(self, call: Call, vm: Vm) -> None:
+        """Reply with one end of a stream; QEMU gets the other and speaks RFB on it. No port is opened anywhere."""
+        live = self._fleet.must_live(vm, "display")
+        if vm.state not in (RUNNING, PAUSED):
+            raise VmBusy(vm=vm.ref, state=vm.state)
+        if (vm.booted or vm.definition).display != "vnc":
+            raise WrongState(vm=vm.ref, state="without a screen", verb="display", needed="booted with display.type = vnc")
+        viewer, qemu = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+
+        def answered(error: VmshellError | None) -> None:
+            with viewer:
+                if error:
+                    call.fail(error)
+                else:
+                    call.reply({"name": vm.ref, "state": vm.state}, viewer.fileno())
+
+        with qemu:
+            self._fleet.order(live, "display", answered, fd=qemu.fileno())
+
     def _attach_at_boot(self, call: Call, vm: Vm) -> None:
         """Keep a console for the reply of *call*'s boot."""
         self._attach(call, vm, lambda error, fd: call.keep_fd(-1 if error else os.dup(fd)), readonly=False, replay=True)
@@ -144,14 +172,30 @@ class Machines:
         for vm in self._context.registry:
             saved = self._context.registry.saved_run(vm.number)
             if saved.get("state") == QUEUED:
-                self._boots.enter(self._fleet.begin(vm))
+                self._boots.enter(self._fleet.begin(vm, self._context.registry.saved_booted(vm)))
             elif not saved:
                 starter.clean(self._context.layout, vm.number)
             elif not self._adopt_one(vm, saved):
                 ended.append(vm.number)
+            if vm.once and vm.state in (OFF, FAILED):
+                self._context.remove(vm)
         # Only now: the first word to the relay also names every VM that was found.
         for number in ended:
             self._context.relay.send(Forget(number=number, reason="the VM has ended"), lambda error: None)
+
+    def autostart(self) -> None:
+        """Once after the host's boot: start the VMs that are to start with it, if the policy still grants it."""
+        marker = f"{self._context.layout.run}/autostarted"
+        if os.path.exists(marker):
+            return
+        for vm in self._context.registry:
+            if vm.definition.autostart and vm.state == OFF and not vm.once:
+                try:
+                    self._boots.enter(self._boots.start(vm))
+                except VmshellError as exc:
+                    note("autostart-refused", number=vm.number, owner=vm.owner, vm=vm.name, problem=exc)
+        with open(marker, "w", encoding="ascii"):
+            pass
 
     def _adopt_one(self, vm: Vm, saved: dict[str, object]) -> bool:
         """Go on with *vm* where its last broker left it; False if it has ended."""
@@ -171,6 +215,9 @@ class Machines:
             self._context.registry.set_state(vm, OFF)
             return False
         vm.accel = str(saved.get("accel", ""))
+        vm.booted = self._context.registry.saved_booted(vm)
+        balloon = saved.get("balloon")
+        vm.balloon = balloon if type(balloon) is int else 0
         started = saved.get("started")
         vm.started = float(started) if isinstance(started, (int, float)) else time.time()
         self._fleet.add(live)

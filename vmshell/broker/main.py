@@ -18,13 +18,12 @@ import sys
 from .. import wire
 from ..errors import VmshellError
 from ..layout import PACKAGE_DIR, Layout
-from . import journal, policy
-from .context import Context
+from ..model.policy import Policy
+from . import journal
+from .context import Context, read_policy
 from .host import Host, code_is_safe
 from .loop import Loop
-from .policy import SESSION_LIMITS, Limits
 from .server import Server
-from .verbs import delete_later
 
 LINGER = 3.0  # seconds for which a session's broker stays when the last VM and the last shell are gone
 
@@ -35,7 +34,7 @@ def main(argv: list[str]) -> int:
     os.chdir("/")
     os.umask(0o077)
     try:
-        rules = policy.load(layout.policy, SESSION_LIMITS if layout.embedded else Limits())
+        rules = read_policy(layout)
         if os.geteuid() == 0 and not layout.embedded and not code_is_safe(PACKAGE_DIR):
             print(f"broker: not started: {PACKAGE_DIR} or a folder above it can be written by others than root", file=sys.stderr)
             return 1
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> int:
         return 1
 
 
-def _serve(layout: Layout, rules: policy.Policy) -> int:
+def _serve(layout: Layout, rules: Policy) -> int:
     loop = Loop(journal.unexpected)
     context = Context(layout, rules, loop, Host(rules.host, embedded=layout.embedded))
     leftovers = context.registry.load()
@@ -58,11 +57,12 @@ def _serve(layout: Layout, rules: policy.Policy) -> int:
     # Listen last: a shell that can connect must find a broker that knows its VMs.
     context.machines.adopt()
     for folder in leftovers:
-        delete_later(context, folder)
+        context.delete_later(folder)
     context.relay.connect()
     context.facts.find_out()
+    context.machines.autostart()
     server = Server(context, _listener(layout))
-    _stop_on_signals(loop)
+    _act_on_signals(context)
     if layout.embedded:
         loop.after(LINGER, lambda: _linger(context, server, 0))
     _notify("READY=1")
@@ -113,14 +113,24 @@ def _only_one(layout: Layout):  # type: ignore[no-untyped-def]
         os.close(fd)
 
 
-def _stop_on_signals(loop: Loop) -> None:
-    """SIGTERM and SIGINT end the broker; VMs, relay and consoles go on."""
+def _act_on_signals(context: Context) -> None:
+    """SIGTERM and SIGINT end the broker; VMs, relay and consoles go on. SIGHUP reads the policy again, or keeps the old one."""
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    loop.watch(reader, loop.stop)
+
+    def woken() -> None:
+        numbers = os.read(reader, 64)
+        if numbers.strip(bytes([signal.SIGHUP])):
+            context.loop.stop()
+            return
+        try:
+            context.reload_policy()
+        except VmshellError as exc:
+            journal.note("policy-refused", problem=exc)
+
+    context.loop.watch(reader, woken)
 
 
 def _notify(state: str) -> None:

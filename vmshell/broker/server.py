@@ -12,6 +12,7 @@ import grp
 import os
 import pwd
 import socket
+from collections.abc import Callable
 
 from .. import wire
 from ..errors import Internal, NotAllowed, ProtocolError, TooManyRequests, VmshellError
@@ -29,17 +30,19 @@ ACCEPT_AGAIN = 1.0  # seconds
 class Call:
     """One request that is being answered. Exactly one of reply/fail gets through; what comes later is ignored."""
 
-    __slots__ = ("_client", "_fd", "_id", "peer")
+    __slots__ = ("_came", "_client", "_fd", "_id", "peer")
 
     def __init__(self, client: Client, ident: int) -> None:
         self._client: Client | None = client
         self._id = ident
         self._fd = -1
+        self._came = -1
         self.peer = client.peer
 
     def keep_fd(self, fd: int) -> None:
         """Keep a descriptor that the reply will bring (ours to close from now on: at once, if it comes after the reply)."""
-        self._close_fd()
+        if self._fd >= 0:
+            os.close(self._fd)
         self._fd = fd
         if self._client is None:
             self._close_fd()
@@ -50,6 +53,23 @@ class Call:
 
     def fail(self, error: VmshellError) -> None:
         self._finish({"id": self._id, "error": error.to_wire()}, -1)
+
+    def bring(self, fd: int) -> None:
+        self._came = fd
+
+    def take_fd(self) -> int:
+        """The descriptor that came beside the request; ours to close from now on."""
+        fd, self._came = self._came, -1
+        return fd
+
+    def guard(self, action: Callable[[], None]) -> None:
+        """Do what had to wait; whatever it raises is the answer."""
+        try:
+            action()
+        except VmshellError as exc:
+            self.fail(exc)
+        except Exception as exc:
+            self.fail(Internal(reference=journal.unexpected(exc)))
 
     def progress(self, sentence: str) -> None:
         if self._client is not None:
@@ -63,9 +83,10 @@ class Call:
         self._close_fd()
 
     def _close_fd(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        for fd in (self._fd, self._came):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._came = -1
 
 
 class Client:
@@ -80,7 +101,7 @@ class Client:
 
     def readable(self) -> None:
         try:
-            packet = wire.recv(self._sock)
+            packet = wire.recv(self._sock, fds_allowed=1)
         except BlockingIOError:
             return
         except ProtocolError as exc:
@@ -93,10 +114,14 @@ class Client:
             return
         if packet is None:
             self.close()
-        else:
-            self._take(packet.body)
+            return
+        try:
+            self._take(packet)
+        finally:
+            packet.close()
 
-    def _take(self, body: dict[str, object]) -> None:
+    def _take(self, packet: wire.Packet) -> None:
+        body = packet.body
         try:
             ident = request_id(body)
         except VmshellError as exc:
@@ -104,14 +129,13 @@ class Client:
             return
         self.pending += 1
         call = Call(self, ident)
-        try:
+
+        def answer() -> None:
             if self.pending > PENDING_MAX:
                 raise TooManyRequests(count=self.pending, what="requests", limit=PENDING_MAX)
-            self._server.answer(call, body)
-        except VmshellError as exc:
-            call.fail(exc)
-        except Exception as exc:
-            call.fail(Internal(reference=journal.unexpected(exc)))
+            self._server.answer(call, packet)
+
+        call.guard(answer)
 
     def send(self, body: dict[str, object], fd: int = -1) -> None:
         if not self.open:
@@ -145,10 +169,14 @@ class Server:
     def connected(self) -> int:
         return sum(len(clients) for clients in self._clients.values())
 
-    def answer(self, call: Call, body: dict[str, object]) -> None:
+    def answer(self, call: Call, packet: wire.Packet) -> None:
         """Check, authorise, act; raises what the peer is to be told."""
-        request = parse_request(body)
+        request = parse_request(packet.body)
+        if len(packet.fds) != request.fds:
+            raise ProtocolError(problem=f"{request.verb} comes with {request.fds} descriptors, not {len(packet.fds)}")
         vm = authorise(call.peer, request, self._context.registry)
+        if request.fds:
+            call.bring(packet.take_fd())
         handler = HANDLERS[type(request)]
         if vm is None:
             handler(self._context, call, request)

@@ -6,39 +6,47 @@ Runs in: the broker.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..errors import BadValue, StorageFailed, VmBusy, VmshellError, WrongState
+from ..errors import NoQemu, NotAllowed, VmBusy, VmshellError, WrongState
 from ..messages import (
     ALIVE,
     FAILED,
     OFF,
     Boot,
+    Change,
     Console,
-    Forget,
+    Define,
+    DiskAdd,
+    Display,
+    Drop,
+    Explain,
     Images,
     Info,
     Kill,
+    LaunchLine,
     List,
     New,
+    Objects,
+    Put,
     Reboot,
+    Reload,
     Request,
     Reset,
     Rm,
     Shutdown,
+    Snapshot,
     Version,
     Whoami,
 )
-from ..names import MIB, format_size, mac_address
+from ..model.definition import Disk, Nic
+from ..names import mac_address
+from . import defining, explaining, keeping, snapshots, start
 from .access import visible
-from .definition import Definition, Disk
 from .host import cpu_seconds, resident_bytes
-from .journal import by_user, note
-from .policy import Usage, decide
 
 if TYPE_CHECKING:
     from .catalogue import Image
@@ -47,7 +55,6 @@ if TYPE_CHECKING:
     from .vms import Vm
 
 PAGE_ROWS = 100  # rows of a reply; a row is at most some 500 bytes, a packet 64 KiB
-SMALLEST_BLANK_DISK = MIB
 
 
 def handle_list(context: Context, call: Call, request: List) -> None:
@@ -59,86 +66,33 @@ def handle_list(context: Context, call: Call, request: List) -> None:
 
 def handle_info(context: Context, call: Call, request: Info, vm: Vm) -> None:
     pid = context.machines.qemu_pid(vm)
-    folder = context.layout.vm_state(vm.uid, vm.name)
     definition = vm.definition
     call.reply(
         {
             **_row(vm),
             "number": vm.number,
             "created": vm.created,
-            "mac": mac_address(vm.number, 0),
-            "disks": [_disk(disk, f"{folder}/disks/{disk.file}") for disk in definition.disks],
+            "description": definition.description,
+            "devices": [_device(context, vm, name, device) for name, device in definition.devices().items()],
             "boot": "kernel" if definition.kernel else "disk",
             "machine": definition.machine,
             "accel": vm.accel,
             "pid": pid,
             "cpu_time": int(cpu_seconds(pid) * 1000) if pid else 0,
             "rss": resident_bytes(pid) if pid else 0,
+            "balloon": vm.balloon,
             "log_max": context.policy.host.log_size_max,
+            "snapshots": [{"tag": item.tag, "created": item.created, "memory": item.memory} for item in vm.snapshots.values()],
+            "next_boot": defining.pending(context, vm),
+            "missing": defining.missing(context, vm, definition)[:20],
             "last_error": vm.last_error,
+            **({"toml": context.registry.text(vm)} if request.toml else {}),
         }
     )
 
 
-def handle_new(context: Context, call: Call, request: New) -> None:
-    """Define a VM from a catalogue image; its disks are made by a job."""
-    image = context.images.get(request.image)
-    definition = _define(request, image)
-    disk_share = sum(disk.size for disk in definition.disks) // MIB
-    asked = Usage(vms=1, cpus=request.cpus, memory=request.memory, disk=disk_share)
-    decide(request.vm, context.policy.defaults, asked, context.registry.used(call.peer.uid))
-    vm, folder = context.registry.create(call.peer.uid, call.peer.user, definition)
-    remaining = list(definition.disks)
-
-    def failed(error: VmshellError) -> None:
-        context.registry.forget(vm)
-        delete_later(context, folder)
-        call.fail(error)
-
-    def next_disk(status: int = 0, output: str = "") -> None:
-        try:
-            if status:
-                raise StorageFailed(problem="the disk is full" if status == 2 else "the new disk cannot be written")
-            if remaining:
-                disk = remaining.pop(0)
-                fd = context.host.create_file(f"{folder}/disks/{disk.file}")
-                try:
-                    command = context.host.python("storage", "create", str(disk.size), uid=context.host.job_uid())
-                    context.jobs.start(command, {3: fd}, next_disk)
-                finally:
-                    os.close(fd)
-                return
-            context.registry.finish_creation(vm, folder)
-        except VmshellError as exc:
-            failed(exc)
-        except OSError as exc:
-            failed(StorageFailed(problem=exc.strerror or "the disk refused"))
-        else:
-            by_user(vm.uid, "new", number=vm.number, owner=vm.owner, vm=vm.name, image=request.image)
-            call.reply({"name": vm.ref, "state": vm.state})
-
-    next_disk()
-
-
-def _define(request: New, image: Image) -> Definition:
-    if request.memory < image.memory_min:
-        rule = f"image {image.name} needs at least {image.memory_min}M"
-        raise BadValue(field="memory", value=f"{request.memory}M", rule=rule)
-    size = request.disk * MIB
-    disks: tuple[Disk, ...] = ()
-    if image.disk:
-        if size and size < image.disk_size:
-            rule = f"image {image.name}'s disk has {format_size(image.disk_size)}; a VM's can only be larger"
-            raise BadValue(field="disk", value=format_size(size), rule=rule)
-        disks = (Disk("root", max(size, image.disk_size), image.name),)
-    elif size:
-        disks = (Disk("data", max(size, SMALLEST_BLANK_DISK)),)
-    kernel = image.name if image.kernel else ""
-    return Definition(request.vm, image.name, cpus=request.cpus, memory=request.memory, kernel=kernel, disks=disks)
-
-
 def handle_boot(context: Context, call: Call, request: Boot, vm: Vm) -> None:
-    context.machines.boot(call, vm, console=request.console)
+    context.machines.boot(call, vm, console=request.console, restore=request.restore, scratch=request.scratch)
 
 
 def handle_shutdown(context: Context, call: Call, request: Shutdown, vm: Vm) -> None:
@@ -159,15 +113,13 @@ def handle_reboot(context: Context, call: Call, request: Reboot, vm: Vm) -> None
 
 def handle_rm(context: Context, call: Call, request: Rm, vm: Vm) -> None:
     """Delete a VM that is off. One rename makes it irrevocable; the files are deleted by a job."""
+    if vm.defining:
+        raise VmBusy(vm=vm.ref, state="being changed")
     if vm.state not in (OFF, FAILED):
         if vm.state in (*ALIVE, "queued"):
             raise WrongState(vm=vm.ref, state=vm.state, verb="rm", needed="off")
         raise VmBusy(vm=vm.ref, state=vm.state)
-    aside = context.registry.set_aside(vm)
-    context.registry.forget(vm)
-    context.relay.send(Forget(number=vm.number, purge=True), lambda error: None)
-    delete_later(context, aside)
-    by_user(vm.uid, "rm", number=vm.number, owner=vm.owner, vm=vm.name)
+    context.remove(vm)
     call.reply({"name": vm.ref, "state": "removed"})
 
 
@@ -188,17 +140,47 @@ def handle_images(context: Context, call: Call, request: Images) -> None:
 
 def handle_whoami(context: Context, call: Call, request: Whoami) -> None:
     peer = call.peer
-    limits, used = context.policy.defaults, context.registry.used(peer.uid)
+    effective, used = context.effective(peer.user), context.registry.used(peer.uid)
     call.reply(
         {
             "user": peer.user,
             "uid": peer.uid,
             "admin": peer.admin,
             "mode": _mode(context),
-            "limits": vars(limits),
+            "limits": effective.numbers(),
+            "catalogue": context.policy.names_for(effective.limits),
+            "wrapper_options": effective.limits.wrapper_options and sorted(effective.limits.wrapper_options),
             "used": vars(used),
         }
     )
+
+
+def handle_display(context: Context, call: Call, request: Display, vm: Vm) -> None:
+    context.machines.display(call, vm)
+
+
+def handle_snapshot(context: Context, call: Call, request: Snapshot, vm: Vm) -> None:
+    snapshots.handle_snapshot(context, call, request, vm)
+
+
+def handle_launch_line(context: Context, call: Call, request: LaunchLine, vm: Vm) -> None:
+    """The command that a boot would run now, for the administrator to look at."""
+    if not call.peer.admin and not context.layout.embedded:
+        raise NotAllowed(what="the launch line", who="administrators")
+
+    def known() -> None:
+        if context.facts.problem:
+            raise NoQemu(problem=context.facts.problem)
+        call.reply({"name": vm.ref, "argv": start.launch_line(context, vm)})
+
+    context.facts.when_known(lambda: call.guard(known))
+
+
+def handle_reload(context: Context, call: Call, request: Reload) -> None:
+    """Take the policy file as it is now; one that is not valid is refused, and the old one stays."""
+    if not call.peer.admin and not context.layout.embedded:
+        raise NotAllowed(what="reloading the policy", who="administrators")
+    call.reply({"later": context.reload_policy()})
 
 
 def handle_version(context: Context, call: Call, request: Version) -> None:
@@ -237,19 +219,6 @@ def _lacks(context: Context) -> list[str]:
     return lacks
 
 
-def delete_later(context: Context, folder: str) -> None:
-    """Delete a folder of ours in a job; what is interrupted is found again at the next start."""
-
-    def done(status: int, output: str) -> None:
-        if status:
-            note("delete-failed", folder=folder, status=status)
-
-    try:
-        context.jobs.start(["rm", "-rf", "--one-file-system", "--", folder], {}, done)
-    except OSError as exc:
-        note("delete-failed", folder=folder, problem=exc)
-
-
 def _row(vm: Vm) -> dict[str, Any]:
     return {
         "name": vm.name,
@@ -265,12 +234,15 @@ def _row(vm: Vm) -> dict[str, Any]:
     }
 
 
-def _disk(disk: Disk, path: str) -> dict[str, Any]:
-    try:
-        used = os.stat(path, follow_symlinks=False).st_blocks * 512
-    except OSError:
-        used = 0
-    return {"name": disk.name, "format": "qcow2", "size": disk.size, "used": used}
+def _device(context: Context, vm: Vm, name: str, device: Disk | Nic) -> dict[str, Any]:
+    if isinstance(device, Nic):
+        mac = device.mac or mac_address(vm.number, int(name.removeprefix("net")))
+        return {"name": name, "network": device.network, "model": device.model, "mac": mac, "link": device.link}
+    row: dict[str, Any] = {"name": name, "path": device.path, "type": device.type, "bus": vm.definition.bus_of(device)}
+    made = vm.store.find(device.path)
+    if made is not None:
+        row |= {"format": made.format, "size": made.size, "used": vm.store.used(device.path)}
+    return row
 
 
 def _image(image: Image) -> dict[str, Any]:
@@ -286,7 +258,9 @@ def _image(image: Image) -> dict[str, Any]:
 HANDLERS: dict[type[Request], Callable[..., None]] = {
     List: handle_list,
     Info: handle_info,
-    New: handle_new,
+    New: defining.handle_new,
+    Define: defining.handle_define,
+    Change: defining.handle_change,
     Boot: handle_boot,
     Shutdown: handle_shutdown,
     Kill: handle_kill,
@@ -294,6 +268,15 @@ HANDLERS: dict[type[Request], Callable[..., None]] = {
     Reboot: handle_reboot,
     Rm: handle_rm,
     Console: handle_console,
+    Display: handle_display,
+    Snapshot: handle_snapshot,
+    Objects: keeping.handle_objects,
+    DiskAdd: keeping.handle_disk_add,
+    Put: keeping.handle_put,
+    Drop: keeping.handle_drop,
+    Explain: explaining.handle_explain,
+    LaunchLine: handle_launch_line,
+    Reload: handle_reload,
     Images: handle_images,
     Whoami: handle_whoami,
     Version: handle_version,

@@ -8,41 +8,62 @@ Runs in: the broker.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import StorageFailed, VmExists
 from ..layout import Layout
-from ..messages import ALIVE, CREATING, FAILED, OFF, STATES
+from ..messages import ALIVE, CREATING, FAILED, OFF, SHELF, STATES
+from ..model import definition as definitions
+from ..model.decide import Usage
+from ..model.definition import Definition
+from ..model.values import split_ref
 from ..names import NUMBER_MAX, check_name
-from . import definition as definitions
-from .definition import Definition
+from .disk import read_text, storage, sync_folder, write_fast, write_text
 from .journal import note
-from .policy import Usage
+from .objects import Store
 
 RECORD_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Memory and disks of a moment, inside the VM's own disks. *memory* in MiB, *text*: the definition it ran with."""
+
+    tag: str
+    number: int
+    created: int
+    memory: int
+    text: str
 
 
 class Vm:
     """One VM in memory. `state` is one of messages.STATES; everything below the blank line lives only while it runs."""
 
-    def __init__(self, number: int, uid: int, owner: str, definition: Definition, created: int) -> None:
+    def __init__(self, number: int, uid: int, owner: str, definition: Definition, created: int, store: Store) -> None:
         self.number = number
         self.uid = uid
         self.owner = owner
         self.definition = definition
         self.created = created
+        self.store = store
+        self.snapshots: dict[str, Snapshot] = {}
+        self.snapshot_number = 0  # of the last one begun: none is used twice, whatever became of it
+        self.once = False  # gone when it ends
         self.last_error: dict[str, Any] | None = None
         self.state = OFF
-        self.unreadable = False
+        self.unreadable = ""  # why it must not be booted
         self.recorded = ""  # what its record on disk says
 
+        self.defining = False  # its definition is being changed
+        self.booted: Definition | None = None  # what it runs with
+        self.balloon = 0  # MiB that the balloon was told to leave to the guest; 0: never told
         self.note = ""
         self.accel = ""
         self.pid = 0  # of the jail's outer process, which leads to QEMU's
@@ -62,14 +83,26 @@ class Vm:
         """How the owner calls it."""
         return self.definition.name
 
-    def share(self, *, running: bool) -> Usage:
-        """What this VM counts against its owner's limits."""
-        disk = sum(item.size for item in self.definition.disks) >> 20
-        on = int(running)
-        return Usage(vms=1, running=on, cpus=self.definition.cpus * on, memory=self.definition.memory * on, disk=disk)
+    def share(self, *, running: bool, definition: Definition | None = None, disk: int | None = None) -> Usage:
+        """What this VM counts against its owner's limits, or would with another *definition* or with *disk* MiB of objects.
+
+        While it runs, what it was booted with counts: a guest need not give back what its balloon asks for.
+        """
+        counts = definition or self.booted or self.definition
+        return Usage(
+            vms=1,
+            running=int(running),
+            cpus=counts.cpus,
+            memory=counts.memory,
+            disk=(self.store.size() if disk is None else disk) + sum(saved.memory for saved in self.snapshots.values()),
+            snapshots=len(self.snapshots),
+            nics=len(counts.nics),
+        )
 
     def started_again(self) -> None:
         """Forget what was true of the last run."""
+        self.booted = None
+        self.balloon = 0
         self.note = ""
         self.accel = ""
         self.pid = self.pid_ticks = self.qemu_pid = self.qemu_ticks = 0
@@ -84,6 +117,7 @@ class Registry:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._vms: dict[tuple[int, str], Vm] = {}
+        self._shelves: dict[tuple[int, str], Store] = {}
         self._numbers: dict[int, Vm] = {}
         self._next = 1
 
@@ -96,9 +130,34 @@ class Registry:
     def of(self, uid: int) -> list[Vm]:
         return sorted((vm for vm in self if vm.uid == uid), key=lambda vm: vm.name)
 
+    def shelf(self, uid: int, owner: str) -> Store:
+        """The objects of an account that belong to no VM. By uid *and* name, like VMs: a uid may be given to another (D22)."""
+        return self._shelf(uid, owner.encode("utf-8", "surrogateescape").hex())
+
+    def _shelf(self, uid: int, folder: str) -> Store:
+        if (uid, folder) not in self._shelves:
+            store = Store(f"{self._layout.shelf(uid)}/{folder}", SHELF)
+            try:
+                with storage():
+                    store.load()
+            except (ValueError, TypeError, AttributeError) as exc:
+                note("shelf-unreadable", folder=store.folder, problem=str(exc))
+                raise StorageFailed(problem="the list of the objects on your shelf is damaged") from exc
+            self._shelves[uid, folder] = store
+        return self._shelves[uid, folder]
+
+    def _shelves_of(self, uid: int) -> list[Store]:
+        try:
+            folders = os.listdir(self._layout.shelf(uid))
+        except FileNotFoundError:
+            folders = []
+        known = [folder for other, folder in self._shelves if other == uid]
+        return [self._shelf(uid, folder) for folder in {*folders, *known}]
+
     def used(self, uid: int, *, without: Vm | None = None) -> Usage:
-        """The sum over *uid*'s VMs; one that only waits for its turn counts as running, or two could take the last place."""
-        return Usage.total(vm.share(running=vm.state in (*ALIVE, "queued")) for vm in self.of(uid) if vm is not without)
+        """The sum over *uid*'s VMs and shelf; a VM that only waits for its turn runs, or two could take the last place."""
+        shares = [vm.share(running=vm.state in (*ALIVE, "queued")) for vm in self.of(uid) if vm is not without]
+        return Usage.total([*shares, *(Usage(disk=shelf.size()) for shelf in self._shelves_of(uid))])
 
     # --- the disk -----------------------------------------------------------------------------------------------------
 
@@ -120,47 +179,76 @@ class Registry:
 
     def _load_one(self, uid: int, name: str, folder: str) -> None:
         try:
-            text = _read(f"{folder}/record.json")
+            text = read_text(f"{folder}/record.json")
             record = json.loads(text)
-            definition = definitions.readable(_read(f"{folder}/vm.toml"))
+            definition, problem = definitions.read_stored(_definition_text(folder), name)
             number, owner, created = record["number"], record["owner"], record["created"]
             well_formed = type(number) is int and 0 < number <= NUMBER_MAX and type(owner) is str and type(created) is int
             if not well_formed or number in self._numbers or check_name(name) != name:
                 raise ValueError("a field is wrong")
+            store = Store(f"{folder}/disks", name)
+            store.load()
+            snapshots = {row["tag"]: Snapshot(**row) for row in record.get("snapshots", [])}
         except Exception as exc:
             # One unreadable record must not keep everyone else's VMs away; the files stay for the administrator.
             note("record-unreadable", folder=folder, problem=str(exc))
             return
-        vm = Vm(number, uid, owner, definition or Definition(name=name, image=name), created)
+        vm = Vm(number, uid, owner, definition, created, store)
         vm.last_error = record.get("last_error")
+        vm.snapshots = snapshots
+        vm.snapshot_number = max([record.get("snapshot_number", 0), *(saved.number for saved in snapshots.values())])
+        vm.once = record.get("once") is True
         vm.recorded = text
-        if definition is None or record.get("version") != RECORD_VERSION:
-            vm.unreadable = True
-            vm.state, vm.note = FAILED, "its definition cannot be read by this version"
+        if record.get("version") != RECORD_VERSION:
+            problem = problem or "its record was written by a newer version"
+        if problem:
+            vm.unreadable = problem
+            vm.state, vm.note = FAILED, problem
         self._vms[uid, name] = self._numbers[number] = vm
 
-    def create(self, uid: int, owner: str, definition: Definition) -> tuple[Vm, str]:
-        """Take the name and a new number; returns the VM (state creating) and the folder in which its disks are to be made."""
+    def on_paper(self, uid: int, owner: str, definition: Definition) -> Vm:
+        """A VM to judge a definition with, that is nowhere written down."""
         if (uid, definition.name) in self._vms:
             raise VmExists(vm=definition.name)
-        vm = Vm(self._take_number(), uid, owner, definition, int(time.time()))
-        vm.state = CREATING
-        folder = f"{self._layout.vms}/{uid}/.new-{vm.number}"
-        with _storage():
-            os.makedirs(f"{folder}/disks", mode=0o700)
-            _write(f"{folder}/vm.toml", definition.to_toml())
-            vm.recorded = _record(vm)
-            _write(f"{folder}/record.json", vm.recorded)
-        self._vms[uid, vm.name] = self._numbers[vm.number] = vm
-        return vm, folder
+        return Vm(0, uid, owner, definition, 0, Store(f"{self._layout.vms}/{uid}/.paper", definition.name))
 
-    def finish_creation(self, vm: Vm, folder: str) -> None:
+    def create(self, uid: int, owner: str, definition: Definition, *, once: bool = False) -> Vm:
+        """Take the name and a new number: a VM in state creating, in a folder of its own in which its disks are to be made."""
+        if (uid, definition.name) in self._vms:
+            raise VmExists(vm=definition.name)
+        number = self._take_number()
+        folder = f"{self._layout.vms}/{uid}/.new-{number}"
+        vm = Vm(number, uid, owner, definition, int(time.time()), Store(f"{folder}/disks", definition.name))
+        vm.state, vm.once = CREATING, once
+        with storage():
+            os.makedirs(f"{folder}/disks", mode=0o700)
+            write_text(f"{folder}/vm.toml", definitions.to_toml(definition))
+            vm.recorded = _record(vm)
+            write_text(f"{folder}/record.json", vm.recorded)
+        self._vms[uid, vm.name] = self._numbers[vm.number] = vm
+        return vm
+
+    def finish_creation(self, vm: Vm) -> None:
         """The disks are there: make the VM real, in one rename."""
-        with _storage():
-            _sync_folder(folder)
-            os.rename(folder, self._layout.vm_state(vm.uid, vm.name))
-            _sync_folder(os.path.dirname(folder))
+        folder, final = os.path.dirname(vm.store.folder), self._layout.vm_state(vm.uid, vm.name)
+        with storage():
+            sync_folder(folder)
+            os.rename(folder, final)
+            vm.store.folder = f"{final}/disks"
+            sync_folder(os.path.dirname(final))
         vm.state = OFF
+
+    def redefine(self, vm: Vm, definition: Definition) -> None:
+        """Write another definition, then believe it."""
+        with storage():
+            write_text(f"{self._layout.vm_state(vm.uid, vm.name)}/vm.toml", definitions.to_toml(definition))
+        vm.definition = definition
+        self.save(vm)
+
+    def text(self, vm: Vm) -> str:
+        """The definition as it stands on the disk, with what this version does not know."""
+        with storage():
+            return _definition_text(os.path.dirname(vm.store.folder))
 
     def forget(self, vm: Vm) -> None:
         """Drop the VM from memory; its name is free again, its number is not."""
@@ -170,19 +258,17 @@ class Registry:
     def set_aside(self, vm: Vm) -> str:
         """Begin a removal: one rename takes the VM away for good; returns the folder that is left to delete."""
         aside = f"{self._layout.vms}/{vm.uid}/.rm-{vm.number}"
-        with _storage():
+        with storage():
             os.rename(self._layout.vm_state(vm.uid, vm.name), aside)
         return aside
 
     def save(self, vm: Vm) -> None:
-        """Write the lasting record (the last error), if it says anything new: a sync costs everybody milliseconds."""
+        """Write the lasting record, if it says anything new: a sync costs everybody milliseconds."""
         text = _record(vm)
         if text == vm.recorded:
             return
-        with _storage():
-            path = f"{self._layout.vm_state(vm.uid, vm.name)}/record.json"
-            _write(path + ".new", text)
-            os.rename(path + ".new", path)
+        with storage():
+            write_text(f"{self._layout.vm_state(vm.uid, vm.name)}/record.json", text)
         vm.recorded = text
 
     # --- the run directory --------------------------------------------------------------------------------------------
@@ -191,21 +277,30 @@ class Registry:
         """Write *state*, then believe it. Called before the act that the state announces."""
         assert state in STATES
         folder = self._layout.vm_run(vm.number)
-        with _storage():
+        with storage():
             if state in (OFF, FAILED):
                 shutil.rmtree(folder, ignore_errors=True)
             else:
                 os.makedirs(folder, mode=0o750, exist_ok=True)
-                _write_fast(f"{folder}/run.json", json.dumps(_run(vm, state)))
+                if vm.booted:
+                    write_fast(f"{folder}/booted.toml", definitions.to_toml(vm.booted))
+                write_fast(f"{folder}/run.json", json.dumps(_run(vm, state)))
         vm.state = state
 
     def saved_run(self, number: int) -> dict[str, Any]:
         """What `run.json` says, or nothing at all if it is missing, damaged or from before a reboot."""
         try:
-            run = json.loads(_read(f"{self._layout.vm_run(number)}/run.json"))
+            run = json.loads(read_text(f"{self._layout.vm_run(number)}/run.json"))
         except (OSError, ValueError):
             return {}
         return run if isinstance(run, dict) and run.get("boot_id") == boot_id() else {}
+
+    def saved_booted(self, vm: Vm) -> Definition:
+        """What a VM that runs was booted with; what it is defined as now, if nobody wrote that down."""
+        try:
+            return definitions.read_stored(read_text(f"{self._layout.vm_run(vm.number)}/booted.toml"), vm.name)[0]
+        except OSError:
+            return vm.definition
 
     # --- numbers ------------------------------------------------------------------------------------------------------
 
@@ -215,22 +310,34 @@ class Registry:
         number = next((number for number in numbers if number not in self._numbers), 0)
         if not number:
             raise StorageFailed(problem=f"all {NUMBER_MAX} VM numbers are in use")
-        with _storage():
+        with storage():
             # Not synced: what a power cut takes away with it is only which numbers of removed VMs were used.
-            _write_fast(f"{self._layout.vms}/next", f"{number + 1}\n")
+            write_fast(f"{self._layout.vms}/next", f"{number + 1}\n")
         self._next = number + 1
         return number
 
     def _read_next(self) -> int:
         try:
-            return max(1, min(int(_read(f"{self._layout.vms}/next")), NUMBER_MAX + 1))
+            return max(1, min(int(read_text(f"{self._layout.vms}/next")), NUMBER_MAX + 1))
         except (OSError, ValueError):
             return max(self._numbers, default=0) + 1
 
 
 def boot_id() -> str:
     """This boot of the host, so that no pid of an earlier one is believed."""
-    return _read("/proc/sys/kernel/random/boot_id").strip()
+    return read_text("/proc/sys/kernel/random/boot_id").strip()
+
+
+def _definition_text(folder: str) -> str:
+    return read_text(f"{folder}/vm.toml")
+
+
+def _images(vm: Vm) -> list[str]:
+    """Every catalogue image that this VM came from or stands on: none of them may be taken away under it."""
+    definition = vm.definition
+    refs = [definition.kernel, definition.initrd, *(disk.base for disk in definition.disks)]
+    named = {split_ref(ref)[1] for ref in refs if ref.startswith("image:")} | {made.base for _, made in vm.store}
+    return sorted((named | {definition.image}) - {""})
 
 
 def _record(vm: Vm) -> str:
@@ -239,8 +346,11 @@ def _record(vm: Vm) -> str:
         "number": vm.number,
         "owner": vm.owner,
         "created": vm.created,
-        "image": vm.definition.image,
+        "images": _images(vm),
         "last_error": vm.last_error,
+        **({"once": True} if vm.once else {}),
+        **({"snapshot_number": vm.snapshot_number} if vm.snapshot_number else {}),
+        **({"snapshots": [vars(saved) for saved in vm.snapshots.values()]} if vm.snapshots else {}),
     }
     return json.dumps(record, indent=1) + "\n"
 
@@ -254,46 +364,6 @@ def _run(vm: Vm, state: str) -> dict[str, object]:
         "qemu_ticks": vm.qemu_ticks,
         "started": vm.started,
         "accel": vm.accel,
+        "balloon": vm.balloon,
         "boot_id": boot_id(),
     }
-
-
-def _read(path: str) -> str:
-    with open(path, encoding="utf-8") as file:
-        return file.read(1 << 20)
-
-
-def _write_fast(path: str, text: str) -> None:
-    with open(path + ".new", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.rename(path + ".new", path)
-
-
-def _write(path: str, text: str) -> None:
-    with open(
-        os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600), "w", encoding="utf-8"
-    ) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-class _storage:
-    """Turn what the file system says into the sentence a person reads; the path stays in the journal (R25)."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
-        if isinstance(exc, OSError):
-            note("storage", problem=str(exc))
-            full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
-            raise StorageFailed(problem="the disk is full" if full else exc.strerror or "the disk refused") from exc

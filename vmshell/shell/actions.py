@@ -45,8 +45,11 @@ def list_vms(context: Context, values: Values) -> int:
 def info(context: Context, values: Values) -> int:
     from . import show
 
-    answer = context.ask(messages.Info(vm=values.text("vm")))
-    if values.flag("json"):
+    answer = context.ask(messages.Info(vm=values.text("vm"), toml=values.flag("toml")))
+    if values.flag("toml") and not values.flag("json"):
+        for line in str(answer.get("toml", "")).splitlines():
+            context.say(safe(line, 4096))
+    elif values.flag("json"):
         show.document(context, answer)
     else:
         show.vm_details(context, answer)
@@ -99,9 +102,13 @@ def version(context: Context, values: Values) -> int:
 
 
 def new(context: Context, values: Values) -> int:
-    asked = {name: values.number(name, 0) for name in ("cpus", "memory", "disk")}
-    given: dict[str, int] = {name: number for name, number in asked.items() if values.flag(name)}
-    answer = context.ask(messages.New(vm=values.text("vm"), image=values.text("image"), **given))
+    if values.flag("from"):
+        from . import defining
+
+        return defining.new_from(context, values)
+    from .requests import build
+
+    answer = context.ask(build("new", values))
     _state(context, answer)
     context.note(f"`boot {safe(answer.get('name'))} --console` starts it and shows its console")
     return EX_DONE
@@ -109,6 +116,10 @@ def new(context: Context, values: Values) -> int:
 
 def rm(context: Context, values: Values) -> int:
     vm = values.text("vm")
+    if "." in vm:
+        from . import storing
+
+        return storing.drop(context, vm, asks=not values.flag("yes"))
     if not values.flag("yes"):
         if not (context.terminal.stdin_tty and context.terminal.stderr_tty):
             raise Usage(problem="rm asks for the VM's name, and there is no terminal to ask on", usage=f"rm {vm} --yes")
@@ -145,21 +156,23 @@ def destroy(context: Context, values: Values) -> int:
 
 
 def boot(context: Context, values: Values) -> int:
+    from .requests import build
+
     vm = values.text("vm")
     pattern, attach = values.optional("wait"), values.flag("console")
     if pattern is None:
         if values.flag("timeout"):
             raise Usage(problem="--timeout says how long to wait for --wait", usage="boot NAME --wait REGEX [--timeout S]")
         if attach:
-            return boot_attached(context, vm)
-        answer = context.ask(messages.Boot(vm=vm))
+            return boot_attached(context, vm, build("boot", values))
+        answer = context.ask(build("boot", values))
         _state(context, answer)
         _say_if_slow(context, answer)
         return EX_DONE
     from .bootwait import Waiter
 
     waiter = Waiter(context, vm, pattern, values.number("timeout", 300), show=attach)  # a bad pattern boots nothing
-    answer, fd = context.ask_fd(messages.Boot(vm=vm, console=True))
+    answer, fd = context.ask_fd(build("boot", values))
     console_fd = _need_fd(fd)
     try:
         waiter.wait(console_fd)
@@ -173,11 +186,17 @@ def boot(context: Context, values: Values) -> int:
     return EX_DONE
 
 
-def boot_attached(context: Context, vm: str) -> int:
+def boot_attached(context: Context, vm: str, request: messages.Request | None = None) -> int:
     """Boot, with the console attached before the guest's first instruction."""
-    answer, fd = context.ask_fd(messages.Boot(vm=vm, console=True))
+    answer, fd = context.ask_fd(request or messages.Boot(vm=vm, console=True))
     _say_if_slow(context, answer)
     return _attach(context, vm, _need_fd(fd))
+
+
+def attach_new(context: Context, answer: dict[str, object], fd: int | None) -> int:
+    """The console of a VM that was made and booted in one request."""
+    _say_if_slow(context, answer)
+    return _attach(context, str(answer.get("name")), _need_fd(fd))
 
 
 def shutdown(context: Context, values: Values) -> int:

@@ -83,11 +83,11 @@ class Broker:
             self.close()  # interrupted in the middle: a late answer must not meet the next request
             raise
 
-    def begin(self, request: Request) -> Pending:
-        """Send *request* on a connection of its own, for a caller that goes on doing other things."""
+    def begin(self, request: Request, fd: int = -1) -> Pending:
+        """Send *request* (and *fd*) on a connection of its own, for a caller that goes on doing other things."""
         sock = self._connect()
         try:
-            wire.send(sock, {"id": 1, **request.to_body()})
+            wire.send(sock, {"id": 1, **request.to_body()}, (fd,) if fd >= 0 else ())
         except OSError as error:
             sock.close()
             raise BrokerDown(problem=_reason(error)) from error
@@ -132,7 +132,7 @@ class Broker:
             except BrokenPipeError:
                 pending.receive()  # it may have said why it closed: raises that, or that it is gone
                 raise
-            return self._wait(pending, progress)
+            return self.wait(pending, progress)
         except OSError as error:
             self.close()
             if not again or (sent and request.verb not in REPEATABLE):
@@ -140,7 +140,8 @@ class Broker:
                 raise BrokerDown(problem=what) from error
             return self._call(request, progress, again=False)
 
-    def _wait(self, pending: Pending, progress: Progress | None) -> tuple[dict[str, object], int | None]:
+    def wait(self, pending: Pending, progress: Progress | None) -> tuple[dict[str, object], int | None]:
+        """The answer to *pending*; raises VmshellError, or OSError when the broker has gone."""
         poll = select.poll()
         poll.register(pending, select.POLLIN)
         while True:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Context:
     """One login."""
 
-    __slots__ = ("broker", "editor", "interactive", "layout", "leaving", "signals", "terminal")
+    __slots__ = ("broker", "editor", "interactive", "layout", "leaving", "signals", "single", "terminal")
 
     def __init__(self, layout: Layout, broker: Broker, terminal: Terminal, signals: Signals) -> None:
         self.layout = layout
@@ -32,6 +32,7 @@ class Context:
         self.signals = signals
         self.interactive = False  # at our own prompt, not one request of `ssh host VERB`
         self.leaving = False
+        self.single = False  # one request alone: standard input is its own to read
         self.editor: Editor | PlainEditor | None = None
 
     def ask(self, request: Request) -> dict[str, object]:

@@ -10,7 +10,7 @@ Runs in: the shell. Pure functions.
 from __future__ import annotations
 
 from ..errors import BadName, BadValue, UnknownVerb, Usage, VmshellError, safe
-from ..names import MIB, check_name, check_vm_ref, parse_size
+from ..names import MIB, check_name, check_object, check_vm_ref, nearest, parse_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,6 +72,12 @@ class Values:
 
     def flag(self, name: str) -> bool:
         return name in self._values
+
+    def words(self, name: str) -> list[str]:
+        """What stands for an argument that may come many times."""
+        value = self._values.get(name, [])
+        assert isinstance(value, list)
+        return value
 
 
 class Request:
@@ -156,6 +162,9 @@ def as_words(texts: list[str]) -> list[Word]:
 def parse(words: list[Word], verb: Verb) -> Request:
     """Check the words after the verb against its row of the table."""
     values: dict[str, object] = {}
+    if verb.raw:
+        # What follows has a grammar of its own (QEMU's options, another request): it is not ours to judge.
+        return Request(verb, Values({verb.arguments[0].name: [word.text for word in words[1:]]}))
     given: list[Word] = []
     options = {option.name: option for option in verb.options}
     queue = words[1:]
@@ -197,10 +206,17 @@ def _option(word: Word, queue: list[Word], options: dict[str, Option], values: d
 
 
 def _arguments(given: list[Word], verb: Verb, values: dict[str, object]) -> None:
+    last = verb.arguments[-1] if verb.arguments and verb.arguments[-1].many else None
+    if last is not None:
+        rest = given[len(verb.arguments) - 1 :]
+        given = given[: len(verb.arguments)]
+        values[last.name] = [CHECKS[last.kind](word.text, last.name) for word in rest]
     if len(given) > len(verb.arguments):
         extra = given[len(verb.arguments)]
         raise Pointed(f"{safe(extra.text, 40)!r} is one word too many for {verb.name}", extra.column, verb.usage())
     for argument, word in zip(verb.arguments, given, strict=False):
+        if argument.many:
+            continue
         values[argument.name] = CHECKS[argument.kind](word.text, argument.name)
     for argument in verb.arguments[len(given) :]:
         if not argument.optional:
@@ -255,6 +271,45 @@ def _text(text: str, name: str) -> str:
     return text
 
 
+def _assignment(text: str, name: str) -> str:
+    if not text.partition("=")[1]:
+        raise BadValue(field=safe(text, 60), value="a key alone", rule="KEY=VALUE, like memory=1G")
+    return text
+
+
+def split_object(text: str) -> tuple[str, str]:
+    """`web1.kernel` as VM (or `shelf`) and object; the VM's part may have its owner before it."""
+    where, dot, name = text.partition(".")
+    if not dot:
+        raise BadValue(field="OBJECT", value=safe(text, 60), rule="VM.OBJECT or shelf.OBJECT, like web1.kernel")
+    return check_vm_ref(where), check_object(name)
+
+
+def _object(text: str, name: str) -> str:
+    split_object(text)
+    return text
+
+
+def _vm_or_object(text: str, name: str) -> str:
+    return _object(text, name) if "." in text else check_vm_ref(text)
+
+
+def _object_name(text: str, name: str) -> str:
+    return check_object(text)
+
+
+def _add(text: str, name: str) -> str:
+    if text != "add":
+        raise BadValue(field="disk", value=safe(text, 40), rule="`disk add NAME OBJECT --size SIZE` is what there is")
+    return text
+
+
+def _dash(text: str, name: str) -> str:
+    if text != "-":
+        raise BadValue(field=name, value=safe(text, 40), rule="-, which is standard input; vmshell opens no files")
+    return text
+
+
 CHECKS: dict[str, Callable[[str, str], object]] = {
     "vm": _vm,
     "new-vm": _new_vm,
@@ -263,6 +318,12 @@ CHECKS: dict[str, Callable[[str, str], object]] = {
     "seconds": _seconds,
     "mebibytes": _mebibytes,
     "key": escape_key,
+    "assignment": _assignment,
+    "object": _object,
+    "object-name": _object_name,
+    "vm-or-object": _vm_or_object,
+    "add": _add,
+    "dash": _dash,
     "text": _text,
 }
 
@@ -274,33 +335,3 @@ def looks_like_vm(text: str) -> bool:
     except (BadName, VmshellError):
         return False
     return True
-
-
-# --- nearest ---------------------------------------------------------------------------------------------------------
-
-
-def nearest(word: str, candidates: object) -> str:
-    """The candidate a slip of the fingers away from *word*, or an empty string."""
-    best, best_distance = "", 3
-    for candidate in candidates:  # type: ignore[attr-defined]
-        distance = _distance(word[:40], candidate)
-        if distance < best_distance and distance <= max(1, len(candidate) // 3):
-            best, best_distance = candidate, distance
-    return best
-
-
-def _distance(left: str, right: str) -> int:
-    """Edits between two words; two neighbours changed over count as one (`lsit` is one edit from `list`)."""
-    if abs(len(left) - len(right)) > 2:
-        return 9
-    before: list[int] = []
-    row = list(range(len(right) + 1))
-    for i, a in enumerate(left, 1):
-        last, before = before, row
-        row = [i]
-        for j, b in enumerate(right, 1):
-            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (a != b))
-            if i > 1 and j > 1 and a == right[j - 2] and b == left[i - 2]:
-                cost = min(cost, last[j - 2] + 1)
-            row.append(cost)
-    return row[-1]

@@ -6,7 +6,8 @@ Runs in: the shell. Pure functions.
 from __future__ import annotations
 
 from ..errors import REGISTRY, Usage, safe
-from . import grammar, verbs
+from ..names import nearest
+from . import verbs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,9 +57,11 @@ def topic(name: str | None, width: int = 80) -> str:
         return keys(width=width)
     if name == "quoting":
         return "\n".join(wrap(QUOTING, width))
+    if name in ("keys-of-vm", "vm.toml"):
+        return "\n".join(definition_keys(width))
     verb = verbs.BY_WORD.get(name)
     if verb is None or verb.hidden:
-        near = grammar.nearest(name, verbs.BY_WORD)
+        near = nearest(name, verbs.BY_WORD)
         raise Usage(problem=f"there is no help on {safe(name, 40)}", usage=f"help {near}" if near else "help [VERB]")
     return about(verb, width)
 
@@ -66,13 +69,16 @@ def topic(name: str | None, width: int = 80) -> str:
 def overview(width: int = 80) -> str:
     lines = []
     table = [(_short(verb), verb) for verb in verbs.visible()]
-    column = max(len(left) for left, _ in table)
+    column = min(max(len(left) for left, _ in table), 18 if width < 60 else 30)
     for left, verb in table:
         also = f" (also: {', '.join(verb.aliases)})" if verb.aliases else ""
         first, *rest = wrap(verb.help + also, max(20, width - column - 2))
+        if len(left) > column:
+            lines.append(left)
+            left = ""
         lines.append(f"{left.ljust(column)}  {first}")
         lines += [" " * (column + 2) + line for line in rest]
-    lines += ["", *wrap("`help VERB` tells more; other topics: keys (of the console), exit-status, quoting.", width)]
+    lines += ["", *wrap("`help VERB` tells more; other topics: keys (of the console), keys-of-vm, exit-status, quoting.", width)]
     return "\n".join(lines)
 
 
@@ -98,6 +104,19 @@ def about(verb: Verb, width: int = 80) -> str:
     if verb.name == "console":
         lines += ["", keys(width=width)]
     return "\n".join(lines)
+
+
+def definition_keys(width: int = 80) -> list[str]:
+    """Every key of a VM's definition with its values and meaning, from the table that reads it."""
+    from ..model.keys import DISK_KEYS, KEYS, NET_KEYS
+
+    lines = ["Keys of a VM's definition, for `set`, `unset` and `define`:"]
+    for prefix, table in (("", KEYS), ("disk0.", DISK_KEYS), ("net0.", NET_KEYS)):
+        for key in table.values():
+            lines.append(f"  {prefix}{key.name} = {key.kind.metavar}")
+            lines += [f"      {line}" for line in wrap(key.help, max(20, width - 6))]
+    lines += wrap("CD drives are cdrom0 and so on, floppy drives floppy0, with the keys of a disk.", width)
+    return lines
 
 
 def keys(escape: str = "^]", width: int = 80) -> str:
@@ -145,6 +164,7 @@ def man_sections() -> str:
                 value = f" \\fI{_man(option.metavar)}\\fR" if option.metavar else ""
                 lines += [".TP", f"\\fB{_man('--' + option.name)}\\fR{value}", _man(_sentence(option.help))]
             lines.append(".RE")
+    lines += _man_definition()
     lines += [".SH CONSOLE KEYS", "After the escape key (^], or what --escape says):".replace("-", "\\-")]
     for key, text in KEYS:
         lines += [".TP", f"\\fB{_man(key)}\\fR", _man(_sentence(text))]
@@ -154,10 +174,21 @@ def man_sections() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _man_definition() -> list[str]:
+    from ..model.keys import DISK_KEYS, KEYS, NET_KEYS
+
+    lines = [".SH KEYS OF A DEFINITION", _man("What `set` changes and `define` takes, as TOML (see FILES for its sections).")]
+    for prefix, table in (("", KEYS), ("disk.", DISK_KEYS), ("net.", NET_KEYS)):
+        for key in table.values():
+            lines += [".TP", f"\\fB{_man(prefix + key.name)}\\fR = {_man(key.kind.metavar)}", _man(_sentence(key.help))]
+    return lines
+
+
 def _man_usage(verb: Verb) -> str:
     words = [f"\\fB{_man(verb.name)}\\fR"]
     for argument in verb.arguments:
-        words.append(f"[\\fI{argument.metavar}\\fR]" if argument.optional else f"\\fI{argument.metavar}\\fR")
+        metavar = _man(argument.metavar)
+        words.append(f"[\\fI{metavar}\\fR]" if argument.optional else f"\\fI{metavar}\\fR")
     for option in sorted(verb.options, key=lambda option: not option.required):
         value = f" \\fI{_man(option.metavar)}\\fR" if option.metavar else ""
         text = f"\\fB{_man('--' + option.name)}\\fR{value}"
@@ -166,7 +197,7 @@ def _man_usage(verb: Verb) -> str:
 
 
 def _man(text: str) -> str:
-    for char, escaped in (("\\", "\\e"), ("-", "\\-"), ("^", "\\(ha"), ("~", "\\(ti"), ("`", "\\(ga")):
+    for char, escaped in (("\\", "\\e"), ("-", "\\-"), ("^", "\\(ha"), ("~", "\\(ti"), ("`", "\\(ga"), ("…", "...")):
         text = text.replace(char, escaped)
     return "\\&" + text if text.startswith((".", "'")) else text
 

@@ -15,6 +15,7 @@ import sys
 
 from ..errors import EX_DONE, EX_INTERNAL, EX_INTERRUPTED, BrokerDown, Internal, NoSuchVm, UnknownVerb, Usage, VmshellError, safe
 from ..layout import Layout
+from ..names import nearest
 from . import process
 
 TYPE_CHECKING = False
@@ -163,6 +164,7 @@ def _layout(asked: Invocation) -> Layout:
 def _one_request(context: Context, asked: Invocation) -> int:
     from . import grammar
 
+    context.single = True
     if asked.text is not None:
         return attempt(context, lambda: grammar.words_of(asked.text or ""), asked.text)
     return attempt(context, lambda: grammar.as_words(asked.words), " ".join(asked.words))
@@ -212,7 +214,7 @@ def _near(words: list[Word]) -> str:
     from . import grammar, verbs
 
     first = words[0].text
-    near = grammar.nearest(first, [word for word in verbs.BY_WORD if not verbs.BY_WORD[word].hidden])
+    near = nearest(first, [word for word in verbs.BY_WORD if not verbs.BY_WORD[word].hidden])
     if not near and len(words) > 1 and words[1].text in verbs.BY_WORD and grammar.looks_like_vm(first):
         near = f"{words[1].text} {first}"
     return near

@@ -30,7 +30,7 @@ ACCOUNT_LIMITS = (
     ("disk", "disk", "user_disk"),
     ("processors of one VM", "", "cpus_max"),
     ("memory of one VM", "", "memory_max"),
-    ("one disk", "", "disk_size_max"),
+    ("disks of one VM", "", "disk_size_max"),
 )
 
 
@@ -99,12 +99,13 @@ def vm_details(context: Context, vm: Row) -> None:
         ("boots from", safe(vm.get("boot") or "", 20)),
         ("machine", f"{safe(vm.get('machine') or '', 20)} {safe(vm.get('accel') or '', 10)}".strip()),
         ("address", safe(vm.get("address") or "", 60)),
-        ("MAC", safe(vm.get("mac") or "", 20)),
+        ("description", safe(vm.get("description") or "", 200)),
     ]
-    for disk in rows(vm.get("disks")):
-        size, used = format_size(_number(disk.get("size"))), format_size(_number(disk.get("used")))
-        pairs.append((f"disk {safe(disk.get('name'), 40)}", f"{size} {safe(disk.get('format'), 10)}, {used} used"))
+    pairs += [(safe(device.get("name"), 20), _device(device)) for device in rows(vm.get("devices"))]
     pairs += [
+        ("snapshots", ", ".join(safe(row.get("tag"), 63) for row in rows(vm.get("snapshots")))),
+        ("next boot", _names(vm.get("next_boot"))),
+        ("missing", _names(vm.get("missing"))),
         ("viewers", str(_number(vm.get("viewers")))),
         ("number", str(_number(vm.get("number")))),
         ("created", _moment(vm.get("created"))),
@@ -113,6 +114,66 @@ def vm_details(context: Context, vm: Row) -> None:
     if isinstance(error, dict):
         pairs.append(("last error", f"{safe(error.get('text'))} ({safe(error.get('code'), 40)}, {_moment(error.get('at'))})"))
     _pairs(context, pairs)
+
+
+def _device(device: Row) -> str:
+    if "network" in device:
+        link = ", cable out" if device.get("link") == "down" else ""
+        return f"{safe(device.get('network'), 64)} ({safe(device.get('model'), 20)}), {safe(device.get('mac'), 20)}{link}"
+    text = f"{safe(device.get('path') or 'empty', 80)} on {safe(device.get('bus'), 10)}"
+    if "size" in device:
+        size, used = format_size(_number(device.get("size"))), format_size(_number(device.get("used")))
+        text += f": {size} {safe(device.get('format'), 10)}, {used} used"
+    return text
+
+
+def _names(value: object) -> str:
+    return ", ".join(safe(name, 80) for name in value) if isinstance(value, list) else ""
+
+
+def rule_table(context: Context, rules: list[Row]) -> None:
+    """The rules of an `explain`, refusals first."""
+    cells = [
+        {
+            "": "ok" if rule.get("ok") is True else "NO",
+            "RULE": safe(rule.get("rule"), 40),
+            "ABOUT": safe(rule.get("what"), 80),
+            "ASKED": safe(rule.get("asked"), 40),
+            "USED": safe(rule.get("used"), 20),
+            "LIMIT": safe(rule.get("limit"), 40),
+            "ALLOWED": safe(rule.get("nearest"), 60),
+            "FROM": safe(rule.get("section"), 60),
+        }
+        for rule in sorted(rules, key=lambda rule: rule.get("ok") is True)
+    ]
+    _table(context, ["", "RULE", "ABOUT", "ASKED", "USED", "LIMIT", "ALLOWED", "FROM"], cells)
+
+
+def object_table(context: Context, objects: list[Row]) -> None:
+    cells = [
+        {
+            "NAME": safe(row.get("name"), 64),
+            "FORMAT": safe(row.get("format"), 10),
+            "SIZE": format_size(_number(row.get("size"))),
+            "TAKES": format_size(_number(row.get("used"))),
+            "OVER": safe(row.get("base") or "", 40),
+            "USED BY": _names(row.get("users")),
+        }
+        for row in objects
+    ]
+    _table(context, ["NAME", "FORMAT", "SIZE", "TAKES", "OVER", "USED BY"], cells)
+
+
+def snapshot_table(context: Context, snapshots: list[Row]) -> None:
+    cells = [
+        {
+            "TAG": safe(row.get("tag"), 63),
+            "MEMORY": format_size(_number(row.get("memory")) * MIB),
+            "SAVED": _moment(row.get("created")),
+        }
+        for row in snapshots
+    ]
+    _table(context, ["TAG", "MEMORY", "SAVED"], cells)
 
 
 def account(context: Context, answer: Row) -> None:

@@ -5,7 +5,7 @@ Runs in: the shell. Pure data; what a verb does stands in `actions.py`.
 
 from __future__ import annotations
 
-from . import actions
+from . import actions, later
 from .grammar import Word
 
 TYPE_CHECKING = False
@@ -17,15 +17,21 @@ if TYPE_CHECKING:
 
 
 class Argument:
-    """A word that stands after the verb. *kind* is a row of `grammar.CHECKS` (`vm` also tells completion what to offer)."""
+    """A word that stands after the verb. *kind* is a row of `grammar.CHECKS` (`vm` also tells completion what to offer).
 
-    __slots__ = ("kind", "metavar", "name", "optional")
+    Only the last one may be *many*: one word or more.
+    """
 
-    def __init__(self, name: str, kind: str = "vm", *, metavar: str = "NAME", optional: bool = False) -> None:
+    __slots__ = ("kind", "many", "metavar", "name", "optional")
+
+    def __init__(
+        self, name: str, kind: str = "vm", *, metavar: str = "NAME", optional: bool = False, many: bool = False
+    ) -> None:
         self.name = name
         self.kind = kind
-        self.metavar = metavar
+        self.metavar = metavar + ("…" if many else "")
         self.optional = optional
+        self.many = many
 
 
 class Option:
@@ -50,9 +56,9 @@ def flag(name: str, help: str) -> Option:
 
 
 class Verb:
-    """One row."""
+    """One row. *raw*: everything behind the verb is handed over as it is, as the one argument."""
 
-    __slots__ = ("aliases", "arguments", "detail", "help", "hidden", "name", "options", "run")
+    __slots__ = ("aliases", "arguments", "detail", "help", "hidden", "name", "options", "raw", "run")
 
     def __init__(
         self,
@@ -65,6 +71,7 @@ class Verb:
         run: Callable[[Context, Values], int],
         *,
         hidden: bool = False,
+        raw: bool = False,
     ) -> None:
         self.name = name
         self.aliases = tuple(aliases.split())
@@ -74,6 +81,7 @@ class Verb:
         self.detail = detail
         self.run = run
         self.hidden = hidden
+        self.raw = raw
 
     def usage(self) -> str:
         words = [self.name]
@@ -93,27 +101,70 @@ TABLE: tuple[Verb, ...] = (
         actions.list_vms,
     ),
     Verb(
-        "info", "show status", (NAME,), (JSON,),
+        "info", "show status", (NAME,), (JSON, flag("toml", "its definition, as `define` takes it")),
         "everything about one VM",
-        "With live figures while it runs, and the last error if there was one.",
+        "With live figures while it runs, what waits for the next boot, and the last error if there was one.",
         actions.info,
     ),
     Verb(
         "new", "create", (Argument("vm", "new-vm"),),
         (
-            Option("image", "image", "IMAGE", "what it starts from; `images` shows the catalogue", required=True),
+            Option("image", "image", "IMAGE", "what it starts from; `images` shows the catalogue"),
+            Option("from", "dash", "-", "a definition on standard input instead of an image"),
             Option("cpus", "number", "N", "processors (1)"),
             Option("memory", "mebibytes", "SIZE", "memory, like 512M or 2G"),
-            Option("disk", "mebibytes", "SIZE", "size of an additional empty disk, like 10G"),
+            Option("disk", "mebibytes", "SIZE", "size of its disk, like 10G"),
         ),
-        "make a VM from an image",
+        "make a VM from an image or a definition",
         "The name is 1 to 31 of a-z, 0-9 and '-', starting with a letter. The VM is off at first; `boot` starts it.",
         actions.new,
+    ),
+    Verb(
+        "set", "", (NAME, Argument("assignments", "assignment", metavar="KEY=VALUE", many=True)), (),
+        "change keys of a VM's definition",
+        "`help keys-of-vm` lists the keys; devices are called disk0, cdrom0, floppy0, net0 and so on, and the next free number "
+        "makes a new one: `set web1 cdrom0=shelf:debian.iso boot.order=cdrom0,disk0`. On a running VM the balloon, the medium "
+        "of a CD drive, a cable (net0.link) and console.log follow at once; it says what waits for the next boot.",
+        later.set_keys,
+    ),
+    Verb(
+        "unset", "", (NAME, Argument("keys", "text", metavar="KEY", many=True)), (),
+        "put keys back to their defaults, or take devices out",
+        "`unset web1 disk1` takes the disk out of the VM; its object stays, and `rm web1.OBJECT` deletes it.",
+        later.unset_keys,
+    ),
+    Verb(
+        "define", "", (Argument("vm", "new-vm"),), (),
+        "give a VM the definition on standard input",
+        "A new VM, or all of an old one's definition: `ssh HOST define web1 < web1.toml`. `info web1 --toml` prints such a text.",
+        later.define,
+    ),
+    Verb(
+        "kvm", "qemu", (Argument("words", "text", metavar="OPTION", many=True),), (),
+        "run a VM by QEMU's own options, as far as they are allowed",
+        "`kvm -hda root -cdrom debian-12.iso -boot d -snapshot` boots such a VM once, with its console, and forgets it when it "
+        "ends; --save NAME keeps it instead, --explain only shows what each option becomes. Files are objects of your shelf "
+        "(`put shelf.NAME`) or of the administrator's library. What is refused gets a line with the reason and what to use.",
+        later.kvm, raw=True,
+    ),
+    Verb(
+        "import-libvirt", "", (Argument("vm", "new-vm"),), (),
+        "make a VM from a libvirt domain on standard input",
+        "`virsh dumpxml web1 | ssh HOST import-libvirt web1`. What has no key here is listed; disks are brought in with `put`.",
+        later.import_libvirt,
+    ),
+    Verb(
+        "explain", "", (Argument("words", "text", metavar="VERB …", many=True),), (),
+        "which rules a request would meet, and what would be allowed",
+        "`explain boot web1`, `explain set web1 memory=8G`, `explain new web2 --image demo --memory 8G`: nothing is done.",
+        later.explain, raw=True,
     ),
     Verb(
         "boot", "start", (NAME,),
         (
             flag("console", "attach to its console before the first instruction"),
+            Option("restore", "text", "TAG", "go on from this snapshot instead of starting anew"),
+            flag("snapshot", "throw away at its end what it writes to its disks"),
             Option("wait", "text", "REGEX", "return once the guest has printed this"),
             Option("timeout", "seconds", "S", "how long to wait for it (300 s)"),
         ),
@@ -165,10 +216,49 @@ TABLE: tuple[Verb, ...] = (
         actions.reboot,
     ),
     Verb(
-        "rm", "delete", (NAME,), (flag("yes", "do not ask"),),
-        "delete a VM and its disks",
-        "On a terminal it asks for the VM's name first. There is no way back.",
+        "snapshot", "", (NAME, Argument("tag", "text", metavar="TAG")), (flag("delete", "forget it"),),
+        "save a running VM's memory and disks under a name",
+        "`boot NAME --restore TAG` goes on from there. All its writable disks must be qcow2.",
+        later.snapshot,
+    ),
+    Verb("snapshots", "", (NAME,), (JSON,), "the snapshots of a VM", "", later.snapshots),
+    Verb(
+        "display", "vnc", (NAME,), (),
+        "the screen of a VM, as RFB (VNC) on standard input and output",
+        "For a viewer's helper: `socat TCP-LISTEN:5901,bind=127.0.0.1 EXEC:'ssh HOST display web1'`, then a viewer on "
+        "127.0.0.1:5901. The VM needs display.type = vnc.",
+        later.display,
+    ),
+    Verb(
+        "rm", "delete", (Argument("vm", "vm-or-object"),), (flag("yes", "do not ask"),),
+        "delete a VM and its disks, or one object (VM.OBJECT)",
+        "On a terminal it asks for the name first. There is no way back.",
         actions.rm,
+    ),
+    Verb(
+        "disk", "", (Argument("what", "add", metavar="add"), NAME, Argument("object", "object-name", metavar="OBJECT")),
+        (
+            Option("size", "mebibytes", "SIZE", "how large, like 2G", required=True),
+            Option("format", "text", "FORMAT", "qcow2 (grows as it is written) or raw"),
+            Option("bus", "text", "BUS", "virtio, sata or ide, scsi, usb"),
+        ),
+        "make a blank disk and put it into a VM",
+        "With `shelf` for NAME it belongs to no VM, and definitions call it shelf:OBJECT.",
+        later.disk,
+    ),
+    Verb(
+        "put", "", (Argument("object", "object", metavar="VM.OBJECT"),),
+        (Option("format", "text", "FORMAT", "raw, qcow2, file or rom; else by the name's ending"),),
+        "bring a file in from standard input",
+        "`ssh HOST put web1.kernel < bzImage`; `put shelf.debian.iso` brings it to your shelf. Formats are never guessed from "
+        "the contents: .qcow2 is qcow2, .img .raw .fd are raw disks, .rom an option ROM, everything else a file to read only.",
+        later.put,
+    ),
+    Verb(
+        "objects", "files", (Argument("vm", "vm", optional=True),), (JSON,),
+        "the disks and files of a VM; without a name, of your shelf and the library",
+        "",
+        later.objects,
     ),
     Verb("images", "", (), (JSON,), "the catalogue to make VMs from", "", actions.images),
     Verb("whoami", "", (), (JSON,), "your account, limits and what is used of them", "", actions.whoami),

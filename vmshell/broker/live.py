@@ -1,0 +1,112 @@
+"""What changes while a VM runs: memory by the balloon, the medium of a CD drive, a cable, whether the console is logged.
+
+Runs in: the broker.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ..errors import VmshellError
+from ..messages import PAUSED, RUNNING
+from ..model import definition as definitions
+from ..model.definition import Disk, Nic
+from ..model.values import split_device
+from . import opening
+
+if TYPE_CHECKING:
+    from ..model.definition import Definition
+    from .context import Context
+    from .fleet import Live
+    from .vms import Vm
+
+Said = Callable[[list[str], list[str]], None]  # the keys changed now; sentences about those that could not be
+
+# Keys that are nothing to a guest: there is nothing to wait for.
+NOT_THE_GUESTS = ("description", "autostart", "image")
+BALLOON = "memory.size"
+
+
+def follow(context: Context, vm: Vm, done: Said) -> None:
+    """Make a running VM follow its new definition where it can, one order after the other; `done` is called once."""
+    live = context.machines.live(vm)
+    booted = vm.booted
+    if live is None or booted is None or vm.state not in (RUNNING, PAUSED):
+        done([], [])
+        return
+    todo = [key for key in definitions.differences(booted, vm.definition) if key != BALLOON and _order(vm, booted, key)]
+    if vm.definition.memory <= booted.memory and vm.definition.memory != (vm.balloon or booted.memory):
+        todo.append(BALLOON)
+    now: list[str] = []
+    problems: list[str] = []
+
+    def step() -> None:
+        if not todo:
+            if now:
+                context.registry.set_state(vm, vm.state)  # what it runs with now, for a broker that comes after us
+            done(now, problems)
+            return
+        key = todo.pop(0)
+
+        def answered(error: VmshellError | None) -> None:
+            if error:
+                problems.append(f"{key}: {error.sentence()}")
+            elif vm.booted is not None:
+                now.append(key)
+                _believe(vm, vm.booted, key)
+            step()
+
+        _give(context, live, vm, key, answered)
+
+    step()
+
+
+def _believe(vm: Vm, booted: Definition, key: str) -> None:
+    if key == BALLOON:
+        vm.balloon = vm.definition.memory
+    else:
+        vm.booted = definitions.with_key_of(booted, vm.definition, key)
+
+
+def order_all(context: Context, live: Live) -> None:
+    """Before the first instruction: what QEMU has no argument for."""
+    for name, nic in (live.vm.booted or live.vm.definition).devices().items():
+        if isinstance(nic, Nic) and nic.link == "down":
+            context.machines.order(live, "link-down", value=int(name.removeprefix("net")))
+
+
+def _order(vm: Vm, booted: Definition, key: str) -> tuple[str, int] | None:
+    """The order, and its number, that changes *key* of a running VM; None if only a boot does."""
+    device, _, field = key.partition(".")
+    place = split_device(device)
+    wanted, now = (definition.devices().get(device) for definition in (vm.definition, booted))
+    if key == BALLOON and vm.definition.memory <= booted.memory:
+        return "balloon", vm.definition.memory
+    if key == "console.log":
+        return ("log-on" if vm.definition.log else "log-off"), 0
+    if place and isinstance(wanted, Nic) and now and field == "link":
+        return f"link-{wanted.link}", place[1]
+    if place and isinstance(wanted, Disk) and now and wanted.type == "cdrom" and field == "path":
+        return ("insert" if wanted.path else "eject"), place[1]
+    return None
+
+
+def _give(context: Context, live: Live, vm: Vm, key: str, answered: Callable[[VmshellError | None], None]) -> None:
+    found = _order(vm, vm.booted or vm.definition, key)
+    assert found is not None
+    what, value = found
+    fd = -1
+    try:
+        if what == "insert":
+            disk = vm.definition.devices()[key.partition(".")[0]]
+            assert isinstance(disk, Disk)
+            opening.check_disk(disk, key, opening.facts_of(context, vm, disk.path))
+            fd = opening.open_object(context, vm, disk.path)
+        context.machines.order(live, what, answered, value=value, fd=fd)
+    except VmshellError as exc:
+        answered(exc)
+    finally:
+        if fd >= 0:
+            os.close(fd)

@@ -1,0 +1,120 @@
+"""Objects: disks, ISOs, kernels and ROMs of one VM, or of a user's shelf. What each was made as is recorded, never probed (R3).
+
+A store is a folder with the files and `objects.json`, which says what each was made as. A file that is not in it (a half-made
+one, say) is not an object and is deleted at the next start.
+Runs in: the broker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..errors import NoSuchObject, ObjectExists
+from ..names import MIB, is_object_name
+from .disk import read_text, storage, write_text
+
+FACTS = "objects.json"
+FILE = "file"  # the format of what a guest is given and never changes: kernels, ROMs, ISOs
+
+
+@dataclass(frozen=True)
+class Object:
+    """*size* in bytes: what a guest sees of a disk, or the file's own. *base*: the catalogue image under an overlay."""
+
+    format: str
+    size: int
+    base: str = ""
+
+
+class Store:
+    """Raises StorageFailed when the disk says no; memory and disk then still agree."""
+
+    def __init__(self, folder: str, where: str) -> None:
+        self.folder = folder
+        self.where = where  # how a person calls it: the VM's name, or `shelf`
+        self._objects: dict[str, Object] = {}
+        self._making: dict[str, Object] = {}  # counted like objects, so that two requests cannot take the same last room
+
+    def __iter__(self) -> Iterator[tuple[str, Object]]:
+        return iter(sorted(self._objects.items()))
+
+    def load(self) -> None:
+        """Read the facts; forget, and delete, what they do not name."""
+        with contextlib.suppress(FileNotFoundError):
+            rows = json.loads(read_text(f"{self.folder}/{FACTS}"))
+            self._objects = {name: Object(**row) for name, row in rows.items() if is_object_name(name)}
+        with contextlib.suppress(FileNotFoundError):
+            for entry in os.listdir(self.folder):
+                if entry.startswith("."):
+                    if entry not in KEPT:
+                        os.unlink(f"{self.folder}/{entry}")
+                elif entry != FACTS and entry not in self._objects:
+                    os.unlink(f"{self.folder}/{entry}")
+
+    def find(self, name: str) -> Object | None:
+        return self._objects.get(name)
+
+    def get(self, name: str) -> Object:
+        found = self._objects.get(name)
+        if found is None:
+            ref = f"{self.where}.{name}"
+            advice = f"`put {ref} < FILE` brings it in; `objects {self.where}` lists what is there"
+            raise NoSuchObject(where=self.where, object=name, advice=advice)
+        return found
+
+    def path(self, name: str) -> str:
+        return f"{self.folder}/{name}"
+
+    def begin(self, name: str, made: Object) -> str:
+        """Take *name* for an object that is about to be made; returns the path to make it at."""
+        if name in self._objects or name in self._making or name == FACTS:
+            raise ObjectExists(where=self.where, object=name, ref=f"{self.where}.{name}")
+        self._making[name] = made
+        return self._half_made(name)
+
+    def give_up(self, name: str) -> None:
+        self._making.pop(name, None)
+        with contextlib.suppress(OSError):
+            os.unlink(self._half_made(name))
+
+    def finish(self, name: str, made: Object) -> None:
+        """The half-made file is whole: make it an object, in one rename and one write."""
+        with storage():
+            os.rename(self._half_made(name), self.path(name))
+            self._write({**self._objects, name: made})
+        self._making.pop(name, None)
+
+    def _half_made(self, name: str) -> str:
+        return f"{self.folder}/.new-{name}"
+
+    def remove(self, name: str) -> None:
+        with storage():
+            self._write({other: made for other, made in self._objects.items() if other != name})
+            os.unlink(self.path(name))
+
+    def size(self) -> int:
+        """What all of it counts against the owner's limit, in MiB, each object rounded up."""
+        return sum(mebibytes(made.size) for made in (*self._objects.values(), *self._making.values()))
+
+    def used(self, name: str) -> int:
+        """Bytes that an object takes on the host's disk."""
+        try:
+            return os.stat(self.path(name), follow_symlinks=False).st_blocks * 512
+        except OSError:
+            return 0
+
+    def _write(self, objects: dict[str, Object]) -> None:
+        write_text(f"{self.folder}/{FACTS}", json.dumps({name: vars(made) for name, made in sorted(objects.items())}, indent=1))
+        self._objects = objects
+
+
+NVRAM = ".nvram"  # UEFI's variables: made at the first boot, not an object
+KEPT = (NVRAM,)
+
+
+def mebibytes(size: int) -> int:
+    return -(-size // MIB)

@@ -1,0 +1,194 @@
+"""The verbs about what a VM is made of: blank disks, files brought in, objects, snapshots, and its screen.
+
+Runs in: the shell. Touches standard input and output, and the descriptors that come with answers.
+"""
+
+from __future__ import annotations
+
+import os
+
+from .. import messages
+from ..errors import EX_DONE, EX_REFUSED, BadValue, Usage, VmshellError, safe
+from .grammar import split_object
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+
+    from .context import Context
+    from .grammar import Values
+
+ENDINGS = {".qcow2": "qcow2", ".img": "raw", ".raw": "raw", ".fd": "raw", ".ima": "raw", ".flp": "raw", ".rom": "rom"}
+FORMATS = ("raw", "qcow2", "file", "rom")
+HINTS = {
+    "file": "`set {vm} boot.kernel={ref}`, boot.initrd or cdrom0 use it",
+    "raw": "`set {vm} {device}={ref}` puts it in",
+    "qcow2": "`set {vm} {device}={ref}` puts it in",
+    "rom": "`set {vm} boot.option_rom={ref}` uses it",
+}
+
+
+def disk(context: Context, values: Values) -> int:
+    from .requests import build
+
+    answer = context.ask(build("disk", values))
+    where, name = values.text("vm"), values.text("object")
+    context.say(f"{safe(where)}.{safe(name)}: made")
+    if where != messages.SHELF:
+        from .defining import say_changes
+
+        say_changes(context, answer)
+    return EX_DONE
+
+
+def put(context: Context, values: Values) -> int:
+    """The broker gives the other end of a socket pair to a job that reads it; only that job ever sees the bytes."""
+    import socket
+
+    from . import upload
+    from .progress import Progress
+
+    ref = values.text("object")
+    where, name = split_object(ref)
+    format = values.optional("format") or next((kind for end, kind in ENDINGS.items() if name.endswith(end)), "file")
+    if format not in FORMATS:
+        raise BadValue(field="--format", value=safe(format, 20), rule=f"one of {', '.join(FORMATS)}")
+    upload.check_stdin(context.terminal, ref)
+    must_own_stdin(context, "put")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    meter = upload.Meter(context.terminal, upload.size_of(0))
+    with ours:
+        try:
+            pending = context.broker.begin(messages.Put(vm=where, object=name, format=format), theirs.fileno())
+        finally:
+            theirs.close()
+        try:
+            try:
+                upload.send(ours.fileno(), 0, meter)
+            finally:
+                meter.clear()
+            answer, _ = context.broker.wait(pending, Progress(context.terminal))
+        finally:
+            pending.close()
+    context.say(f"{safe(ref)}: {_size(answer)} {format}")
+    vm = "NAME" if where == messages.SHELF else where
+    inside = f"shelf:{name}" if where == messages.SHELF else name
+    context.note(HINTS[format].format(vm=vm, ref=inside, device="floppy0 or disk1"))
+    return EX_DONE
+
+
+def must_own_stdin(context: Context, verb: str) -> None:
+    """At a prompt, and where requests come line by line, standard input is not the verb's."""
+    if not context.single:
+        problem = f"{verb} reads standard input, which is where your requests come from"
+        raise Usage(problem=problem, usage=f"ssh HOST {verb} … < FILE")
+
+
+def _size(answer: dict[str, object]) -> str:
+    from ..names import format_size
+
+    size = answer.get("size")
+    return format_size(size) if isinstance(size, int) else "?"
+
+
+def objects(context: Context, values: Values) -> int:
+    from . import show
+
+    where = values.optional("vm") or messages.SHELF
+    answer = context.ask(messages.Objects(vm=where))
+    rows = show.rows(answer.get("objects"))
+    library = answer.get("library")
+    names = [safe(name, 80) for name in library] if isinstance(library, list) else []
+    if values.flag("json"):
+        show.document(context, answer)
+        return EX_DONE
+    if rows:
+        show.object_table(context, rows)
+    else:
+        context.note(f"no objects yet: `put {where}.NAME < FILE` brings one in, `disk add {where} NAME --size 2G` makes one")
+    if names:
+        context.say("library: " + ", ".join(names))
+    return EX_DONE
+
+
+def drop(context: Context, ref: str, *, asks: bool) -> int:
+    """`rm VM.OBJECT`."""
+    from .actions import ask_line
+
+    where, name = split_object(ref)
+    if asks:
+        if not (context.terminal.stdin_tty and context.terminal.stderr_tty):
+            raise Usage(problem="rm asks for the name, and there is no terminal to ask on", usage=f"rm {ref} --yes")
+        if ask_line(context, f"This deletes {ref} for good. Type its name to go on: ") not in (ref, name):
+            context.note(f"{ref} was not deleted")
+            return EX_REFUSED
+    context.ask(messages.Drop(vm=where, object=name))
+    context.say(f"{ref}: removed")
+    return EX_DONE
+
+
+def snapshot(context: Context, values: Values) -> int:
+    from .requests import build
+
+    answer = context.ask(build("snapshot", values))
+    done = "forgotten" if values.flag("delete") else "saved"
+    context.say(f"{safe(answer.get('name'))}: {safe(answer.get('tag'))} {done}")
+    return EX_DONE
+
+
+def snapshots(context: Context, values: Values) -> int:
+    from . import show
+
+    answer = context.ask(messages.Info(vm=values.text("vm")))
+    rows = show.rows(answer.get("snapshots"))
+    if values.flag("json"):
+        show.document(context, {"snapshots": rows})
+    elif rows:
+        show.snapshot_table(context, rows)
+    else:
+        context.note("no snapshots: `snapshot NAME TAG` makes one while the VM runs")
+    return EX_DONE
+
+
+# --- the screen ------------------------------------------------------------------------------------------------------
+
+
+def display(context: Context, values: Values) -> int:
+    """Bytes between standard input and output and QEMU's VNC server, until either side closes."""
+    import socket
+
+    if context.terminal.stdin_tty or context.terminal.stdout_tty:
+        raise Usage(
+            problem="display speaks RFB on standard input and output, which is for a viewer and not for a terminal",
+            usage="socat TCP-LISTEN:5901,bind=127.0.0.1 EXEC:'ssh HOST display NAME', and a viewer on 127.0.0.1:5901",
+        )
+    must_own_stdin(context, "display")
+    _, fd = context.ask_fd(messages.Display(vm=values.text("vm")))
+    if fd is None:
+        raise VmshellError()
+    with socket.socket(fileno=fd) as stream:
+        _pump(stream)
+    return EX_DONE
+
+
+def _pump(stream: socket.socket) -> None:
+    """Both ways, blocking on the slower side: what one side does not take, the other is not asked for."""
+    import select
+
+    from .terminal import write_all
+
+    poll = select.poll()
+    poll.register(0, select.POLLIN)
+    poll.register(stream, select.POLLIN)
+    while True:
+        for fd, _ in poll.poll():
+            try:
+                data = os.read(fd, 65536)
+                if not data:
+                    return
+                if fd == 0:
+                    stream.sendall(data)
+                else:
+                    write_all(1, data)
+            except OSError:
+                return
