@@ -289,7 +289,7 @@ def test_installing_again_is_the_upgrade(host: Host) -> None:
     start_pretended_vm(host, "vmshell-vm-9999.scope")
     pid = main_pid(host, "vmshell-broker")
     host.sh("echo '# mine' >>/etc/vmshell/policy.toml; touch " + LIBDIR + "/leftover")
-    said = host.make("install").stdout
+    said = host.make("install", "KVM=1").stdout
     assert "kept your /etc/vmshell/policy.toml" in said
     assert host.sh("tail -n 1 /etc/vmshell/policy.toml") == "# mine\n"
     assert main_pid(host, "vmshell-broker") not in (0, pid)

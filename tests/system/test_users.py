@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pexpect
 import pytest
 
+from tests import guests
 from tests.host.machine import Host
 
 # The first test of a machine makes the hosts' image, as fast as the package mirror is.
@@ -191,6 +192,41 @@ def test_an_account_outside_the_group_reaches_no_socket(web1: Host) -> None:
     connect = "import socket; socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET).connect('/run/vmshell/broker.sock')"
     done = web1.exec("setpriv", "--reuid=games", "--regid=games", "--clear-groups", "python3", "-c", connect, check=False)
     assert done.returncode != 0 and "PermissionError" in done.stderr
+
+
+def test_everything_a_definition_can_say_over_ssh(web1: Host) -> None:
+    """Files come in through ssh, a VM is made of them, changed, explained, booted; the wrapper runs one; root sees the line."""
+    kernel = guests.kernel("mine").decode("utf-8", "surrogateescape")
+    disk = guests.disk(guests.bootsector("shelved")).decode("utf-8", "surrogateescape")
+    definition = '[memory]\nsize = "64M"\n[boot]\nkernel = "bzImage"\ncmdline = "a=1 b"\n'
+    status, out, err = web1.run("alice", "define made", stdin=definition)
+    assert (status, out) == (0, "made: off\n") and "not there yet: bzImage" in err, err
+    status, out, err = web1.run("alice", "put made.bzImage", stdin=kernel)
+    assert status == 0 and out.startswith("made.bzImage: "), err
+    assert web1.run("alice", "put shelf.root.img", stdin=disk)[0] == 0
+    assert web1.run("bob", "objects")[1] == "" and web1.run("bob", "objects made")[0] == 3
+    assert web1.run("alice", "disk add made data --size 1G")[0] == 0
+    status, _, err = web1.run("alice", "boot made --wait 'initrd none' --timeout 120", timeout=180)
+    assert status == 0, err
+    status, out, err = web1.run("alice", "set made cpu.count=2 console.log=off")
+    assert status == 0 and "at the next boot: cpu.count" in err and "changed now: console.log" in err
+    assert web1.run("alice", "kill made")[0] == 0
+    status, out, _ = web1.run("alice", "explain set made memory=8G")
+    assert status == 1 and "memory_max in the built-in limits" in out and "allowed now: 2G" in out
+    once = web1.run("alice", "kvm -hda root.img -m 32 -snapshot", timeout=180)
+    assert "boot from shelved 80" in once[1], once
+    assert web1.run("alice", "kill kvm1")[0] == 0 and web1.run("alice", "info kvm1")[0] == 3
+    status, _, err = web1.run("alice", "kvm -hda root.img -monitor stdio")
+    assert status == 1 and err.startswith("-monitor stdio: denied: ")
+
+    line = web1.admin("launch-line", "alice/made").stdout
+    assert "systemd-run" in line and "setpriv" in line and "bzImage" not in line
+    assert "memory_max" in web1.admin("policy", "test", "alice", "set", "made", "memory=8G", check=False).stdout
+    web1.sh("printf '[user.alice]\\nmemory_max = \"9G\"\\n' >>/etc/vmshell/policy.toml")
+    web1.sh("vmshell-admin policy check && systemctl reload vmshell-broker")
+    wait_for(lambda: web1.run("alice", "explain set made memory=8G")[0] == 0)
+    assert "[user.alice]" in web1.admin("policy", "show", "alice").stdout
+    assert web1.run("alice", "rm made --yes")[0] == 0 and web1.run("alice", "rm shelf.root.img --yes")[0] == 0
 
 
 # --- what runs on the host --------------------------------------------------------------------------------------------
