@@ -396,6 +396,7 @@ def test_every_order_of_the_broker_is_known() -> None:
         ("link-down", 0, "set_link", {"name": "nic0", "up": False}),
     ],
 )
+@pytest.mark.slow
 def test_single_orders_go_out_at_once_and_are_answered_once(
     talk: Talk, what: str, value: int, command: str, arguments: object
 ) -> None:
@@ -486,6 +487,7 @@ def test_a_disc_is_inserted(talk: Talk, short_tmp: Path) -> None:
         ),
     ],
 )
+@pytest.mark.slow
 def test_a_refused_step_takes_back_those_before_it(talk: Talk, short_tmp: Path, step: int, undone: list[str]) -> None:
     talk.greet()
     answers = talk.give("insert", 1, fd=opened(short_tmp / "iso"))
@@ -497,12 +499,14 @@ def test_a_refused_step_takes_back_those_before_it(talk: Talk, short_tmp: Path, 
 
 
 @pytest.mark.parametrize("step", [3, 4, 9])
+@pytest.mark.slow
 def test_what_need_not_work_is_no_failure(talk: Talk, short_tmp: Path, step: int) -> None:
     talk.greet()
     answers = talk.give("insert", 1, fd=opened(short_tmp / "iso"))
     assert spoken(talk.carry_out(talk.say(), refused=step)) == INSERT and answers == [True]
 
 
+@pytest.mark.slow
 def test_long_orders_go_one_after_the_other_and_are_bounded(
     talk: Talk, short_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -598,6 +602,7 @@ def test_a_job_that_ends_with_an_error_has_failed(talk: Talk, answer: object) ->
 
 
 @pytest.mark.parametrize("answer", [[], {}, [7], "snap7", job("concluded", "snap70"), [{"id": ["snap7"], "status": "concluded"}]])
+@pytest.mark.slow
 def test_a_job_nobody_knows_has_failed(talk: Talk, answer: object) -> None:
     """B46."""
     answers, begin = begin_job(talk)
@@ -607,6 +612,7 @@ def test_a_job_nobody_knows_has_failed(talk: Talk, answer: object) -> None:
 
 
 @pytest.mark.parametrize("status", [None, 7, [], "CONCLUDED", "x" * 5000])
+@pytest.mark.slow
 def test_a_status_nobody_knows_is_no_end(talk: Talk, status: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """B46."""
     monkeypatch.setattr(jobs, "LOOK", 0.01)
@@ -626,6 +632,7 @@ def test_a_refused_job_has_failed(talk: Talk) -> None:
     assert status_query["execute"] == "query-status" and answers == [False] and not talk.orders.in_job
 
 
+@pytest.mark.slow
 def test_answers_may_be_late_during_a_job_and_not_after_it(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qmp, "ANSWER_TIME", 0.1)
     answers, begin = begin_job(talk)

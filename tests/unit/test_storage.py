@@ -257,6 +257,7 @@ def test_unknown_extensions_are_stepped_over() -> None:
         qcow2.check((head + struct.pack(">II", 0x44415441, 4) + b"/etc").ljust(qcow2.HEADER_READ, b"\0"), length)
 
 
+@pytest.mark.slow
 def test_the_size_limit_is_the_callers(tmp_path: Path) -> None:
     disk = write_empty(tmp_path / "disk", GIB)
     assert storage("check-header", "qcow2", str(GIB), files=(disk,)) == (0, "")
@@ -628,12 +629,14 @@ KILLED = (-signal.SIGSYS, "")
         "resource.setrlimit(resource.RLIMIT_AS, (1, 1))", "os.posix_fallocate(0, 0, 1)", "time.sleep(0.01)",
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_the_cage_is_shut(inside: str) -> None:
     """Whatever a taken-over job would do first ends it, before it has any effect."""
     before = "sock = socket.socket(socket.AF_UNIX)\nos.dup2(sock.fileno(), 4)\nsock = socket.socket(fileno=4)"
     assert caged(before, inside) == KILLED
 
 
+@pytest.mark.slow
 def test_every_call_that_is_not_named_is_shut() -> None:
     """Each call there is, and some that there will be, all arguments zero: one process for each, forked for speed."""
     code = """
@@ -670,11 +673,13 @@ print(json.dumps(survived))
         "call(0x40000000 + 39)",
     ],
 )
+@pytest.mark.slow
 def test_no_new_code_and_no_other_tables_of_calls(inside: str) -> None:
     before = "page = mmap.mmap(-1, 4096)\naddress = ctypes.addressof(ctypes.c_char.from_buffer(page))"
     assert caged(before, inside) == KILLED
 
 
+@pytest.mark.slow
 def test_the_calls_of_32_bit_programs_are_shut() -> None:
     """Their numbers mean other calls: 3 is read here and close there; code that makes one is laid out before the cage closes."""
     before = """
@@ -697,6 +702,7 @@ poll = select.poll(); poll.register(0); poll.poll(0)
     assert caged("", "try:\n    bytearray(1 << 30)\nexcept MemoryError:\n    pass") == (0, "still here")
 
 
+@pytest.mark.slow
 def test_a_running_job_is_in_its_cage(tmp_path: Path) -> None:
     job = Put(tmp_path / "file", "file", 10 * MIB)
     job.sock.sendall(frame(b"abc"))
@@ -716,6 +722,7 @@ def test_a_running_job_is_in_its_cage(tmp_path: Path) -> None:
     assert job.end() == (0, {"size": 3, "bytes": 3})
 
 
+@pytest.mark.slow
 def test_without_a_cage_nothing_is_taken_in(tmp_path: Path) -> None:
     """A kernel that refuses the filter: the job ends before it has read a byte."""
     code = (
