@@ -243,6 +243,7 @@ MORE = (
 VOCABULARY = {shape for known in (*PLANS.values(), *MORE) for shape in shapes(jail.command(known))}
 
 
+@pytest.mark.slow
 @every_plan
 @given(plans())
 def test_b01_b02_a_line_is_made_of_numbers_and_fixed_words(any_plan: LaunchPlan) -> None:

@@ -307,6 +307,7 @@ def test_before_the_greeting_nothing_is_heard_and_no_order_given(talk: Talk) -> 
     assert talk.say({"event": "RESUME"}) == [] and talk.lost()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flood",
     [

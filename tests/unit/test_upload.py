@@ -96,6 +96,7 @@ def test_the_rest_of_a_file_counts(tmp_path: Path) -> None:
         assert upload.size_of(stream.fileno()) == 0
 
 
+@pytest.mark.slow
 def test_a_pipe_is_sent_as_it_comes(pipe: tuple[int, int]) -> None:
     out, into = pipe
     job = Job()
