@@ -14,8 +14,11 @@ LIBDIR=/usr/local/lib/vmshell
 UNITDIR=/usr/local/lib/systemd/system
 DISTDIR=/usr/lib/python3/dist-packages # where Debian's packages put Python modules; the shell's late imports come from there
 SSHD=/etc/ssh/sshd_config.d/50-vmshell.conf
-UNITS="vmshell-broker.socket vmshell-broker.service vmshell-relay.socket vmshell-relay.service vmshell.slice"
-PACKAGES="qemu-system-x86 qemu-utils bubblewrap util-linux openssh-server
+SOCKETS="vmshell-relay.socket vmshell-tapnet.socket vmshell-broker.socket"
+SERVICES="vmshell-relay.service vmshell-tapnet.service vmshell-broker.service"
+NAMES=vmshell-names.service # the broker starts it
+UNITS="$SOCKETS $SERVICES $NAMES vmshell.slice"
+PACKAGES="qemu-system-x86 qemu-utils bubblewrap util-linux openssh-server openssh-client nftables dnsmasq-base iproute2
  python3-prompt-toolkit python3-pexpect python3-pyroute2 python3-pampy python3-six"
 
 say() { echo "vmshell: $*"; }
@@ -78,7 +81,7 @@ put_files() {
     put 0755 etc/bin/vmshell-admin /usr/local/sbin/vmshell-admin
     if [ "${KVM:-}" = 1 ]; then put 0755 etc/bin/kvm /usr/local/bin/kvm; fi
     for unit in $UNITS; do put 0644 "etc/systemd/$unit" "$UNITDIR/$unit"; done
-    for example in etc/examples/*.toml; do put 0644 "$example" "/usr/local/share/vmshell/examples/${example##*/}"; done
+    for example in etc/examples/*; do put 0644 "$example" "/usr/local/share/vmshell/examples/${example##*/}"; done
     put 0644 etc/sysusers.d/vmshell.conf /usr/local/lib/sysusers.d/vmshell.conf
     put 0644 etc/tmpfiles.d/vmshell.conf /usr/local/lib/tmpfiles.d/vmshell.conf
     put 0644 pam/vmshell /etc/pam.d/vmshell
@@ -120,13 +123,20 @@ activate() {
     systemd-sysusers /usr/local/lib/sysusers.d/vmshell.conf
     systemd-tmpfiles --create /usr/local/lib/tmpfiles.d/vmshell.conf
     systemctl daemon-reload
-    systemctl -q enable --now vmshell-relay.socket vmshell-broker.socket
+    systemctl -q enable --now $SOCKETS
     # An upgrade: the new code takes over. The sockets stay, so clients wait and see no error.
-    systemctl restart vmshell-relay.service vmshell-broker.service ||
-        die "the services do not start: journalctl -u vmshell-broker -u vmshell-relay"
+    systemctl restart $SERVICES || die "the services do not start: journalctl -u 'vmshell-*'"
 }
 
 running_vms() { systemctl list-units --plain --no-legend 'vmshell-vm-*.scope' 2>/dev/null | wc -l; }
+
+# Only what is ours by its mark: the packet filter's two tables, and the bridges whose alias says so. Taps ended with their VMs.
+remove_networks() {
+    for family in inet bridge; do nft delete table "$family" vmshell 2>/dev/null || true; done
+    for link in /sys/class/net/*; do
+        [ "$(cat "$link/ifalias" 2>/dev/null)" != vmshell ] || ip link delete "${link##*/}" 2>/dev/null || true
+    done
+}
 
 vmshell_accounts() { getent passwd | awk -F: '$7 == "/usr/local/bin/vmshell" {print $1}'; }
 
@@ -135,8 +145,9 @@ uninstall() {
         running=$(running_vms)
         [ "$running" = 0 ] || [ "${STOP_VMS:-}" = 1 ] ||
             die "VMs are running: $running. Shut them down first, or pull their plugs with \`make uninstall STOP_VMS=1\` (disks are kept)"
-        systemctl -q disable --now vmshell-broker.socket vmshell-relay.socket 2>/dev/null || true
-        systemctl stop vmshell-broker.service vmshell-relay.service vmshell.slice 2>/dev/null || true
+        systemctl -q disable --now $SOCKETS 2>/dev/null || true
+        systemctl stop $SERVICES $NAMES vmshell.slice 2>/dev/null || true
+        remove_networks
     fi
     rm -rf "$DESTDIR$LIBDIR" "$DESTDIR/run/vmshell"
     rm -rf "$DESTDIR/usr/local/share/vmshell"
@@ -152,7 +163,8 @@ uninstall() {
     systemctl daemon-reload
     ! command -v sshd >/dev/null || systemctl try-reload-or-restart ssh.service || true
     say "removed. Kept: the users' VMs and images (/var/lib/vmshell), console logs (/var/log/vmshell), a changed policy.toml,"
-    say "ssh keys (/etc/ssh/vmshell-keys), the group vmusers and the system user vmshell-relay that owns the logs."
+    say "ssh keys (/etc/ssh/vmshell-keys), the group vmusers and the system users vmshell-relay (which owns the logs),"
+    say "vmshell-tapnet and vmshell-names."
     accounts=$(vmshell_accounts)
     [ -z "$accounts" ] || say "These accounts have vmshell as their shell and cannot log in until you give them another one" \
         "(usermod -s /bin/bash NAME) or delete them (userdel NAME):" $accounts

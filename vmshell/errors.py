@@ -410,6 +410,54 @@ class RelayDown(VmshellError):
     hint = "try again in a moment"
 
 
+class TapnetDown(VmshellError):
+    """the network service does not answer just now, so no VM with a network can start"""
+
+    code = "tapnet-down"
+    exit_status = EX_UNAVAILABLE
+    hint = "running VMs keep their network; try again in a moment, then tell the administrator"
+
+
+class NetworkFailed(VmshellError):
+    """the network could not be made: {problem}"""
+
+    code = "network"
+    exit_status = EX_UNAVAILABLE
+    hint = "nothing of it was left behind; `vmshell-admin doctor` says what the host lacks"
+
+
+class NoAddress(VmshellError):
+    """network {network} has no free address: all {size} are taken"""
+
+    code = "no-address"
+    exit_status = EX_LIMIT
+    hint = "delete a VM that you no longer need, or ask the administrator for a larger pool"
+
+
+class NotConnected(VmshellError):
+    """{vm} cannot be reached: {problem}"""
+
+    code = "not-connected"
+    exit_status = EX_STATE
+    hint = "`net NAME` shows its cards and addresses"
+
+
+class PortTaken(VmshellError):
+    """port {port} of the host already leads elsewhere"""
+
+    code = "port-taken"
+    exit_status = EX_STATE
+    hint = "take another one: publish NAME PORT --to world:PORT"
+
+
+class NoPortToReach(VmshellError):
+    """{vm} has not published {port}"""
+
+    code = "not-published"
+    exit_status = EX_NO_SUCH
+    hint = "`net NAME` lists what is published"
+
+
 class NotWatched(VmshellError):
     """the console service does not look after this VM just now"""
 

@@ -77,6 +77,20 @@ class Layout:
         return f"{self.run}/relay.sock"
 
     @property
+    def tapnet_socket(self) -> str:
+        return f"{self.run}/tapnet.sock"
+
+    @property
+    def names(self) -> str:
+        """What dnsmasq reads: its configuration and who has which address. Everybody may read it."""
+        return f"{self.run}/names"
+
+    @property
+    def addresses(self) -> str:
+        """Which segment has which network and which card has which address, for good."""
+        return f"{self.state}/addresses.json"
+
+    @property
     def host_facts(self) -> str:
         """The acceleration probe's answer, good until the next reboot."""
         return f"{self.run}/host.json"

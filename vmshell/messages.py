@@ -16,7 +16,7 @@ Runs in: every process. Stdlib only, no I/O at import.
 from __future__ import annotations
 
 from .errors import BadValue, ProtocolError, UnknownVerb, safe
-from .names import NUMBER_MAX, check_name, check_object, check_vm_ref
+from .names import INTERFACE_RULE, NUMBER_MAX, check_name, check_object, check_vm_ref, is_interface
 from .wire import INT_MAX
 
 TYPE_CHECKING = False
@@ -153,8 +153,49 @@ def body(value: object, name: str) -> dict[str, object]:
     return value
 
 
+def openings(value: object, name: str) -> list[dict[str, object]]:
+    if not isinstance(value, list) or len(value) > OPENINGS_MAX:
+        raise _bad(name, value, f"a list of at most {OPENINGS_MAX} openings")
+    return [vars(Opening(**item)) if isinstance(item, dict) else _not_a_table(name, item) for item in value]
+
+
+def _not_a_table(name: str, value: object) -> dict[str, object]:
+    raise _bad(name, value, "a table")
+
+
+def numbers(value: object, name: str) -> list[int]:
+    if not isinstance(value, list) or len(value) > NUMBERS_MAX or not all(type(item) is int and item >= 0 for item in value):
+        raise _bad(name, value, f"a list of at most {NUMBERS_MAX} numbers")
+    return value
+
+
+def mac(value: object, name: str) -> str:
+    """A unicast MAC in lower case, as `names.mac_address` writes it, or nothing."""
+    octets = value.split(":") if isinstance(value, str) else []
+    good = len(octets) == 6 and all(len(octet) == 2 and not octet.strip("0123456789abcdef") for octet in octets)
+    if value != "" and not (good and not int(octets[0], 16) & 1):
+        raise _bad(name, value, "a MAC address like 06:00:00:00:00:2a")
+    return str(value)
+
+
+def address(value: object, name: str) -> str:
+    """An IPv4 or IPv6 address, with `/PREFIX` where a network is meant, or nothing. Who uses it parses it."""
+    if not isinstance(value, str) or len(value) > 49 or value.strip("0123456789abcdef.:/"):
+        raise _bad(name, value, "an address like 10.77.3.1")
+    return value
+
+
+def interface(value: object, name: str) -> str:
+    """A network interface of the host, or nothing."""
+    if not isinstance(value, str) or not (value == "" or is_interface(value)):
+        raise _bad(name, value, INTERFACE_RULE)
+    return value
+
+
 TEXT_MAX = 32 * 1024  # characters of a definition: a packet has 64 KiB
 WORDS_MAX = 64
+OPENINGS_MAX = 256
+NUMBERS_MAX = 4096
 SHELF = "shelf"  # where a VM is named: the objects that belong to no VM
 NUMBER = integer(1, NUMBER_MAX)
 
@@ -377,6 +418,53 @@ class Reload(Request):
     verb = "reload"
 
 
+class Networks(Request):
+    """The networks that the peer may put cards on."""
+
+    verb = "networks"
+
+
+class Net(VmRequest):
+    """A VM's network cards with live figures, and what is published of it."""
+
+    verb = "net"
+
+
+class NetHealth(Request):
+    """What the host's network can do, and what is wrong with it (administrators)."""
+
+    verb = "net-health"
+
+
+class Connect(VmRequest):
+    """The reply brings a TCP connection to `port` of the guest."""
+
+    verb = "connect"
+    port: int = field(integer(1, 65535))
+
+
+class Publish(VmRequest):
+    """Let others reach `port` of the guest: `to` is a user, `@group` or `world`. With `remove` no longer; no `to` is all of them.
+
+    `host_port` is the port of the host that leads there for the world; 0 means the same as `port`.
+    """
+
+    verb = "publish"
+    port: int = field(integer(1, 65535))
+    proto: str = field(choice("tcp", "udp"), default="tcp")
+    to: str = field(text(65), default="")
+    host_port: int = field(integer(0, 65535), default=0)
+    remove: bool = field(boolean, default=False)
+
+
+class HostKey(VmRequest):
+    """Keep the host keys with which the guest's sshd first answered (lines without a host name); with `forget` keep none."""
+
+    verb = "host-key"
+    keys: list[str] = field(word_list, default=[])
+    forget: bool = field(boolean, default=False)
+
+
 class Images(Request):
     verb = "images"
     after: str = field(text(128), default="")
@@ -395,6 +483,7 @@ REQUESTS: dict[str, type[Request]] = {
     for kind in (
         *(List, Info, New, Define, Change, Boot, Shutdown, Kill, Reset, Reboot, Rm, Console, Display, Snapshot),
         *(Objects, DiskAdd, Put, Drop, Explain, LaunchLine, Reload, Images, Whoami, Version),
+        *(Networks, Net, NetHealth, Connect, Publish, HostKey),
     )
 }
 
@@ -449,7 +538,10 @@ ORDERS = (
     "snapshot-delete",
     "log-on",  # keep the guest's output in the log from now on; never reaches QEMU
     "log-off",
+    "nic-add",  # NIC `value` of `model` with `mac` on the tap whose descriptor comes beside it
+    "nic-remove",  # NIC `value`
 )
+NIC_MODELS = ("virtio", "e1000e", "e1000", "rtl8139")
 
 
 class Order(ToRelay):
@@ -460,6 +552,8 @@ class Order(ToRelay):
     what: str = field(choice(*ORDERS))
     value: int = field(integer(0, 1 << 24), default=0)
     disks: int = field(integer(0, (1 << 32) - 1), default=0)
+    mac: str = field(mac, default="")
+    model: str = field(choice(*NIC_MODELS), default="virtio")
 
 
 class Forget(ToRelay):
@@ -487,4 +581,126 @@ def parse_to_relay(body: dict[str, object]) -> ToRelay:
     kind = TO_RELAY.get(verb) if isinstance(verb, str) else None
     if kind is None:
         raise ProtocolError(problem="the relay has no such verb")
+    return kind.from_body(body)
+
+
+# --- broker → tapnet --------------------------------------------------------------------------------------------------
+#
+# The broker says what there is to be, tapnet makes the kernel so. Each message is answered, in order, with `ok` or `error`.
+# A connection begins with `settings`, then names every segment and port that exists, and ends that with `settle`: what was not
+# named is removed. After that single messages change what there is.
+
+NIC = integer(0, 15)
+SEGMENT = integer(0, NUMBER_MAX)
+SEGMENT_KINDS = ("private", "shared", "service", "bridged")
+OUTSIDE = ("none", "internet", "all")
+
+
+class Opening(Message):
+    """One way to a port of a guest: from an interface (a user's bridge, a consumer's tap), or from the world by `host_port`."""
+
+    source: str = field(interface, default="")
+    proto: str = field(choice("tcp", "udp"), default="tcp")
+    port: int = field(integer(1, 65535))
+    host_port: int = field(integer(0, 65535), default=0)
+
+
+class ToTapnet(Message):
+    """What tapnet may be asked."""
+
+
+class Settings(ToTapnet):
+    """What holds for all networks. The pools contain every segment; sockets of *confined* uids reach their own VMs only."""
+
+    verb = "settings"
+    pool4: str = field(address)
+    pool6: str = field(address, default="")
+    confined: list[int] = field(numbers, default=[])
+
+
+class Segment(ToTapnet):
+    """A bridge: ours, with the gateway's addresses on it, or with `bridge` one that the host has.
+
+    Of kind `bridged` it is the host's `bridge`, or a bridge of ours with VLAN `vlan` of the host's interface `parent` in it.
+    Saying the same again changes nothing. It goes with its last port.
+    """
+
+    verb = "segment"
+    segment: int = field(SEGMENT)
+    kind: str = field(choice(*SEGMENT_KINDS), default="private")
+    gateway4: str = field(address, default="")
+    gateway6: str = field(address, default="")
+    outside: str = field(choice(*OUTSIDE), default="none")
+    bridge: str = field(interface, default="")
+    parent: str = field(interface, default="")
+    vlan: int = field(integer(0, 4094), default=0)
+
+
+class Port(ToTapnet):
+    """A tap on a segment, its filter, its limits. With `create` it must not exist and the reply brings its descriptor.
+
+    *rate* is in kbit/s each way, 0 for none. *owner* is the uid whose own sockets on the host may reach it. Without addresses (a
+    bridged network, whose addresses are not ours) only the MAC is held to. Not *isolated*, it reaches every port of its segment.
+    """
+
+    verb = "port"
+    number: int = field(NUMBER)
+    nic: int = field(NIC)
+    segment: int = field(SEGMENT)
+    mac: str = field(mac)
+    address4: str = field(address, default="")
+    address6: str = field(address, default="")
+    isolated: bool = field(boolean, default=False)
+    rate: int = field(integer(0, 100_000_000), default=0)
+    owner: int = field(integer(0, (1 << 32) - 2), default=0)
+    create: bool = field(boolean, default=False)
+
+
+class Open(ToTapnet):
+    """All the ways to this port of a VM there are from now on."""
+
+    verb = "open"
+    number: int = field(NUMBER)
+    nic: int = field(NIC)
+    openings: list[dict[str, object]] = field(openings, default=[])
+
+
+class Unplug(ToTapnet):
+    """The port and its filter are no longer wanted; one that does not exist is no error."""
+
+    verb = "unplug"
+    number: int = field(NUMBER)
+    nic: int = field(NIC)
+
+
+class Settle(ToTapnet):
+    """All that exists has been named: remove the rest."""
+
+    verb = "settle"
+
+
+class Dial(ToTapnet):
+    """The reply brings a TCP connection to `port` of the guest's `address`."""
+
+    verb = "dial"
+    address: str = field(address)
+    port: int = field(integer(1, 65535))
+
+
+class Health(ToTapnet):
+    """Replies with `features` (what this kernel has, by name) and `problems` (sentences)."""
+
+    verb = "health"
+
+
+TO_TAPNET: dict[str, type[ToTapnet]] = {
+    kind.verb: kind for kind in (Settings, Segment, Port, Open, Unplug, Settle, Dial, Health)
+}
+
+
+def parse_to_tapnet(body: dict[str, object]) -> ToTapnet:
+    verb = body.get("verb")
+    kind = TO_TAPNET.get(verb) if isinstance(verb, str) else None
+    if kind is None:
+        raise ProtocolError(problem="tapnet has no such verb")
     return kind.from_body(body)

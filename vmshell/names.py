@@ -24,6 +24,10 @@ OBJECT_CHARS = LETTERS | DIGITS | frozenset("._+-")
 OBJECT_MAX = 64
 OBJECT_RULE = f"objects have names of 1 to {OBJECT_MAX} letters, digits and . _ + -, starting with a letter or digit"
 
+INTERFACE_CHARS = LETTERS | DIGITS | frozenset("._-")
+INTERFACE_MAX = 15
+INTERFACE_RULE = f"a network interface's name is 1 to {INTERFACE_MAX} letters, digits and . _ -, starting with a letter or digit"
+
 NUMBER_MAX = 0xFFFFFF  # a VM's number has 24 bits: six hex digits in tap names, three octets in MACs
 
 MIB = 1 << 20
@@ -91,6 +95,16 @@ def format_size(size: int) -> str:
 def tap_name(number: int, nic: int) -> str:
     """The tap of NIC *nic* (0..15) of VM *number*: `vt` + six hex digits + `n` + one, 10 of the 15 characters allowed."""
     return f"vt{number:06x}n{nic:x}"
+
+
+def bridge_name(segment: int) -> str:
+    """The bridge of a segment of ours: `vtb` + six hex digits."""
+    return f"vtb{segment:06x}"
+
+
+def is_interface(name: str) -> bool:
+    """May this be the name of a network interface? The kernel cuts what is longer, and takes `%d` for a template (E25)."""
+    return 0 < len(name) <= INTERFACE_MAX and name[0] in LETTERS | DIGITS and INTERFACE_CHARS.issuperset(name)
 
 
 def mac_address(number: int, nic: int, host: int = 0) -> str:

@@ -16,7 +16,8 @@ from typing import Any, cast
 
 import pytest
 
-from vmshell.broker import endings, relaylink, start
+from vmshell.broker import endings, start
+from vmshell.broker import link as link_module
 from vmshell.broker.admission import Admission
 from vmshell.broker.endings import Endings
 from vmshell.broker.fleet import Fleet, Live
@@ -122,7 +123,7 @@ def test_requests_that_meet_no_relay_leave_one_timer(layout: Layout, loop: Loop)
     assert due(loop) == 1
     link.connect()
     assert due(loop) == 1
-    assert link._again_after <= relaylink._AGAIN_MOST
+    assert link._again_after <= link_module._AGAIN_MOST
 
 
 # --- the end of a VM --------------------------------------------------------------------------------------------------
@@ -164,7 +165,8 @@ class Bench:
         self.again: list[tuple[Vm, list[Any]]] = []
         relay = SimpleNamespace(send=lambda message, done, fd=-1: self.sent.append(message))
         admission = Admission(loop, 1, lambda vm: 0)
-        context: Any = SimpleNamespace(registry=registry, loop=loop, relay=relay, admission=admission)
+        networks = SimpleNamespace(ended=lambda vm: None)
+        context: Any = SimpleNamespace(registry=registry, loop=loop, relay=relay, admission=admission, networks=networks)
         self.fleet = Fleet(context)
         self.endings = Endings(context, self.fleet, lambda vm, waiting: self.again.append((vm, waiting)))
         self.vm = Vm(1, 1000, "alice", Definition(name="web1", image="demo"), 0, Store("/nowhere", "web1"))

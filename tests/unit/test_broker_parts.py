@@ -157,7 +157,7 @@ def test_every_verb_for_every_identity(registry: Registry, verb: str) -> None:
     """D15, D16, D22: the owner and the administrator reach a VM; to everyone else it does not exist, in the same words."""
     define(registry, 1000, "alice", "web1")
     kind = messages.REQUESTS[verb]
-    given = {"image": "demo", "text": "x", "request": {}, "tag": "t", "object": "o", "size": 1, "format": "raw"}
+    given = {"image": "demo", "text": "x", "request": {}, "tag": "t", "object": "o", "size": 1, "format": "raw", "port": 22}
     others = {key: value for key, value in given.items() if key in kind.fields}
     if not issubclass(kind, messages.VmRequest):
         name = {"vm": "x"} if "vm" in kind.fields else {}

@@ -23,7 +23,8 @@ NOTHING = Usage()
 
 
 def effective(text: str = "") -> Effective:
-    return policy.parse(text, "/etc/vmshell/policy.toml", Limits()).effective("alice", ())
+    # Ports are forwarded on a session's kind of network only.
+    return policy.parse(f"{text}\n[networks.users]\nkind = 'user'\n", "/etc/vmshell/policy.toml").effective("alice", ())
 
 
 def ask(
@@ -285,7 +286,19 @@ def test_ports_are_forwarded_on_networks_of_kind_user_only() -> None:
     definition = replace(WEB1, nics=(Nic("dead", forward=(Forward("tcp", 2222, 22),)),))
     error = refusal(ask(f"{D}{FORWARDING}[networks.dead]\nkind = 'none'", definition))
     assert error.sentence().startswith("web1: net0.forward on network dead (kind none) is not allowed (networks in")
-    assert error.advice() == "allowed: on a network of kind user"
+    assert error.advice() == "allowed: on a network of kind user; `publish` opens ports on the others"
+
+
+def test_a_network_for_others_is_refused_with_those_one_has() -> None:
+    lan = "[networks.lan]\nkind = 'shared'\nmembers = ['bob', '@staff']"
+    definition = replace(WEB1, nics=(Nic("lan"),))
+    error = refusal(ask(lan, definition))
+    assert error.sentence() == "web1: net0.network = lan is not allowed (networks in the members of [networks.lan])"
+    assert error.advice() == "allowed: users"
+    rules = policy.parse(lan, "/etc/vmshell/policy.toml")
+    assert rules.has_groups
+    found = {user: rules.networks_for(user, groups) for user, groups in (("alice", ()), ("bob", ()), ("carol", ("staff",)))}
+    assert found == {"alice": ("users",), "bob": ("users", "lan"), "carol": ("users", "lan")}
 
 
 # --- fixed keys -------------------------------------------------------------------------------------------------------
@@ -346,8 +359,8 @@ def test_the_answers_have_one_order_and_name_only_rules_that_exist() -> None:
     strict = ask(f"{FIXED}\ndeny = {list(FEATURES)}\nimages = []", full)
     assert [verdict.rule for verdict in strict] == [verdict.rule for verdict in ask(FIXED + "\ndeny = []", full)]
     assert {verdict.rule for verdict in strict} - {"half of memory.size"} <= set(LIMIT_KEYS)
-    # Every key of the policy is asked about but for the two that are not about a definition.
-    assert set(LIMIT_KEYS) - {verdict.rule for verdict in strict} == {"cpu_weight", "wrapper_options"}
+    # Every key of the policy is asked about but for the four that are not about a definition.
+    assert set(LIMIT_KEYS) - {verdict.rule for verdict in strict} == {"cpu_weight", "wrapper_options", "net_rate", "published_max"}
     for verdict in strict:
         assert verdict.nearest and verdict.asked and verdict.vm == "web1"
         assert verdict.error("x").sentence().isprintable() and verdict.error().sentence().startswith("web1")
@@ -356,7 +369,7 @@ def test_the_answers_have_one_order_and_name_only_rules_that_exist() -> None:
 
 
 def test_the_session_lets_a_plain_desktop_of_a_vm_through() -> None:
-    own = policy.Policy(defaults=policy.SESSION_LIMITS).effective("me", ())
+    own = policy.built_in(session=True).effective("me", ())
     desktop = replace(
         WEB1, memory=32768, cpus=16, display="vnc", agent=True, firmware="uefi", disks=(Disk("d"), Disk("u", bus="usb")),
         nics=(Nic(forward=(Forward("tcp", 2222, 22),)),),

@@ -30,7 +30,7 @@ STRICT = (TREE / "etc/examples/strict-2007.toml").read_text(encoding="utf-8")
 
 
 def parse(text: str) -> Policy:
-    return policy.parse(text, "/etc/vmshell/policy.toml", Limits())
+    return policy.parse(text, "/etc/vmshell/policy.toml")
 
 
 def refusal(text: str) -> str:
@@ -154,6 +154,16 @@ BAD_VALUES = {
     ],
     "accel": [*ALWAYS_BAD, "true", '""', '"hvf"', '"KVM"', "[]"],
     "group": [*ALWAYS_BAD, "true", "5", '""', '"a/b"', '"a:b"', '"a\\nb"', f'"{"x" * 65}"'],
+    "ipv4_pool": [
+        *ALWAYS_BAD, "true", '""', '"10.77.0.0"', '"10.77.0.1/16"', '"10.0.0.0/7"', '"10.0.0.0/29"', '"8.8.0.0/16"',
+        '"127.0.0.0/8"', '"169.254.0.0/16"', '"fd00::/48"', '"١٠.0.0.0/8"', '"10.77.0.0/16; drop"',
+    ],
+    "ipv6_pool": [
+        *ALWAYS_BAD, '"fd00::"', '"fd00::/64"', '"fd00::/31"', '"fe80::/48"', '"ff00::/48"', '"10.77.0.0/16"', '"fd00::1/48"',
+    ],
+    "dns_domain": [*ALWAYS_BAD, "true", '""', '"."', '".vm"', '"a..b"', '"VM"', '"-vm"', '"v m"', '"vm\\n"', '"vm/x"', "[]"],
+    "dns_servers": [*ALWAYS_BAD, "true", '"192.0.2.1"', '["dns"]', '["192.0.2"]', '["192.0.2.1#53"]', '["::1", "::1"]', "[1]"],
+    "ssh_forwarding": BAD_BOOLS,
 }  # fmt: skip
 GOOD_VALUES: dict[str, list[tuple[str, object]]] = {
     "allow_autostart": [("true", True), ("false", False)],
@@ -171,6 +181,11 @@ GOOD_VALUES: dict[str, list[tuple[str, object]]] = {
     "wrapper_options": [('["*"]', None), ("[]", ()), ('["-hda", "cdrom", "-no-acpi"]', ("-hda", "-cdrom", "-no-acpi"))],
     "accel": [('"kvm"', "kvm"), ('"tcg"', "tcg"), ('"auto"', "auto")],
     "group": [('"vmusers"', "vmusers"), ('"domain users"', "domain users"), ('"DOM\\\\vm"', "DOM\\vm")],
+    "ipv4_pool": [('"10.0.0.0/8"', "10.0.0.0/8"), ('"192.168.0.0/23"', "192.168.0.0/23"), ('"172.16.0.0/12"', "172.16.0.0/12")],
+    "ipv6_pool": [('""', ""), ('"fd12:3456:789A::/48"', "fd12:3456:789a::/48")],
+    "dns_domain": [('"vm"', "vm"), ('"vm.example.org"', "vm.example.org")],
+    "dns_servers": [("[]", ()), ('["192.0.2.53", "2001:DB8::53"]', ("192.0.2.53", "2001:db8::53"))],
+    "ssh_forwarding": [("true", True), ("false", False)],
     "images": [('["demo"]', ("demo",)), ("[]", ()), ('["demo", "*"]', ("*",))],
 }  # fmt: skip
 
@@ -190,6 +205,8 @@ def bad_values(key: PolicyKey) -> list[str]:
 
 
 def good_values(key: PolicyKey) -> list[tuple[str, object]]:
+    if key.name == "segment_prefix":  # longer than the pool's
+        return [("17", 17), ("30", 30)]
     if isinstance(key.kind, Int):
         return [(str(value), value) for value in (key.kind.low, key.kind.high)]
     if isinstance(key.kind, Size):
@@ -256,7 +273,7 @@ def test_half_a_file_is_a_policy_or_names_a_line_or_key(length: int) -> None:
         ("[defaults]\nwhatever = 1", "[defaults] has no key whatever; vmshell-policy(5) lists its keys"),
         ("[defaults]\naccel = 'kvm'", "[defaults] has no key accel; it belongs into [host]"),
         ("[host]\nvms_max = 1", "[host] has no key vms_max; it belongs into [defaults]"),
-        ("[host]\nxyz = 1", "its keys are accel, uid_base,"),
+        ("[host]\nxyz = 1", "vmshell-policy(5) lists its keys"),
         ("[default]\nvms_max = 1", "no section [default]; did you mean [defaults]?"),
         ("[xyz]\nvms_max = 1", "no section [xyz]; the sections are [host] [defaults] [group.NAME]"),
         ("vms_max = 1", "no key vms_max outside of the sections"),
@@ -284,7 +301,7 @@ def test_a_wrong_policy_says_where_and_what_would_be_right(text: str, words: str
 
 def test_every_problem_is_found_in_one_go() -> None:
     text = "[host]\naccel = 5\n[defaults]\nvms_max = -1\nmemory_max = '2G'\n[user.alice]\nx = 1\n[networks.lan]\n"
-    made, problems = policy.examine(text, Limits())
+    made, problems = policy.examine(text)
     assert [problem.split()[0] for problem in problems] == ["[host]", "[defaults]", "[user.alice]", "[networks.lan]"]
     assert made.defaults.memory_max == 2048
     assert refusal(text).endswith("(and 3 more: `vmshell-admin policy check` lists them)")
@@ -308,7 +325,7 @@ def test_catalogues_are_added_to_what_is_built_in() -> None:
             "uefi": Firmware(OVMF.code, "/srv/fw/own.fd"),
             "signed": Firmware("/srv/fw/code.fd", "/srv/fw/vars.fd"),
         },
-        networks={"users": Network("user"), "nowhere": Network("none")},
+        networks={"users": Network(), "nowhere": Network("none")},
         video_models=(),
         library=("/srv/iso", "/srv/more iso"),
     )
@@ -340,10 +357,20 @@ def test_catalogues_are_added_to_what_is_built_in() -> None:
         ('[firmware.x]\ncode = "/a//b"\nvars = "/y"', "[firmware.x] code"),
         ('[firmware.x]\ncode = "/a\\nb"\nvars = "/y"', "[firmware.x] code"),
         ('[firmware.uefi]\nvar = "/y"', "[firmware.uefi] has no key var; did you mean vars?"),
-        ("[networks.lan]\n", "[networks.lan] kind is missing: one of user, none"),
-        ('[networks.lan]\nkind = "bridge"', "[networks.lan] kind is bridge: one of user, none"),
+        ("[networks.lan]\n", "[networks.lan] kind is missing: one of private, shared, service, bridged, none, user"),
+        ('[networks.lan]\nkind = "bridge"', "[networks.lan] kind is bridge: one of private, shared"),
         ("[networks.lan]\nkind = 2026-11-22", "[networks.lan] kind"),
-        ('[networks.lan]\nkind = "user"\nbridge = "br0"', "[networks.lan] has no key bridge; its keys are kind"),
+        ('[networks.lan]\nkind = "user"\nbridge = "br0"', "[networks.lan] bridge means nothing to a network of kind user"),
+        ('[networks.lan]\nkind = "shared"\nprovider = ["bob"]', "[networks.lan] has no key provider; did you mean providers?"),
+        ('[networks.lan]\nkind = "bridged"', "[networks.lan] kind bridged needs either bridge, or parent and vlan"),
+        ('[networks.lan]\nkind = "bridged"\nparent = "eth0"', "[networks.lan] kind bridged needs either"),
+        ('[networks.lan]\nkind = "bridged"\nbridge = "sixteen-chars-xx"', "[networks.lan] bridge is sixteen-chars-xx: a network"),
+        ('[networks.lan]\nkind = "bridged"\nbridge = "br%d"', "[networks.lan] bridge is br%d: a network interface's name"),
+        ('[networks.lan]\nkind = "bridged"\nparent = "eth0"\nvlan = 4095', "[networks.lan] vlan is 4095"),
+        ('[networks.lan]\nkind = "shared"\nmembers = ["a b:c"]', "[networks.lan] members"),
+        ('[networks.lan]\nkind = "shared"\nmembers = ["@"]', "[networks.lan] members"),
+        ('[networks.lan]\nkind = "private"\noutside = "world"', "[networks.lan] outside is world"),
+        ("[host]\nsegment_prefix = 16", "[host] segment_prefix is 16: 17 to 30, longer than the pool's, which is /16"),
         ("[library]\ndirectories = '/srv'", "[library] directories"),
         ("[library]\ndirectories = ['srv']", "[library] directories is srv: an absolute path"),
         ("[library]\ndirectories = ['/srv/']", "[library] directories"),
@@ -445,8 +472,8 @@ def test_numbers_are_numbers() -> None:
 
 def test_the_session_keeps_its_own_limits_below_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "[defaults]\nvms_max = 3\n")
-    assert policy.load(path, SESSION_LIMITS).defaults == dataclasses.replace(SESSION_LIMITS, vms_max=3)
-    assert policy.load(path, SESSION_LIMITS).effective("x", ()).section("cpus_max") == "the built-in limits"
+    assert policy.load(path, session=True).defaults == dataclasses.replace(SESSION_LIMITS, vms_max=3)
+    assert policy.load(path, session=True).effective("x", ()).section("cpus_max") == "the built-in limits"
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
@@ -461,21 +488,21 @@ def write(tmp_path: Path, text: str | bytes) -> str:
 
 def loading(path: str) -> str:
     with pytest.raises(BadPolicy) as caught:
-        policy.load(path, Limits())
+        policy.load(path, session=False)
     assert caught.value.sentence().startswith(f"{path} is not a valid policy: ")
     return caught.value.sentence().partition("policy: ")[2]
 
 
 def test_without_a_file_the_built_in_limits_are_in_force(tmp_path: Path) -> None:
-    assert policy.load(f"{tmp_path}/none", Limits()) == Policy()
-    assert policy.load(f"{tmp_path}/none", SESSION_LIMITS) == Policy(defaults=SESSION_LIMITS)
+    assert policy.load(f"{tmp_path}/none", session=False) == Policy()
+    assert policy.load(f"{tmp_path}/none", session=True) == policy.built_in(session=True)
     with pytest.raises(BadPolicy, match="there is no such file"):
-        policy.load(f"{tmp_path}/none", Limits(), required=True)
+        policy.load(f"{tmp_path}/none", session=False, required=True)
 
 
 def test_a_file_is_read(tmp_path: Path) -> None:
     path = write(tmp_path, '[host]\naccel = "tcg"\nlog_size_max = "2M"\r\n[defaults]\nmemory_max = "3G"\n')
-    made = policy.load(path, Limits())
+    made = policy.load(path, session=False)
     assert (made.host.accel, made.host.log_size_max, made.defaults.memory_max) == ("tcg", 2 << 20, 3072)
 
 
@@ -485,7 +512,7 @@ def test_a_file_that_others_can_write_is_refused_with_the_cure(tmp_path: Path, m
     os.chmod(path, mode)
     assert loading(path) == f"it must not be writable by others: `chmod go-w {path}`"
     os.chmod(path, mode & ~0o022)
-    policy.load(path, Limits())
+    policy.load(path, session=False)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="giving a file away needs root")
@@ -506,7 +533,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     if not pid:
         os.setresuid(65534, 65534, 65534)
         try:
-            policy.load(path, Limits())
+            policy.load(path, session=False)
         except BadPolicy as exc:
             os._exit(0 if exc.sentence().endswith("valid policy: Permission denied") else 2)
         os._exit(1)

@@ -14,7 +14,6 @@ from vmshell.errors import NoSuchObject
 from vmshell.model import policy
 from vmshell.model.decide import Usage, apply_fixed, decide
 from vmshell.model.definition import from_table, to_toml
-from vmshell.model.limits import Limits
 from vmshell.shell import wrapper
 from vmshell.shell.qemu_options import OPTIONS
 
@@ -159,7 +158,7 @@ def test_no_option_of_the_installed_qemu_is_without_a_row() -> None:
 
 def test_the_strict_profile_leaves_the_page_s_17_options_and_no_more() -> None:
     path = TREE / "etc/examples/strict-2007.toml"
-    rules = policy.parse(path.read_text(), str(path), Limits()).effective("alice", ())
+    rules = policy.parse(path.read_text(), str(path)).effective("alice", ())
     accepted = set()
     for (option, _, _), (typed, _) in zip(rows_2007(), TYPED, strict=True):
         words = typed.replace("-M pc ", "").replace("-vnc :1 -k", "-k") if option != "-M" else typed

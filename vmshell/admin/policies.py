@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 
 from ..errors import BadPolicy, NoSuchUser, safe
 from ..model import policy
-from ..model.limits import LIMIT_KEYS, SESSION_LIMITS, Limits, shown
+from ..model.limits import LIMIT_KEYS, shown
 from ..model.policy import ALLOW_LISTS, Effective, Policy
 from .verbs import Arguments, Context
 
@@ -36,7 +36,7 @@ def check(context: Context, args: Arguments) -> int:
         text = policy.read(path, trusted=path == context.layout.policy)
     except FileNotFoundError:
         raise BadPolicy(path=path, problem="there is no such file") from None
-    found, problems = policy.examine(text, _built_in(context))
+    found, problems = policy.examine(text, session=context.layout.embedded)
     for problem in problems:
         context.say(f"{path}: {problem}")
     if problems:
@@ -57,11 +57,7 @@ def show(context: Context, args: Arguments) -> None:
 
 
 def _load(context: Context) -> Policy:
-    return policy.load(context.layout.policy, _built_in(context))
-
-
-def _built_in(context: Context) -> Limits:
-    return SESSION_LIMITS if context.layout.embedded else Limits()
+    return policy.load(context.layout.policy, session=context.layout.embedded)
 
 
 def _value(effective: Effective, key: str) -> str:

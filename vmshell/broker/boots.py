@@ -18,6 +18,7 @@ from . import defining, opening, scratch, snapshots
 from . import start as starter
 from .journal import by_user, unexpected
 from .live import order_all
+from .networks import close
 
 if TYPE_CHECKING:
     from ..model.definition import Definition
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .context import Context
     from .endings import Endings
     from .fleet import Fleet, Live
+    from .networks import Cables
     from .server import Call
     from .vms import Vm
 
@@ -136,18 +138,30 @@ class Boots:
             if error:
                 self._fail(live, error)
             else:
-                self._step(live, lambda live: self._launch(live, images, overlays))
+                self._step(live, lambda live: self._plug(live, images, overlays))
 
         scratch.make(self._context, live.vm, self._booted(live), made)
 
-    def _launch(self, live: Live, images: dict[str, Image], overlays: dict[int, int]) -> None:
+    def _plug(self, live: Live, images: dict[str, Image], overlays: dict[int, int]) -> None:
+        def plugged(error: VmshellError | None, cables: Cables) -> None:
+            try:
+                if error:
+                    self._fail(live, error)
+                else:
+                    self._step(live, lambda live: self._launch(live, images, overlays, cables))
+            finally:
+                close(cables)
+
+        self._context.networks.plug(live.vm, plugged)
+
+    def _launch(self, live: Live, images: dict[str, Image], overlays: dict[int, int], cables: Cables) -> None:
         vm, context = live.vm, self._context
         vm.accel = context.facts.accel
         vm.started = time.time()
         context.registry.set_state(vm, STARTING)
         # Looked at again: a turn may be long in coming, and much can change meanwhile.
         opening.check_objects(context, vm, self._booted(live))
-        started = starter.start(context, vm, self._booted(live), images, overlays)
+        started = starter.start(context, vm, self._booted(live), images, overlays, cables)
         try:
             self._fleet.hold_outer(live, started.process)
             context.registry.set_state(vm, STARTING)  # again, with the pid: a new broker finds QEMU by it

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 from ..layout import Layout
 from ..messages import Forget
 from ..model import policy as policies
-from ..model.policy import SESSION_LIMITS, Effective, Limits, Policy
+from ..model.addressing import Plan
+from ..model.policy import Effective, Policy
+from .addresses import Addresses
 from .admission import Admission
 from .facts import Facts
 from .host import Host
@@ -17,7 +19,9 @@ from .jobs import Jobs
 from .journal import by_user, note
 from .loop import Loop
 from .machine import Machines
+from .networks import Networks
 from .relaylink import RelayLink
+from .resolving import Resolving
 from .vms import Registry, Vm
 
 
@@ -34,6 +38,9 @@ class Context:
     admission: Admission = field(init=False)
     machines: Machines = field(init=False)
     relay: RelayLink = field(init=False)
+    addresses: Addresses = field(init=False)
+    networks: Networks = field(init=False)
+    resolving: Resolving = field(init=False)
     uploads: set[int] = field(default_factory=set)  # who is bringing in a file
 
     def __post_init__(self) -> None:
@@ -44,6 +51,10 @@ class Context:
         self.machines = Machines(self)
         places = self.policy.host.boots_at_once or os.cpu_count() or 1
         self.admission = Admission(self.loop, places, self.machines.qemu_pid)
+        host = self.policy.host
+        self.addresses = Addresses(self.layout.addresses, Plan(host.ipv4_pool, host.ipv6_pool, host.segment_prefix))
+        self.networks = Networks(self)
+        self.resolving = Resolving(self)
         self.relay = RelayLink(self.loop, self.host, self.layout, self.machines.heard, self.machines.watch_all)
 
     # --- the policy ---------------------------------------------------------------------------------------------------
@@ -69,6 +80,8 @@ class Context:
         """Delete a VM that is off. One rename makes it irrevocable; the files are deleted by a job."""
         aside = self.registry.set_aside(vm)
         self.registry.forget(vm)
+        self.resolving.forget(vm)
+        self.addresses.release(vm.number)
         self.relay.send(Forget(number=vm.number, purge=True), lambda error: None)
         self.delete_later(aside)
         by_user(vm.uid, "rm", number=vm.number, owner=vm.owner, vm=vm.name)
@@ -88,4 +101,4 @@ class Context:
 
 def read_policy(layout: Layout) -> Policy:
     """The policy as the file says it; raises BadPolicy."""
-    return policies.load(layout.policy, SESSION_LIMITS if layout.embedded else Limits(), required=False)
+    return policies.load(layout.policy, session=layout.embedded)

@@ -175,6 +175,7 @@ class Endings:
         for timer in (*live.patience, *([live.button] if live.button else [])):
             timer.cancel()
         self._context.admission.leave(vm)
+        self._context.networks.ended(vm)
         again = live.asked == "reboot" and live.error is None
         error = None if again else self._failure(live)
         failed = error is not None and not live.asked

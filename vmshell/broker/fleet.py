@@ -16,6 +16,7 @@ from .journal import by_user
 
 if TYPE_CHECKING:
     from ..model.definition import Definition
+    from .cards import Card
     from .context import Context
     from .loop import Timer
     from .relaylink import Done
@@ -140,14 +141,25 @@ class Fleet:
 
     # --- by way of the relay ------------------------------------------------------------------------------------------
 
-    def order(self, live: Live, what: str, done: Done | None = None, *, value: int = 0, disks: int = 0, fd: int = -1) -> None:
-        """Have the relay tell QEMU *what*, one of messages.ORDERS, with its numbers and the descriptor beside it."""
+    def order(
+        self,
+        live: Live,
+        what: str,
+        done: Done | None = None,
+        *,
+        value: int = 0,
+        disks: int = 0,
+        fd: int = -1,
+        card: Card | None = None,
+    ) -> None:
+        """Have the relay tell QEMU *what*, one of messages.ORDERS, with its numbers, a card and the descriptor beside it."""
 
         def failed(error: VmshellError | None) -> None:
             if error:
                 by_user(live.vm.uid, "order-failed", number=live.vm.number, what=what, problem=error)
 
-        message = Order(number=live.vm.number, what=what, value=value, disks=disks)
+        said = {"mac": card.mac, "model": card.nic.model} if card else {}
+        message = Order(number=live.vm.number, what=what, value=value, disks=disks, **said)
         self._context.relay.send(message, done or failed, fd=fd)
 
     def watch(self, live: Live, errors: int = -1) -> None:

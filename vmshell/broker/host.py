@@ -120,6 +120,29 @@ class Host:
             return frozenset()
         return frozenset(name for gid in gids if (name := _group_name(gid)))
 
+    def user_of(self, uid: int) -> str:
+        """The account's name, empty if there is none."""
+        try:
+            return pwd.getpwuid(uid).pw_name
+        except KeyError:
+            return ""
+
+    def is_group(self, group: str) -> bool:
+        try:
+            grp.getgrnam(group)
+        except KeyError:
+            return False
+        return True
+
+    def members(self, group: str) -> list[int]:
+        """The uids of *group*'s members: of those it lists, and of accounts whose own group it is."""
+        try:
+            found = grp.getgrnam(group)
+        except KeyError:
+            return []
+        listed = {uid for user in found.gr_mem if (uid := self.uid_of(user)) is not None}
+        return sorted(listed | {account.pw_uid for account in pwd.getpwall() if account.pw_gid == found.gr_gid})
+
     def share_with_relay(self, path: str, mode: int) -> None:
         """Let the relay into *path* by its group, and nobody else."""
         if self._relay_gid is not None:

@@ -1,4 +1,4 @@
-"""What changes while a VM runs: memory by the balloon, the medium of a CD drive, a cable, whether the console is logged.
+"""What changes while a VM runs: memory by the balloon, the medium of a CD drive, cards and cables, whether the console is logged.
 
 Runs in: the broker.
 """
@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..errors import VmshellError
+from ..errors import NetworkFailed, VmshellError
 from ..messages import PAUSED, RUNNING
 from ..model import definition as definitions
 from ..model.definition import Disk, Nic
 from ..model.values import split_device
 from . import opening
+from .networks import close
 
 if TYPE_CHECKING:
     from ..model.definition import Definition
     from .context import Context
     from .fleet import Live
+    from .networks import Cables
     from .vms import Vm
 
+Answered = Callable[[VmshellError | None], None]
 Said = Callable[[list[str], list[str]], None]  # the keys changed now; sentences about those that could not be
 
 # Keys that are nothing to a guest: there is nothing to wait for.
@@ -66,6 +70,8 @@ def follow(context: Context, vm: Vm, done: Said) -> None:
 def _believe(vm: Vm, booted: Definition, key: str) -> None:
     if key == BALLOON:
         vm.balloon = vm.definition.memory
+    elif split_device(key):  # a whole card
+        vm.booted = replace(booted, nics=vm.definition.nics)
     else:
         vm.booted = definitions.with_key_of(booted, vm.definition, key)
 
@@ -86,6 +92,8 @@ def _order(vm: Vm, booted: Definition, key: str) -> tuple[str, int] | None:
         return "balloon", vm.definition.memory
     if key == "console.log":
         return ("log-on" if vm.definition.log else "log-off"), 0
+    if place and place[0] == "net" and not field:
+        return _card_order(vm.definition.nics, booted.nics, place[1])
     if place and isinstance(wanted, Nic) and now and field == "link":
         return f"link-{wanted.link}", place[1]
     if place and isinstance(wanted, Disk) and now and wanted.type == "cdrom" and field == "path":
@@ -93,10 +101,24 @@ def _order(vm: Vm, booted: Definition, key: str) -> tuple[str, int] | None:
     return None
 
 
-def _give(context: Context, live: Live, vm: Vm, key: str, answered: Callable[[VmshellError | None], None]) -> None:
+def _card_order(wanted: tuple[Nic, ...], now: tuple[Nic, ...], index: int) -> tuple[str, int] | None:
+    """A card that comes or goes is the last one: were another meant, those behind it would change their names."""
+    common = min(len(wanted), len(now))
+    if wanted[:common] != now[:common] or abs(len(wanted) - len(now)) != 1:
+        return None
+    return ("nic-add" if len(wanted) > len(now) else "nic-remove"), index
+
+
+def _give(context: Context, live: Live, vm: Vm, key: str, answered: Answered) -> None:
     found = _order(vm, vm.booted or vm.definition, key)
     assert found is not None
     what, value = found
+    if what == "nic-add":
+        _add_card(context, live, vm, value, answered)
+        return
+    if what == "nic-remove":
+        _remove_card(context, live, vm, value, answered)
+        return
     fd = -1
     try:
         if what == "insert":
@@ -110,3 +132,36 @@ def _give(context: Context, live: Live, vm: Vm, key: str, answered: Callable[[Vm
     finally:
         if fd >= 0:
             os.close(fd)
+
+
+def _add_card(context: Context, live: Live, vm: Vm, index: int, answered: Answered) -> None:
+    """First the cable and its filter, then the card; without the card there is no cable, either."""
+
+    def plugged(error: VmshellError | None, cables: Cables) -> None:
+        try:
+            if error or index not in cables:
+                answered(error or NetworkFailed(problem="a card of this network cannot be added while the VM runs"))
+                return
+            card = next(card for card in context.networks.plugged(vm) if card.index == index)
+            context.machines.order(live, "nic-add", added, value=index, fd=cables[index], card=card)
+        finally:
+            close(cables)
+
+    def added(error: VmshellError | None) -> None:
+        if error:
+            context.networks.remove(vm, {index})
+        answered(error)
+
+    try:
+        context.networks.add(vm, index, plugged)
+    except VmshellError as exc:
+        answered(exc)
+
+
+def _remove_card(context: Context, live: Live, vm: Vm, index: int, answered: Answered) -> None:
+    def removed(error: VmshellError | None) -> None:
+        if not error:
+            context.networks.remove(vm, {index})
+        answered(error)
+
+    context.machines.order(live, "nic-remove", removed, value=index)

@@ -52,12 +52,16 @@ def _serve(layout: Layout, rules: Policy) -> int:
     loop = Loop(journal.unexpected)
     context = Context(layout, rules, loop, Host(rules.host, embedded=layout.embedded))
     leftovers = context.registry.load()
+    context.addresses.load()
     os.makedirs(layout.run_vms, mode=0o750, exist_ok=True)
     context.host.share_with_relay(layout.run_vms, 0o750)
     # Listen last: a shell that can connect must find a broker that knows its VMs.
     context.machines.adopt()
     for folder in leftovers:
         context.delete_later(folder)
+    if not layout.embedded:
+        context.resolving.begin()
+    context.networks.connect()
     context.relay.connect()
     context.facts.find_out()
     context.machines.autostart()
@@ -68,6 +72,7 @@ def _serve(layout: Layout, rules: Policy) -> int:
     _notify("READY=1")
     journal.note("started", mode="session" if layout.embedded else "system", pid=os.getpid())
     loop.run()
+    context.networks.close()
     context.relay.close()
     journal.note("stopped", vms=sum(1 for vm in context.registry if context.machines.qemu_pid(vm)))
     return 0

@@ -22,6 +22,7 @@ from ..model.definition import Definition, Disk, Nic
 from ..model.values import split_ref
 from ..names import MIB, mac_address
 from . import opening
+from .cards import WITH_TAP, cards_of
 from .objects import mebibytes
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .catalogue import Image
     from .context import Context
     from .host import Process
+    from .networks import Cables
     from .vms import Vm
 
 _FILE_SLACK = 64 << 20  # a qcow2 file's own tables, beside its contents
@@ -76,8 +78,11 @@ def images_of(context: Context, vm: Vm, definition: Definition) -> dict[str, Ima
     return {name: context.images.get(name) for name in sorted(names)}
 
 
-def start(context: Context, vm: Vm, definition: Definition, images: Images, scratch: Scratch) -> Started:
-    """Start *vm*'s QEMU, its CPUs stopped. Raises a VmshellError; then no process, socket or descriptor is left."""
+def start(context: Context, vm: Vm, definition: Definition, images: Images, scratch: Scratch, cables: Cables) -> Started:
+    """Start *vm*'s QEMU, its CPUs stopped; *cables* stay open here.
+
+    Raises a VmshellError; then no process, socket or descriptor is left.
+    """
     host = context.host
     folder = context.layout.vm_run(vm.number)
     with contextlib.ExitStack() as stack:
@@ -85,7 +90,7 @@ def start(context: Context, vm: Vm, definition: Definition, images: Images, scra
         fds = _Descriptors(stack)
         sockets = {name: stack.enter_context(host.listen_for_qemu(f"{folder}/{name}.sock")).fileno() for name in _SOCKETS}
         gate = stack.enter_context(_gate(f"{folder}/gate"))
-        plan = _plan(context, vm, definition, images, scratch, fds, sockets, gate)
+        plan = _plan(context, vm, definition, images, scratch, cables, fds, sockets, gate)
         read_end, write_end = os.pipe2(os.O_CLOEXEC)
         stack.callback(os.close, write_end)
         try:
@@ -107,7 +112,8 @@ def launch_line(context: Context, vm: Vm) -> list[str]:
         stack.callback(os.close, null)
         scratch = {index: null for index, disk in enumerate(definition.disks) if disk.snapshot}
         sockets = dict.fromkeys(_SOCKETS, null)
-        return command(_plan(context, vm, definition, images, scratch, _Descriptors(stack), sockets, null))
+        cables = {card.index: null for card in cards_of(context, vm, definition, give=False) if card.network.kind in WITH_TAP}
+        return command(_plan(context, vm, definition, images, scratch, cables, _Descriptors(stack), sockets, null))
 
 
 def _plan(
@@ -116,6 +122,7 @@ def _plan(
     definition: Definition,
     images: Images,
     scratch: Scratch,
+    cables: Cables,
     fds: _Descriptors,
     sockets: Mapping[str, int],
     gate: int,
@@ -152,7 +159,9 @@ def _plan(
         loadvm=vm.snapshots[definition.restore].number if definition.restore else None,
         disks=tuple(disks),
         nics=tuple(
-            _nic(context, vm, name, nic, order.get(name)) for name, nic in definition.devices().items() if isinstance(nic, Nic)
+            _nic(context, vm, name, nic, cables, fds, order.get(name))
+            for name, nic in definition.devices().items()
+            if isinstance(nic, Nic)
         ),
         display=definition.display,
         video=definition.video_shown,
@@ -217,13 +226,19 @@ def _disk(
     )
 
 
-def _nic(context: Context, vm: Vm, name: str, nic: Nic, bootindex: int | None) -> NicPlan:
+def _nic(context: Context, vm: Vm, name: str, nic: Nic, cables: Cables, fds: _Descriptors, bootindex: int | None) -> NicPlan:
+    index = int(name.removeprefix("net"))
+    kind = context.policy.catalogues.networks[nic.network].kind
+    cable = fds.add(os.dup(cables[index])) if index in cables else None
+    forwards = tuple((forward.proto, forward.host, forward.guest) for forward in nic.forward)
     return NicPlan(
-        mac=nic.mac or mac_address(vm.number, int(name.removeprefix("net"))),
+        mac=nic.mac or mac_address(vm.number, index),
         model=nic.model,
-        forwards=tuple((forward.proto, forward.host, forward.guest) for forward in nic.forward),
+        tap_fd=cable if kind in WITH_TAP else None,
+        stream_fd=cable if kind not in WITH_TAP else None,
+        forwards=forwards if cable is None else (),
         bootindex=bootindex,
-        connected=context.policy.catalogues.networks[nic.network].kind != "none",
+        connected=kind != "none",
     )
 
 

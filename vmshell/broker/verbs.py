@@ -18,19 +18,25 @@ from ..messages import (
     OFF,
     Boot,
     Change,
+    Connect,
     Console,
     Define,
     DiskAdd,
     Display,
     Drop,
     Explain,
+    HostKey,
     Images,
     Info,
     Kill,
     LaunchLine,
     List,
+    Net,
+    NetHealth,
+    Networks,
     New,
     Objects,
+    Publish,
     Put,
     Reboot,
     Reload,
@@ -44,7 +50,7 @@ from ..messages import (
 )
 from ..model.definition import Disk, Nic
 from ..names import mac_address
-from . import defining, explaining, keeping, snapshots, start
+from . import defining, explaining, keeping, passt, publishing, reaching, snapshots, start
 from .access import visible
 from .host import cpu_seconds, resident_bytes
 
@@ -61,7 +67,7 @@ def handle_list(context: Context, call: Call, request: List) -> None:
     """One page of rows, from behind the row that `after` names."""
     rows = visible(call.peer, context.registry, everyone=request.all)
     page = [vm for vm in rows if f"{vm.owner}/{vm.name}" > request.after]
-    call.reply({"vms": [_row(vm) for vm in page[:PAGE_ROWS]], "more": len(page) > PAGE_ROWS})
+    call.reply({"vms": [_row(context, vm) for vm in page[:PAGE_ROWS]], "more": len(page) > PAGE_ROWS})
 
 
 def handle_info(context: Context, call: Call, request: Info, vm: Vm) -> None:
@@ -69,7 +75,7 @@ def handle_info(context: Context, call: Call, request: Info, vm: Vm) -> None:
     definition = vm.definition
     call.reply(
         {
-            **_row(vm),
+            **_row(context, vm),
             "number": vm.number,
             "created": vm.created,
             "description": definition.description,
@@ -86,6 +92,7 @@ def handle_info(context: Context, call: Call, request: Info, vm: Vm) -> None:
             "next_boot": defining.pending(context, vm),
             "missing": defining.missing(context, vm, definition)[:20],
             "last_error": vm.last_error,
+            "host_keys": vm.host_keys,
             **({"toml": context.registry.text(vm)} if request.toml else {}),
         }
     )
@@ -215,11 +222,12 @@ def _lacks(context: Context) -> list[str]:
         lacks.append("every guest's QEMU runs under your own uid: jailed, but without a uid of its own")
     if not host.systemd:
         lacks.append("no limits by control group: there is no service manager to ask")
-    lacks.append("guests have a network of their own with DHCP, and no way out of it")
+    if context.layout.embedded and not passt.available():
+        lacks.append("guests have a network of their own with DHCP, and no way out of it: apt-get install passt")
     return lacks
 
 
-def _row(vm: Vm) -> dict[str, Any]:
+def _row(context: Context, vm: Vm) -> dict[str, Any]:
     return {
         "name": vm.name,
         "owner": vm.owner,
@@ -228,7 +236,7 @@ def _row(vm: Vm) -> dict[str, Any]:
         "cpus": vm.definition.cpus,
         "memory": vm.definition.memory,
         "image": vm.definition.image,
-        "address": "",
+        "address": reaching.address_of(context, vm),
         "uptime": int(time.time() - vm.started) if vm.state in ALIVE and vm.started else None,
         "viewers": vm.viewers,
     }
@@ -278,6 +286,12 @@ HANDLERS: dict[type[Request], Callable[..., None]] = {
     LaunchLine: handle_launch_line,
     Reload: handle_reload,
     Images: handle_images,
+    Networks: reaching.handle_networks,
+    Net: reaching.handle_net,
+    NetHealth: reaching.handle_net_health,
+    Connect: reaching.handle_connect,
+    Publish: publishing.handle_publish,
+    HostKey: reaching.handle_host_key,
     Whoami: handle_whoami,
     Version: handle_version,
 }

@@ -28,6 +28,7 @@ from ..names import NUMBER_MAX, check_name
 from .disk import read_text, storage, sync_folder, write_fast, write_text
 from .journal import note
 from .objects import Store
+from .publishing import Published
 
 RECORD_VERSION = 1
 
@@ -56,6 +57,8 @@ class Vm:
         self.snapshots: dict[str, Snapshot] = {}
         self.snapshot_number = 0  # of the last one begun: none is used twice, whatever became of it
         self.once = False  # gone when it ends
+        self.published: list[Published] = []
+        self.host_keys: list[str] = []  # of the guest's sshd, as it first answered
         self.last_error: dict[str, Any] | None = None
         self.state = OFF
         self.unreadable = ""  # why it must not be booted
@@ -189,6 +192,8 @@ class Registry:
             store = Store(f"{folder}/disks", name)
             store.load()
             snapshots = {row["tag"]: Snapshot(**row) for row in record.get("snapshots", [])}
+            published = [Published(**row) for row in record.get("published", [])]
+            host_keys = [str(key) for key in record.get("host_keys", [])]
         except Exception as exc:
             # One unreadable record must not keep everyone else's VMs away; the files stay for the administrator.
             note("record-unreadable", folder=folder, problem=str(exc))
@@ -198,6 +203,8 @@ class Registry:
         vm.snapshots = snapshots
         vm.snapshot_number = max([record.get("snapshot_number", 0), *(saved.number for saved in snapshots.values())])
         vm.once = record.get("once") is True
+        vm.published = published
+        vm.host_keys = host_keys
         vm.recorded = text
         if record.get("version") != RECORD_VERSION:
             problem = problem or "its record was written by a newer version"
@@ -350,6 +357,8 @@ def _record(vm: Vm) -> str:
         "last_error": vm.last_error,
         **({"once": True} if vm.once else {}),
         **({"snapshot_number": vm.snapshot_number} if vm.snapshot_number else {}),
+        **({"published": [vars(item) for item in vm.published]} if vm.published else {}),
+        **({"host_keys": vm.host_keys} if vm.host_keys else {}),
         **({"snapshots": [vars(saved) for saved in vm.snapshots.values()]} if vm.snapshots else {}),
     }
     return json.dumps(record, indent=1) + "\n"

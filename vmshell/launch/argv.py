@@ -115,14 +115,22 @@ def _socket(name: str, fd: int) -> list[str]:
 def _nics(nics: tuple[NicPlan, ...]) -> list[str]:
     words: list[str] = []
     for index, nic in enumerate(nics):
-        forwards = "".join(f",hostfwd={word}:127.0.0.1:{port}-:{to}" for word, port, to in nic.forwards)
-        # The jail's network namespace is empty and `restrict` refuses what is left: DHCP answers, nothing is reachable.
-        words += ["-netdev", f"user,id=n{index},restrict=on,ipv6=off{forwards}"] if nic.connected else []
+        words += ["-netdev", _cable(nic, index)] if nic.connected else []
         cable = f"netdev=n{index}," if nic.connected else ""
         # No boot ROM where nobody boots from it.
         boot = "romfile=" if nic.bootindex is None else f"bootindex={nic.bootindex}"
         words += ["-device", f"{_NIC[nic.model]},{cable}id=nic{index},mac={nic.mac},{boot}"]
     return words
+
+
+def _cable(nic: NicPlan, index: int) -> str:
+    if nic.tap_fd is not None:
+        return f"tap,id=n{index},fd={nic.tap_fd},vhost=off"
+    if nic.stream_fd is not None:
+        return f"stream,id=n{index},server=off,addr.type=fd,addr.str={nic.stream_fd}"
+    forwards = "".join(f",hostfwd={word}:127.0.0.1:{port}-:{to}" for word, port, to in nic.forwards)
+    # The jail's network namespace is empty and `restrict` refuses what is left: DHCP answers, nothing is reachable.
+    return f"user,id=n{index},restrict=on,ipv6=off{forwards}"
 
 
 def _extras(plan: LaunchPlan) -> list[str]:

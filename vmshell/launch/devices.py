@@ -60,11 +60,12 @@ class DiskPlan:
 class NicPlan:
     """One network interface: its MAC, six octets in lower-case hex as `names.mac_address` makes them.
 
-    *forwards*: (protocol, port on QEMU's own loopback, port of the guest). The jail's network is its own and has nothing else.
+    Its cable is a tap (*tap_fd*), a stream on whose other end passt is (*stream_fd*), or else QEMU's own small network with
+    *forwards*: (protocol, port on QEMU's own loopback, port of the guest); the jail's network is its own and has nothing else.
     Not *connected*, the card is there and its cable leads nowhere.
     """
 
-    __slots__ = ("bootindex", "connected", "forwards", "mac", "model")
+    __slots__ = ("bootindex", "connected", "forwards", "mac", "model", "stream_fd", "tap_fd")
 
     def __init__(
         self,
@@ -74,6 +75,8 @@ class NicPlan:
         forwards: tuple[tuple[str, int, int], ...] = (),
         bootindex: int | None = None,
         connected: bool = True,
+        tap_fd: int | None = None,
+        stream_fd: int | None = None,
     ) -> None:
         octets = mac.split(":")
         if len(octets) != 6 or any(len(octet) != 2 or octet.strip("0123456789abcdef") for octet in octets):
@@ -92,7 +95,14 @@ class NicPlan:
         self.connected = flag(connected, "connected")
         if self.forwards and not self.connected:
             raise ValueError("forwards need a cable")
+        self.tap_fd = None if tap_fd is None else descriptor(tap_fd, "tap")
+        self.stream_fd = None if stream_fd is None else descriptor(stream_fd, "stream")
+        if len(self.fds()) > int(self.connected) or (self.fds() and self.forwards):
+            raise ValueError("a card has one cable: a tap, a stream, or QEMU's own network, which alone has forwards")
         self.bootindex = optional(bootindex, 1, BOOTINDEX_MAX, "bootindex")
+
+    def fds(self) -> tuple[int, ...]:
+        return tuple(fd for fd in (self.tap_fd, self.stream_fd) if fd is not None)
 
 
 def integer(value: int, low: int, high: int, what: str) -> int:

@@ -192,7 +192,8 @@ class LaunchPlan:
             *(self.info_fd, self.block_fd, self.seccomp_fd),
         )
         layers = (fd for disk in self.disks for fd, _ in disk.layers)
-        return (*(fd for fd in named if fd is not None), *layers, *(self.firmware or ()), *self.option_rom_fds)
+        cables = (fd for nic in self.nics for fd in nic.fds())
+        return (*(fd for fd in named if fd is not None), *layers, *(self.firmware or ()), *self.option_rom_fds, *cables)
 
     def _check_devices(self) -> None:
         if len(self.disks) > DISKS_MAX or len(self.nics) > NICS_MAX:

@@ -5,15 +5,26 @@ Used by: broker, shell, admin. Pure.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import VmshellError, safe
 from ..names import DIGITS, LETTERS, is_object_name, nearest
+from .limitkinds import Interface, People
 from .limits import MACHINES, NIC_MODELS, VIDEO_MODELS
-from .values import Choice, Kind, ListOf, bad
+from .values import Bool, Choice, Int, Kind, ListOf, bad
 
-NETWORK_KINDS = ("user", "none")  # `user`: out through the host's own addresses; `none`: a card whose cable leads nowhere
+# Each kind of network with the keys that mean something to it.
+NETWORK_KINDS: dict[str, tuple[str, ...]] = {
+    "private": ("outside", "members"),  # a segment for each user: own VMs see each other, and nobody else's
+    "shared": ("outside", "members", "isolated"),  # one segment for all members
+    "service": ("outside", "members", "providers"),  # members reach what is published there, and not each other
+    "bridged": ("members", "bridge", "parent", "vlan"),  # on a bridge of the host's, or on a VLAN
+    "none": ("members",),  # a card whose cable leads nowhere
+    "user": ("members",),  # a session's: out through one's own sockets
+}
+OUTSIDE = ("none", "internet", "all")
 CPU_CHARS = LETTERS | DIGITS | frozenset("._,=+-")
 
 
@@ -27,7 +38,22 @@ class Firmware:
 
 @dataclass(frozen=True)
 class Network:
-    kind: str = "user"
+    """*members* and *providers* are accounts and `@groups`; without members everybody is one whom the policy allows it.
+
+    *outside* says where cards get beyond their segment: nowhere, everywhere but private networks, or everywhere.
+    """
+
+    kind: str = "private"
+    outside: str = "internet"
+    members: tuple[str, ...] = ()
+    isolated: bool = False
+    providers: tuple[str, ...] = ()
+    bridge: str = ""
+    parent: str = ""
+    vlan: int = 0
+
+    def is_for(self, user: str, groups: Collection[str]) -> bool:
+        return not self.members or any(one == user or (one[:1] == "@" and one[1:] in groups) for one in self.members)
 
 
 OVMF = Firmware("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd")
@@ -48,6 +74,20 @@ class Catalogues:
     def names(self, catalogue: str) -> tuple[str, ...]:
         """The names in one of `machines cpu_models firmware networks nic_models video_models`."""
         return tuple(getattr(self, catalogue))
+
+
+SESSION_CATALOGUES = Catalogues(networks={"users": Network("user")})
+
+NETWORK_KEYS: dict[str, Kind] = {
+    "kind": Choice(*NETWORK_KINDS),
+    "outside": Choice(*OUTSIDE),
+    "members": People(),
+    "isolated": Bool(),
+    "providers": People(),
+    "bridge": Interface(),
+    "parent": Interface(),
+    "vlan": Int(1, 4094),
+}
 
 
 class CpuText(Kind):
@@ -71,12 +111,13 @@ _LISTS = {"machines": MACHINES, "nic_models": NIC_MODELS, "video_models": VIDEO_
 class Reading:
     """Reads the sections of the catalogues out of a document; what is wrong goes into *problems*, one sentence each."""
 
-    def __init__(self, document: dict[str, Any], problems: list[str]) -> None:
+    def __init__(self, document: dict[str, Any], problems: list[str], built_in: Catalogues) -> None:
         self._document = document
+        self._built_in = built_in
         self._problems = problems
 
     def catalogues(self) -> Catalogues:
-        built_in = Catalogues()
+        built_in = self._built_in
         lists: dict[str, Kind] = {name: ListOf(Choice(*known), len(known)) for name, known in _LISTS.items()}
         found = self._fields("[catalogue]", self._section("catalogue"), lists)
         models = {name: self._named("cpu_models", name, CpuText(), text) for name, text in self._section("cpu_models").items()}
@@ -109,10 +150,13 @@ class Reading:
         found = {}
         for name, table in self._tables("networks"):
             known = built_in.networks.get(name)
-            fields = self._fields(f"[networks.{name}]", table, {"kind": Choice(*NETWORK_KINDS)})
+            section = f"[networks.{name}]"
+            fields = self._fields(section, table, NETWORK_KEYS)
             if known is None and "kind" not in table:
-                self._problems.append(f"[networks.{name}] kind is missing: one of {', '.join(NETWORK_KINDS)}")
-            found[name] = Network(fields.get("kind", known.kind if known else "none"))
+                self._problems.append(f"{section} kind is missing: one of {', '.join(NETWORK_KINDS)}")
+            network = replace(known or Network("none"), **fields)
+            self._problems += [f"{section} {problem}" for problem in _contradictions(network, fields)]
+            found[name] = network
         return found
 
     def _section(self, name: str) -> dict[str, Any]:
@@ -160,3 +204,16 @@ class Reading:
         except VmshellError as exc:
             self._problems.append(exc.sentence())
             return None
+
+
+def _contradictions(network: Network, said: Collection[str]) -> list[str]:
+    """Keys that the network's kind has no use for, and those that it needs."""
+    useful = NETWORK_KINDS[network.kind]
+    problems = [
+        f"{key} means nothing to a network of kind {network.kind}, whose keys are {', '.join(useful)}"
+        for key in said
+        if key != "kind" and key not in useful
+    ]
+    if network.kind == "bridged" and bool(network.bridge) == bool(network.parent and network.vlan):
+        problems.append("kind bridged needs either bridge, or parent and vlan")
+    return problems

@@ -225,7 +225,8 @@ class _Asking:
             network = self.effective.catalogues.networks.get(nic.network)
             if nic.forward and network is not None:
                 what = f"net{index}.forward on network {nic.network} (kind {network.kind})"
-                yield self._permission("networks", what, nic.network, "on a network of kind user", network.kind == "user")
+                instead = "on a network of kind user; `publish` opens ports on the others"
+                yield self._permission("networks", what, nic.network, instead, network.kind == "user")
 
     def fixed(self) -> Iterator[Verdict]:
         for name, value in self.limits.fixed.items():
@@ -242,6 +243,8 @@ class _Asking:
         allowed = self.effective.names(catalogue)
         known = name in self.effective.catalogues.names(catalogue)
         section = self.effective.section(catalogue) if known else "the catalogue"
+        if catalogue == "networks" and name in self.effective.closed:
+            section = f"the members of [networks.{name}]"
         nearest = ", ".join(allowed) or "none"
         return Verdict(catalogue, section, f"{key} = {name}", name, "", "", nearest, name in allowed, self.vm)
 

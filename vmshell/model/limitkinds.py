@@ -5,8 +5,10 @@ Used by: broker, shell, admin. Pure.
 
 from __future__ import annotations
 
+import ipaddress
+
 from ..errors import BadValue, safe
-from ..names import DIGITS, LOWER, is_object_name, nearest
+from ..names import DIGITS, INTERFACE_RULE, LOWER, NAME_CHARS, is_interface, is_object_name, nearest
 from .keys import KEYS, SECTIONS
 from .values import Choice, Kind, ListOf, bad
 
@@ -167,3 +169,92 @@ class Account(Kind):
         if not isinstance(value, str) or not 0 < len(value) <= 64 or not value.isprintable() or set(value) & set("/:\"'"):
             raise bad(key, value, f"the name of a {self.what}, at most 64 characters, without / and :")
         return value
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+class Pool4(Kind):
+    """An IPv4 network that segments are cut from."""
+
+    metavar = "NETWORK"
+
+    def check(self, value: object, key: str) -> str:
+        try:
+            pool = ipaddress.IPv4Network(value if isinstance(value, str) else "")
+        except ValueError:
+            pool = None
+        if pool is None or not 8 <= pool.prefixlen <= 28 or not pool.is_private or pool.is_loopback or pool.is_link_local:
+            raise bad(key, value, 'a private network of /8 to /28, like "10.77.0.0/16", with nothing behind the prefix')
+        return str(pool)
+
+
+class Pool6(Kind):
+    """An IPv6 network of which each segment gets a /64, or nothing."""
+
+    metavar = "NETWORK"
+
+    def check(self, value: object, key: str) -> str:
+        if value == "":
+            return ""
+        try:
+            pool = ipaddress.IPv6Network(value if isinstance(value, str) else "")
+        except ValueError:
+            pool = None
+        if pool is None or not 32 <= pool.prefixlen <= 56 or pool.is_link_local or pool.is_multicast or pool.is_loopback:
+            raise bad(key, value, 'a network of /32 to /56, like "fd12:3456:789a::/48"; "" is no IPv6')
+        return str(pool)
+
+
+class Domain(Kind):
+    metavar = "DOMAIN"
+
+    def check(self, value: object, key: str) -> str:
+        labels = value.split(".") if isinstance(value, str) and len(value) <= 100 else []
+        if not labels or not all(0 < len(label) <= 63 and NAME_CHARS.issuperset(label) and label[0] != "-" for label in labels):
+            raise bad(key, value, 'a domain in lower case, like "vm" or "vm.example.org"')
+        return str(value)
+
+
+class Address(Kind):
+    metavar = "ADDRESS"
+
+    def check(self, value: object, key: str) -> str:
+        try:
+            return str(ipaddress.ip_address(value if isinstance(value, str) else ""))
+        except ValueError:
+            raise bad(key, value, 'a list of IP addresses, like ["192.0.2.53"]') from None
+
+
+class Interface(Kind):
+    """A network interface of the host."""
+
+    metavar = "INTERFACE"
+
+    def check(self, value: object, key: str) -> str:
+        if not isinstance(value, str) or not is_interface(value):
+            raise bad(key, value, INTERFACE_RULE)
+        return value
+
+
+class Person(Account):
+    """An account, or `@` and a group."""
+
+    def check(self, value: object, key: str) -> str:
+        if isinstance(value, str) and value.startswith("@"):
+            return f"@{Account('group').check(value[1:], key)}"
+        return super().check(value, key)
+
+
+class People(Kind):
+    metavar = "[NAME or @GROUP, …]"
+
+    def check(self, value: object, key: str) -> tuple[str, ...]:
+        return _texts(ListOf(Person("user"), 256).check(value, key))
+
+
+class Addresses(Kind):
+    metavar = "[ADDRESS, …]"
+
+    def check(self, value: object, key: str) -> tuple[str, ...]:
+        return _texts(ListOf(Address(), 8).check(value, key))

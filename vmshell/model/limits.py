@@ -10,7 +10,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..names import NUMBER_MAX
-from .limitkinds import FIRST_UID, Account, Features, Fixed, Names, Octets, Options, PortRange
+from .limitkinds import (
+    FIRST_UID,
+    Account,
+    Addresses,
+    Domain,
+    Features,
+    Fixed,
+    Names,
+    Octets,
+    Options,
+    Pool4,
+    Pool6,
+    PortRange,
+)
 from .values import Bool, Choice, Int, Kind, Size
 
 GIB = 1024  # in MiB
@@ -48,6 +61,8 @@ class Limits:
     allow_autostart: bool = False
     mac_prefix: str = "06"
     forward_ports: str = ""
+    published_max: int = 16
+    net_rate: int = 0
     deny: tuple[str, ...] = ("usb-storage",)
     # Plain values by the keys of a definition, as TOML gives them. Not part of the hash, being a dict; never changed.
     fixed: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -95,6 +110,12 @@ class HostPolicy:
     log_size_max: int = 1 << 20
     group: str = "vmusers"
     connections_max: int = 32
+    ipv4_pool: str = "10.77.0.0/16"
+    ipv6_pool: str = ""
+    segment_prefix: int = 24
+    dns_domain: str = "vm"
+    dns_servers: tuple[str, ...] = ()
+    ssh_forwarding: bool = False
 
     @property
     def job_uid(self) -> int:
@@ -143,6 +164,8 @@ LIMIT_KEYS = _rows(
     ("allow_autostart", Bool(), "whether VMs may boot with the host"),
     ("mac_prefix", Octets(), "how a MAC address of the user's own choice must begin; empty: no such choice"),
     ("forward_ports", PortRange(), "ports of the host, LOW-HIGH, that may lead to a guest; empty: none"),
+    ("published_max", Int(0, 4096), "ports that one user may publish; 0: none"),
+    ("net_rate", Int(0, 100_000_000), "kbit/s of one network card, each way; 0: no limit"),
     ("deny", Features(), "what VMs may not have at all"),
     ("fixed", Fixed(), "keys of a VM's definition that have this value and no other"),
     ("machines", Names("machine"), "machines to choose from"),
@@ -162,6 +185,12 @@ HOST_KEYS = _rows(
     ("log_size_max", Size(4096, 1 << 30, unit=1), "a VM's console log before it is rotated; one old one is kept"),
     ("group", Account("group"), "who may use the service"),
     ("connections_max", Int(1, 65_536), "open connections of one user"),
+    ("ipv4_pool", Pool4(), "the network that every segment's addresses are from"),
+    ("ipv6_pool", Pool6(), "the same for IPv6, a /64 for each segment; empty: no IPv6"),
+    ("segment_prefix", Int(9, 30), "how long the IPv4 prefix of one segment is"),
+    ("dns_domain", Domain(), "VMs are NAME.USER.DOMAIN"),
+    ("dns_servers", Addresses(), "whom to ask for other names; empty: whom the host asks"),
+    ("ssh_forwarding", Bool(), "sshd forwards for users: their sockets on the host then reach their own VMs and nothing else"),
 )
 
 

@@ -17,12 +17,13 @@ from typing import Any
 from ..errors import BadPolicy, VmshellError, safe
 from ..names import DIGITS, LETTERS, nearest
 from . import catalogues
-from .catalogues import Catalogues, Firmware, Network
+from .catalogues import SESSION_CATALOGUES, Catalogues, Firmware, Network
 from .limitkinds import Account
 from .limits import HOST_KEYS, LIMIT_KEYS, SESSION_LIMITS, HostPolicy, Limits, PolicyKey
 
 __all__ = [
     "BUILT_IN",
+    "SESSION_CATALOGUES",
     "SESSION_LIMITS",
     "Catalogues",
     "Effective",
@@ -63,6 +64,7 @@ class Effective:
     limits: Limits
     source: Mapping[str, str]
     catalogues: Catalogues
+    closed: frozenset[str] = frozenset()  # networks that are for others
 
     def section(self, key: str) -> str:
         """Where *key* was said, as it stands in a sentence after `in`."""
@@ -71,7 +73,9 @@ class Effective:
     def names(self, catalogue: str) -> tuple[str, ...]:
         """The names in *catalogue* (one of ALLOW_LISTS) that this user may choose from."""
         allowed = getattr(self.limits, catalogue)
-        return tuple(name for name in self.catalogues.names(catalogue) if "*" in allowed or name in allowed)
+        closed = self.closed if catalogue == "networks" else ()
+        names = [name for name in self.catalogues.names(catalogue) if name not in closed]
+        return tuple(name for name in names if "*" in allowed or name in allowed)
 
     def numbers(self) -> dict[str, int]:
         """The limits that are numbers, sizes in MiB."""
@@ -88,12 +92,15 @@ class Policy:
     users: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     catalogues: Catalogues = field(default_factory=Catalogues)
     said: frozenset[str] = field(default=frozenset(), compare=False)
-    _known: dict[tuple[str, tuple[str, ...]], Effective] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _known: dict[tuple[str, tuple[str, ...], frozenset[str]], Effective] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def has_groups(self) -> bool:
         """Is any group named, so that somebody's groups matter?"""
-        return bool(self.groups)
+        networks = self.catalogues.networks.values()
+        return bool(self.groups) or any(name[:1] == "@" for network in networks for name in network.members)
 
     @property
     def library(self) -> tuple[str, ...]:
@@ -107,13 +114,18 @@ class Policy:
 
     def effective(self, user: str, groups: Collection[str]) -> Effective:
         """What holds for *user*, a member of *groups*. Cheap: remembered for each set of sections that concern somebody."""
-        key = (user if user in self.users else "", tuple(name for name in self.groups if name in groups))
+        closed = frozenset(name for name, network in self.catalogues.networks.items() if not network.is_for(user, groups))
+        key = (user if user in self.users else "", tuple(name for name in self.groups if name in groups), closed)
         found = self._known.get(key)
         if found is None:
             found = self._known[key] = self._combine(*key)
         return found
 
-    def _combine(self, user: str, groups: tuple[str, ...]) -> Effective:
+    def networks_for(self, user: str, groups: Collection[str]) -> tuple[str, ...]:
+        """The networks that *user*, a member of *groups*, may put cards on."""
+        return self.effective(user, groups).names("networks")
+
+    def _combine(self, user: str, groups: tuple[str, ...], closed: frozenset[str]) -> Effective:
         source = {item.name: "[defaults]" if item.name in self.said else BUILT_IN for item in fields(Limits)}
         values: dict[str, Any] = {}
         layers = [(header("group", name), self.groups[name]) for name in reversed(groups)]
@@ -122,7 +134,7 @@ class Policy:
         for section, said in layers:
             values.update(said)
             source.update(dict.fromkeys(said, section))
-        return Effective(replace(self.defaults, **values), source, self.catalogues)
+        return Effective(replace(self.defaults, **values), source, self.catalogues, closed)
 
 
 def header(section: str, name: str) -> str:
@@ -133,39 +145,45 @@ def header(section: str, name: str) -> str:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def load(path: str, defaults: Limits, *, required: bool = False) -> Policy:
-    """Read the policy at *path*; raises BadPolicy, and nothing is half applied. A missing file means the defaults."""
+def load(path: str, *, session: bool, required: bool = False) -> Policy:
+    """Read the policy at *path*; raises BadPolicy, and nothing is half applied. A missing file means what is built in."""
     try:
         text = read(path)
     except FileNotFoundError:
         if required:
             raise BadPolicy(path=path, problem="there is no such file") from None
-        return Policy(defaults=defaults)
-    return parse(text, path, defaults)
+        return built_in(session=session)
+    return parse(text, path, session=session)
 
 
-def parse(text: str, path: str, defaults: Limits) -> Policy:
+def built_in(*, session: bool) -> Policy:
+    """What holds without any file: on an installed host, or in somebody's session, where the host itself is the limit."""
+    return Policy(defaults=SESSION_LIMITS, catalogues=SESSION_CATALOGUES) if session else Policy()
+
+
+def parse(text: str, path: str, *, session: bool = False) -> Policy:
     """The policy in *text*; raises BadPolicy with the first problem and how many more there are."""
-    policy, problems = examine(text, defaults)
+    policy, problems = examine(text, session=session)
     if problems:
         more = f" (and {len(problems) - 1} more: `vmshell-admin policy check` lists them)" if len(problems) > 1 else ""
         raise BadPolicy(path=path, problem=problems[0] + more)
     return policy
 
 
-def examine(text: str, defaults: Limits) -> tuple[Policy, list[str]]:
+def examine(text: str, *, session: bool = False) -> tuple[Policy, list[str]]:
     """The policy as far as it is understood, and every problem, one sentence each."""
+    start = built_in(session=session)
     try:
         document = tomllib.loads(text)
     except RecursionError:
-        return Policy(defaults=defaults), ["it is nested too deeply"]
+        return start, ["it is nested too deeply"]
     except tomllib.TOMLDecodeError as exc:
         last = text.count("\n") + (not text.endswith("\n"))
-        return Policy(defaults=defaults), [str(exc).replace("at end of document", f"at line {last}, where the file ends")]
+        return start, [str(exc).replace("at end of document", f"at line {last}, where the file ends")]
     except ValueError:  # Python reads no number of more than 4300 digits
-        return Policy(defaults=defaults), ["a number in it has thousands of digits"]
+        return start, ["a number in it has thousands of digits"]
     reading = _Reading(document)
-    return reading.policy(defaults), reading.problems
+    return reading.policy(start), reading.problems
 
 
 def read(path: str, *, trusted: bool = True) -> str:
@@ -205,17 +223,24 @@ class _Reading:
         self.document = document
         self.problems: list[str] = []
 
-    def policy(self, defaults: Limits) -> Policy:
+    def policy(self, start: Policy) -> Policy:
         self._sections()
         host = self._values("[host]", self._table("host"), HOST_KEYS)
         said = self._values("[defaults]", self._table("defaults"), LIMIT_KEYS)
         groups, users = self._people("group"), self._people("user")
-        found = catalogues.Reading(self.document, self.problems).catalogues()
+        found = catalogues.Reading(self.document, self.problems, start.catalogues).catalogues()
+        self._segments_fit(replace(HostPolicy(), **host))
         self._names_exist("[defaults]", said, found)
         for section, people in (("group", groups), ("user", users)):
             for name, values in people.items():
                 self._names_exist(header(section, name), values, found)
-        return Policy(replace(HostPolicy(), **host), replace(defaults, **said), groups, users, found, frozenset(said))
+        return Policy(replace(HostPolicy(), **host), replace(start.defaults, **said), groups, users, found, frozenset(said))
+
+    def _segments_fit(self, host: HostPolicy) -> None:
+        pool = int(host.ipv4_pool.rpartition("/")[2])
+        if host.segment_prefix <= pool:
+            rule = f"{pool + 1} to 30, longer than the pool's, which is /{pool}"
+            self.problems.append(f"[host] segment_prefix is {host.segment_prefix}: {rule}")
 
     def _sections(self) -> None:
         for name, value in self.document.items():

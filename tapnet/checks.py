@@ -1,0 +1,75 @@
+"""What can be known of a message, and of what stands in the kernel, without touching anything.
+
+Runs in: tapnet. Pure.
+"""
+
+from __future__ import annotations
+
+from ipaddress import ip_address, ip_interface
+
+from vmshell.errors import NetworkFailed, ProtocolError
+from vmshell.messages import Port, Segment, Settings
+
+from .links import Link, bridge_mac
+from .state import State, bridge, tap, uplink
+
+
+def check_settings(settings: Settings) -> None:
+    for text in (settings.pool4, settings.pool6):
+        _check_interface(text)
+
+
+def check_segment(segment: Segment) -> None:
+    for text in (segment.gateway4, segment.gateway6):
+        _check_interface(text)
+    if segment.kind == "bridged" and not segment.bridge and not (segment.parent and segment.vlan):
+        raise NetworkFailed(problem="a bridged network needs a bridge of the host, or an interface and a VLAN")
+
+
+def check_port(port: Port, state: State) -> None:
+    """Raise VmshellError for a port that no rule could be made of."""
+    if port.segment not in state.segments:
+        raise ProtocolError(problem=f"port {tap(port)} is on segment {port.segment}, which was not named")
+    if not port.mac:
+        raise ProtocolError(problem=f"port {tap(port)} has no MAC")
+    for text, version in ((port.address4, 4), (port.address6, 6)):
+        try:
+            good = not text or ip_address(text).version == version
+        except ValueError:
+            good = False
+        if not good:
+            raise NetworkFailed(problem=f"{text} is no IPv{version} address for {tap(port)}")
+
+
+def _check_interface(text: str) -> None:
+    try:
+        if text:
+            ip_interface(text)
+    except ValueError as error:
+        raise NetworkFailed(problem=f"{text} is no address of a network") from error
+
+
+def orphans(found: dict[str, Link], wanted: State, used: set[int]) -> list[str]:
+    """What we or one before us made and nobody wants: taps of root's with a name of ours, bridges, VLANs of segments not used."""
+    named = {tap(port) for port in wanted.ports.values()}
+    kept = {name for number in used for name in (bridge(wanted.segments[number]), uplink(wanted.segments[number]))}
+    gone = []
+    for name, link in found.items():
+        if name not in named and name not in kept and _is_ours(link):
+            gone.append(name)
+    return gone
+
+
+def _is_ours(link: Link) -> bool:
+    """Is this of our making, by its name and by what only we make so?"""
+    if link.name.startswith("vmshell") and _hex(link.name[7:], 6):
+        return link.kind == "vlan"
+    if link.name.startswith("vtb") and _hex(link.name[3:], 6):
+        return link.kind == "bridge" and link.mac == bridge_mac(int(link.name[3:], 16))
+    if link.name.startswith("vt") and _hex(link.name[2:8], 6) and link.name[8:9] == "n" and _hex(link.name[9:], 1):
+        return link.root_only
+    return False
+
+
+def _hex(text: str, length: int) -> bool:
+    return len(text) == length and not text.strip("0123456789abcdef")

@@ -1,0 +1,297 @@
+"""Bridges, VLANs and what is on them, by pyroute2; and many taps at once, by messages of our own.
+
+A bridge of ours is known by its name and its MAC, which is set when it is made: there is no moment in which one of ours could be
+taken for somebody else's. The MAC never changes with the taps on it (E29). `ifalias` says whose it is to whoever looks.
+Runs in: tapnet. Touches network interfaces.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from dataclasses import dataclass
+from ipaddress import ip_interface
+from typing import Any
+
+from pyroute2 import IPRoute, NetlinkError
+
+from vmshell.errors import NetworkFailed
+from vmshell.messages import Port, Segment
+
+from . import netlink, sysctl
+from .netlink import attribute, message, nested, u8, u32, u64
+from .state import bridge, tap, uplink
+
+ALIAS = "vmshell"
+
+# linux/rtnetlink.h, linux/if_link.h, linux/neighbour.h, linux/pkt_sched.h
+_NEWLINK, _DELLINK, _NEWNEIGH, _NEWQDISC, _DELQDISC = 16, 17, 28, 36, 37
+_ADDRESS, _MASTER, _LINKINFO, _SLAVE_KIND, _SLAVE_DATA = 1, 10, 18, 4, 5
+_GUARD, _LEARNING, _UNICAST_FLOOD, _ISOLATED = 5, 8, 9, 33
+_LLADDR, _NOARP, _NTF_MASTER = 2, 0x40, 0x04
+_TCA_KIND, _TCA_OPTIONS, _TBF_PARMS, _TBF_RATE64, _TBF_BURST, _ETHERNET = 1, 2, 1, 4, 6, 1
+_ROOT = 0xFFFFFFFF
+_UP = 1
+_IFINFO = struct.Struct("=BxHiII")  # family, device type, index, flags, change
+_NEIGHBOUR = struct.Struct("=B3xiHBB")  # family, index, state, flags, type
+_TRAFFIC = struct.Struct("=B3xiIII")  # family, index, handle, parent, info
+_TBF = struct.Struct("=BBHhHI12xIII")  # rate: cells, link layer, overhead, alignment, mpu, bytes/s; no peak; limit, buffer, mtu
+
+BURST_SECONDS = 0.02
+BURST_LEAST = 1 << 16  # one segment as QEMU hands it over
+QUEUE_SECONDS = 0.1
+
+
+@dataclass
+class Link:
+    """What the kernel says of an interface, as far as it matters here. `held` is what security rests on, of a tap in a bridge."""
+
+    name: str
+    index: int
+    kind: str
+    mac: str
+    master: int
+    up: bool
+    parent: int
+    vlan: int
+    root_only: bool  # a tap as we make them: owner and group are root's
+    held: tuple[int | None, ...]
+
+
+class Links:
+    """Our two sockets to the kernel: one by pyroute2, one for many messages at once. `limits`: the kernel has token buckets."""
+
+    def __init__(self) -> None:
+        self.limits = True
+        self._ip = IPRoute()
+        self._channel = netlink.Channel(socket.NETLINK_ROUTE)
+
+    # --- looking ---
+
+    def link(self, name: str) -> Link | None:
+        try:
+            return _read(self._ip.link("get", ifname=name)[0])
+        except NetlinkError as error:
+            if error.code == errno.ENODEV:
+                return None
+            raise _failed(f"the interface {name} cannot be looked at", error.code) from error
+
+    def survey(self) -> dict[str, Link]:
+        """Every interface by its name."""
+        return {link.name: link for link in map(_read, self._ip.get_links())}
+
+    # --- bridges ---
+
+    def check(self, segment: Segment) -> None:
+        """Raise NetworkFailed if what the segment needs of the host is not there."""
+        if segment.bridge:
+            found = self.link(segment.bridge)
+            if found is None:
+                raise NetworkFailed(problem=f"the host has no bridge {segment.bridge}")
+            if found.kind != "bridge":
+                raise NetworkFailed(problem=f"{segment.bridge} of the host is no bridge")
+            return
+        found = self.link(bridge(segment))
+        if found is not None and not is_our_bridge(found, segment):
+            raise NetworkFailed(problem=f"there is an interface {found.name} already, and it is not ours; remove it")
+        if segment.vlan and self.link(segment.parent) is None:
+            raise NetworkFailed(problem=f"the host has no interface {segment.parent} for VLAN {segment.vlan}")
+
+    def make_bridge(self, segment: Segment) -> None:
+        """Make the segment's bridge, or bring the one that is there into line; a bridge of the host is only looked for."""
+        self.check(segment)
+        name = bridge(segment)
+        if segment.bridge:
+            return
+        try:
+            found = self.link(name)
+            if found is None:
+                quiet = {"br_stp_state": 0, "br_ageing_time": 0, "br_mcast_snooping": 0}
+                self._ip.link("add", ifname=name, kind="bridge", address=bridge_mac(segment.segment), **quiet)
+            index = found.index if found else socket.if_nametoindex(name)
+            if found is None or not found.up:
+                sysctl.bridge(name, bool(segment.gateway4), bool(segment.gateway6))
+            wanted = _addresses(segment)
+            there = {(a.get_attr("IFA_ADDRESS"), a["prefixlen"]) for a in self._ip.get_addr(index=index)}
+            if there != wanted and found is not None:
+                sysctl.bridge(name, bool(segment.gateway4), bool(segment.gateway6))
+            for address, length in there - wanted:
+                self._ip.addr("del", index=index, address=address, prefixlen=length)
+            for address, length in wanted - there:
+                self._ip.addr("add", index=index, address=address, prefixlen=length)
+            if segment.vlan:
+                self._join(segment, index)
+            if found is None or not found.up:
+                self._ip.link("set", index=index, state="up", ifalias=ALIAS)
+        except (NetlinkError, OSError) as error:
+            if found is None:
+                self.remove_bridge(segment)
+            code = error.code if isinstance(error, NetlinkError) else error.errno
+            raise _failed(f"the bridge {name} cannot be made", code) from error
+        except NetworkFailed:
+            if found is None:
+                self.remove_bridge(segment)
+            raise
+
+    def _join(self, segment: Segment, index: int) -> None:
+        """The VLAN of the host's interface, as the one port of the bridge that learns."""
+        name, parent = uplink(segment), self.link(segment.parent)
+        found = self.link(name)
+        if parent is None:
+            raise NetworkFailed(problem=f"the host has no interface {segment.parent} for VLAN {segment.vlan}")
+        if found is not None and (found.kind, found.parent, found.vlan) != ("vlan", parent.index, segment.vlan):
+            raise NetworkFailed(problem=f"there is an interface {name} already, and it is not ours; remove it")
+        if found is None:
+            try:
+                self._ip.link("add", ifname=name, kind="vlan", link=parent.index, vlan_id=segment.vlan)
+            except NetlinkError as error:
+                raise _failed(f"VLAN {segment.vlan} of {segment.parent} cannot be made", error.code) from error
+        own = socket.if_nametoindex(name)
+        sysctl.no_ipv6(name)
+        self._ip.link("set", index=own, master=index, ifalias=ALIAS)
+        self._ip.link("set", index=own, state="up")
+
+    def remove_bridge(self, segment: Segment) -> None:
+        """Delete the bridge, and its VLAN, if they are of our making."""
+        if not segment.bridge:
+            self.remove([uplink(segment), bridge(segment)])
+
+    def try_vlan_filtering(self, segment: Segment) -> None:
+        """Raise NetlinkError if the kernel has no such bridges."""
+        self._ip.link("set", index=_index(bridge(segment)), kind="bridge", br_vlan_filtering=1)
+
+    def try_vlan(self, segment: Segment) -> None:
+        """Raise NetlinkError if the kernel has no VLAN interfaces."""
+        self._ip.link("add", ifname=f"vmshell{segment.segment:06x}", kind="vlan", link=_index(bridge(segment)), vlan_id=2)
+
+    # --- taps ---
+
+    def plug(self, ports: list[Port], segments: dict[int, Segment]) -> None:
+        """Put the ports' taps into their bridges and switch them on, that last; NetworkFailed names the first that failed.
+
+        Doing it again is no harm, so this also changes a port and brings one back into line.
+        """
+        masters: dict[int, int] = {}
+        messages, names = [], []
+        for port in ports:
+            segment = segments[port.segment]
+            if port.segment not in masters:
+                masters[port.segment] = _index(bridge(segment))
+            steps = _plug(port, _index(tap(port)), masters[port.segment], port.rate if self.limits else 0)
+            messages += steps
+            names += [tap(port)] * len(steps)
+        for name, code in zip(names, self._channel.run(messages), strict=True):
+            if code:
+                raise _failed(f"the tap {name} cannot be put into its bridge", code)
+
+    def unlimit(self, port: Port) -> None:
+        """Take away the rate limit towards the guest; none there is no error."""
+        self._channel.run([message(_DELQDISC, 0, _TRAFFIC.pack(0, _index(tap(port)), 0, _ROOT, 0))])
+
+    def set_up(self, names: list[str], up: bool) -> None:
+        """Switch interfaces on or off; those that are gone are no error."""
+        indexes = [index for name in names if (index := _index(name, missing=0))]
+        flags = _UP if up else 0
+        codes = self._channel.run([message(_NEWLINK, 0, _IFINFO.pack(0, 0, index, flags, _UP)) for index in indexes])
+        failed = [code for code in codes if code not in (0, errno.ENODEV)]
+        if failed:
+            raise _failed("the taps cannot be switched " + ("on" if up else "off"), failed[0])
+
+    def remove(self, names: list[str]) -> None:
+        """Delete interfaces; those that are gone are no error."""
+        indexes = [index for name in names if name and (index := _index(name, missing=0))]
+        self._channel.run([message(_DELLINK, 0, _IFINFO.pack(0, 0, index, 0, 0)) for index in indexes])
+
+
+# --- pure -------------------------------------------------------------------------------------------------------------
+
+
+def bridge_mac(number: int) -> str:
+    """The MAC of the bridge of segment *number*; no card of a VM has it, for there is no card 255."""
+    return f"06:ff:00:{number >> 16 & 255:02x}:{number >> 8 & 255:02x}:{number & 255:02x}"
+
+
+def is_our_bridge(link: Link, segment: Segment) -> bool:
+    return link.kind == "bridge" and link.mac == bridge_mac(segment.segment)
+
+
+def held_to(port: Port) -> tuple[int, ...]:
+    """What `Link.held` is for a port that is plugged as it should be: isolated, not learning, not flooded to, no BPDUs."""
+    return (int(port.isolated), 0, 0, 1)
+
+
+def _plug(port: Port, index: int, master: int, rate: int) -> list[bytes]:
+    """The messages that plug a tap: into the bridge, what it may there, where its MAC is, its rate, and only then up."""
+    guest = bytes.fromhex(port.mac.replace(":", ""))
+    # Our end has the highest MAC of all, so that a bridge of the host never takes it for its own (E29).
+    ours = b"\xfe" + guest[1:]
+    options = [u8(_ISOLATED, port.isolated), u8(_LEARNING, 0), u8(_UNICAST_FLOOD, 0), u8(_GUARD, 1)]
+    data = nested(_LINKINFO, attribute(_SLAVE_KIND, b"bridge\0"), nested(_SLAVE_DATA, *options))
+    steps = [
+        message(_NEWLINK, 0, _IFINFO.pack(0, 0, index, 0, 0) + attribute(_ADDRESS, ours) + u32(_MASTER, master)),
+        message(_NEWLINK, 0, _IFINFO.pack(0, 0, index, 0, 0) + data),
+        message(
+            _NEWNEIGH,
+            netlink.CREATE | netlink.REPLACE,
+            _NEIGHBOUR.pack(socket.AF_BRIDGE, index, _NOARP, _NTF_MASTER, 0) + attribute(_LLADDR, guest),
+        ),
+    ]
+    if rate:
+        steps.append(message(_NEWQDISC, netlink.CREATE | netlink.REPLACE, _limit(index, rate)))
+    return [*steps, message(_NEWLINK, 0, _IFINFO.pack(0, 0, index, _UP, _UP))]
+
+
+def _limit(index: int, rate: int) -> bytes:
+    """A token bucket of *rate* kbit/s as the tap's only queue."""
+    speed = rate * 125
+    burst = max(BURST_LEAST, int(speed * BURST_SECONDS))
+    limit = min(burst + int(speed * QUEUE_SECONDS), 0xFFFFFFFF)
+    parameters = _TBF.pack(0, _ETHERNET, 0, 0, 0, min(speed, 0xFFFFFFFF), limit, 0, 0)
+    options = nested(_TCA_OPTIONS, attribute(_TBF_PARMS, parameters), u64(_TBF_RATE64, speed), u32(_TBF_BURST, burst))
+    return _TRAFFIC.pack(0, index, 0, _ROOT, 0) + attribute(_TCA_KIND, b"tbf\0") + options
+
+
+def _addresses(segment: Segment) -> set[tuple[str, int]]:
+    wanted = [text for text in (segment.gateway4, segment.gateway6) if text]
+    # Guests name their router by its link-local address, and everybody's is this one.
+    wanted += ["fe80::1/64"] if segment.gateway6 else []
+    return {(str(address.ip), address.network.prefixlen) for address in map(ip_interface, wanted)}
+
+
+def _index(name: str, missing: int | None = None) -> int:
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        if missing is None:
+            raise NetworkFailed(problem=f"the interface {name} is gone") from None
+        return missing
+
+
+def _read(found: Any) -> Link:
+    """A Link from pyroute2's message."""
+    info = found.get_attr("IFLA_LINKINFO")
+    kind = info.get_attr("IFLA_INFO_KIND") if info else None
+    data = info.get_attr("IFLA_INFO_DATA") if info else None
+    slave = info.get_attr("IFLA_INFO_SLAVE_DATA") if info else None
+
+    def value(nla: Any, name: str) -> Any:
+        return nla.get_attr(name) if hasattr(nla, "get_attr") else None
+
+    return Link(
+        name=found.get_attr("IFLA_IFNAME"),
+        index=found["index"],
+        kind=kind or "",
+        mac=found.get_attr("IFLA_ADDRESS") or "",
+        master=found.get_attr("IFLA_MASTER") or 0,
+        up=bool(found["flags"] & _UP),
+        parent=found.get_attr("IFLA_LINK") or 0,
+        vlan=(value(data, "IFLA_VLAN_ID") or 0) if kind == "vlan" else 0,
+        root_only=kind == "tun" and value(data, "IFLA_TUN_OWNER") == 0 and value(data, "IFLA_TUN_GROUP") == 0,
+        held=tuple(value(slave, f"IFLA_BRPORT_{name}") for name in ("ISOLATED", "LEARNING", "UNICAST_FLOOD", "GUARD")),
+    )
+
+
+def _failed(what: str, code: int | None) -> NetworkFailed:
+    return NetworkFailed(problem=f"{what}: {os.strerror(code) if code else 'no reason given'}")

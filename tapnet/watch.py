@@ -1,0 +1,91 @@
+"""Has somebody else changed our tables (`nft flush ruleset`)? The kernel says so at once, and we notice if we missed it.
+
+Every transaction has a number, one more than the last. Those of ours we know; one that is not ours and names our tables is
+somebody else's. A transaction whose notice never came (the socket's buffer was full) leaves a gap in the numbers.
+Runs in: tapnet.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+from .netlink import Channel, attribute, attributes, message, split
+
+TABLE = b"vmshell\0"
+
+_NETFILTER, _SOL_NETLINK, _ADD_MEMBERSHIP = 12, 270, 1
+_GROUP = 7  # NFNLGRP_NFTABLES
+_GETTABLE, _NEWGEN, _GETGEN = 10 << 8 | 1, 10 << 8 | 15, 10 << 8 | 16
+_FAMILIES = (7, 1)  # bridge, inet
+_GEN_ID = 1
+_TABLE_NAME = 1  # the same number in messages about tables, chains, rules, sets, elements and objects
+_HEADER = 4  # struct nfgenmsg
+
+
+class Watch:
+    """`own()` around every transaction of ours; `disturbed()` when `fileno()` is readable and from time to time."""
+
+    def __init__(self) -> None:
+        self._notices = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETFILTER)
+        self._notices.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        self._notices.bind((0, 0))
+        self._notices.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _GROUP)
+        self._notices.setblocking(False)
+        self._channel = Channel(_NETFILTER)
+        self._own: set[int] = set()
+        self._seen = self.generation()
+        self._touched = False
+
+    def fileno(self) -> int:
+        return self._notices.fileno()
+
+    def generation(self) -> int:
+        """The number of the last transaction."""
+        body = self._channel.ask(message(_GETGEN, 0, bytes(_HEADER)))
+        return _number(body)
+
+    def has_tables(self) -> bool:
+        """Are both of our tables there?"""
+        name = attribute(_TABLE_NAME, TABLE)
+        return all(self._channel.ask(message(_GETTABLE, 0, bytes([family, 0, 0, 0]) + name)) for family in _FAMILIES)
+
+    def own(self, before: int) -> None:
+        """A transaction of ours has been made since number *before*. With another one beside it we cannot tell which is whose."""
+        after = self.generation()
+        if after == before + 1:
+            self._own.add(after)
+
+    def disturbed(self) -> bool:
+        """Did somebody else change our tables, or may it be so?"""
+        foreign = self._read()
+        if self._seen != self.generation():
+            # Either it happened this very moment, and its notice is there now, or the notice was lost.
+            foreign = self._read() or foreign
+            now = self.generation()
+            foreign = foreign or self._seen != now
+            self._seen = now
+        self._own = {number for number in self._own if number > self._seen}
+        return foreign
+
+    def _read(self) -> bool:
+        foreign = False
+        while True:
+            try:
+                data = self._notices.recv(1 << 16)
+            except BlockingIOError:
+                return foreign
+            except OSError:  # ENOBUFS: notices were lost
+                self._touched = foreign = True
+                continue
+            for kind, _, body in split(data):
+                if kind != _NEWGEN:
+                    self._touched = self._touched or attributes(body[_HEADER:]).get(_TABLE_NAME) == TABLE
+                    continue
+                self._seen = _number(body)
+                foreign = foreign or (self._touched and self._seen not in self._own)
+                self._touched = False
+
+
+def _number(body: bytes) -> int:
+    return int(struct.unpack(">I", attributes(body[_HEADER:])[_GEN_ID])[0])

@@ -1,0 +1,280 @@
+"""What the broker decides about networks: addresses for good, who may reach what, what dnsmasq and tapnet are told."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from tests.fakes.tapnet import Tapnet
+from vmshell.broker import networks as networks_module
+from vmshell.broker.addresses import WITHOUT_SUBNET, Addresses
+from vmshell.broker.cards import cards_of, port_message, segment_message
+from vmshell.broker.context import Context
+from vmshell.broker.host import Host
+from vmshell.broker.loop import Loop
+from vmshell.broker.objects import Store
+from vmshell.broker.publishing import Published, openings
+from vmshell.broker.resolving import configuration, entries
+from vmshell.broker.vms import Vm
+from vmshell.errors import NetworkFailed, NoAddress, StorageFailed, VmshellError
+from vmshell.layout import Layout
+from vmshell.model.addressing import Plan
+from vmshell.model.definition import Definition, Nic
+from vmshell.model.policy import parse
+
+POLICY = """
+[networks.lan]
+kind = "shared"
+isolated = true
+[networks.db]
+kind = "service"
+providers = ["carol"]
+[networks.office]
+kind = "bridged"
+bridge = "br0"
+[networks.off]
+kind = "none"
+"""
+
+
+def people(names: dict[str, int], groups: dict[str, set[str]]) -> Any:
+    class People(Host):
+        def uid_of(self, user: str) -> int | None:
+            return names.get(user)
+
+        def user_of(self, uid: int) -> str:
+            return next((name for name, number in names.items() if number == uid), "")
+
+        def groups_of(self, user: str) -> frozenset[str]:
+            return frozenset(group for group, members in groups.items() if user in members)
+
+        def is_group(self, group: str) -> bool:
+            return group in groups
+
+    return People
+
+
+@pytest.fixture
+def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Context]:
+    roots = {name: str(tmp_path / name) for name in ("etc", "state", "run", "log")}
+    for root in roots.values():
+        os.makedirs(root)
+    monkeypatch.setattr("vmshell.broker.host._relay_gid", lambda: os.getgid())
+    monkeypatch.setattr(networks_module, "DNSMASQ", "/bin/true")
+    layout = Layout(**roots, embedded=False)
+    rules = parse(POLICY, "policy.toml")
+    names = {"alice": 1001, "bob": 1002, "carol": 1003, "dave": 1004}
+    host = people(names, {"staff": {"bob", "dave"}})(rules.host, embedded=False)
+
+    def raises(exc: BaseException) -> None:
+        raise exc
+
+    loop = Loop(raises)
+    made = Context(layout, rules, loop, cast(Any, host))
+    host.systemd = False
+    made.resolving.begin()
+    yield made
+    made.networks.close()
+
+
+def machine(context: Context, number: int, owner: str, *nics: Nic) -> Vm:
+    uid = context.host.uid_of(owner)
+    assert uid is not None
+    definition = Definition(f"web{number}", nics=nics)
+    return Vm(number, uid, owner, definition, 0, Store(f"{context.layout.state}/none", "x"))
+
+
+# --- addresses --------------------------------------------------------------------------------------------------------
+
+
+def test_an_address_is_for_good(tmp_path: Path) -> None:
+    path, plan = str(tmp_path / "addresses.json"), Plan("10.77.0.0/16", "", 24)
+    first = Addresses(path, plan)
+    alice, bob = first.segment("users", 1001, subnet=True), first.segment("users", 1002, subnet=True)
+    assert alice != bob
+    hosts = [first.host("users", alice, number, 0) for number in (1, 2, 3)]
+    assert len(set(hosts)) == 3
+    again = Addresses(path, plan)
+    again.load()
+    assert again.segment("users", 1001, subnet=True) == alice
+    assert [again.host("users", alice, number, 0) for number in (1, 2, 3)] == hosts
+    again.release(2)
+    assert again.host("users", alice, 9, 0) == hosts[1], "what was given back is there for others"
+    assert again.host("users", alice, 3, 0) == hosts[2]
+
+
+def test_a_segment_without_cards_is_given_back(tmp_path: Path) -> None:
+    addresses = Addresses(str(tmp_path / "a.json"), Plan("10.77.0.0/16", "", 24))
+    segment = addresses.segment("users", 1001, subnet=True)
+    addresses.host("users", segment, 1, 0)
+    addresses.release(1)
+    assert addresses.known("users", 1001) is None and addresses.private() == {}
+
+
+def test_a_pool_that_is_exhausted_says_so(tmp_path: Path) -> None:
+    addresses = Addresses(str(tmp_path / "a.json"), Plan("10.77.0.0/24", "", 29))
+    segments = [addresses.segment("users", uid, subnet=True) for uid in range(32)]
+    assert len(set(segments)) == 32
+    with pytest.raises(NoAddress, match="32 segments"):
+        addresses.segment("users", 99, subnet=True)
+    assert addresses.segment("office", None, subnet=False) >= WITHOUT_SUBNET, "a bridge without addresses of ours needs none"
+    for number in range(1, addresses.plan.hosts + 1):
+        addresses.host("users", segments[0], number, 0)
+    with pytest.raises(NoAddress, match=f"{addresses.plan.hosts} addresses"):
+        addresses.host("users", segments[0], 100, 0)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 2}', '{"version": 1, "segments": 3, "cards": {}}'])
+def test_a_damaged_list_of_addresses_is_no_empty_one(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(StorageFailed, match="list of addresses"):
+        Addresses(str(path), Plan("10.77.0.0/16", "", 24)).load()
+
+
+# --- cards ------------------------------------------------------------------------------------------------------------
+
+
+def test_cards_by_kind(context: Context) -> None:
+    vm = machine(context, 7, "alice", Nic(), Nic("lan"), Nic("office"), Nic("off"), Nic("db"))
+    own, lan, office, off, db = cards_of(context, vm, vm.definition, give=True)
+    assert own.address4 and lan.address4 and db.address4 and not office.address4 and not off.address4
+    assert len({own.segment, lan.segment, office.segment, db.segment}) == 4 and off.segment == -1
+    assert (own.mac, lan.mac) == ("06:00:00:00:00:07", "06:01:00:00:00:07")
+    isolated = [port_message(context, vm, card, create=True).isolated for card in (own, lan, office, db)]
+    assert isolated == [False, True, False, True]
+    assert segment_message(context, office).bridge == "br0"
+    assert segment_message(context, own).gateway4.startswith("10.77.")
+    carols = machine(context, 8, "carol", Nic("db"))
+    (provider,) = cards_of(context, carols, carols.definition, give=True)
+    assert provider.provides and not port_message(context, carols, provider, create=True).isolated
+    assert provider.segment == db.segment
+
+
+def test_two_users_of_one_private_network_share_no_segment(context: Context) -> None:
+    (alices,) = cards_of(context, machine(context, 1, "alice", Nic()), Definition("a", nics=(Nic(),)), give=True)
+    (bobs,) = cards_of(context, machine(context, 2, "bob", Nic()), Definition("b", nics=(Nic(),)), give=True)
+    assert alices.segment != bobs.segment
+    assert alices.address4.rpartition(".")[0] != bobs.address4.rpartition(".")[0]
+
+
+def test_a_network_that_is_gone(context: Context) -> None:
+    vm = machine(context, 1, "alice", Nic("gone"))
+    with pytest.raises(NetworkFailed, match="no network gone any more"):
+        cards_of(context, vm, vm.definition, give=True)
+
+
+# --- what is open -----------------------------------------------------------------------------------------------------
+
+
+def test_openings_follow_from_what_is_published(context: Context) -> None:
+    alice = machine(context, 1, "alice", Nic())
+    bob, dave = machine(context, 2, "bob", Nic()), machine(context, 3, "dave", Nic())
+    running = [(vm, cards_of(context, vm, vm.definition, give=True)) for vm in (alice, bob, dave)]
+    bridges = {vm.owner: f"vtb{cards[0].segment:06x}" for vm, cards in running}
+    card = running[0][1][0]
+    assert openings(context, alice, card, running) == []
+    alice.published = [Published(80, "tcp", "bob"), Published(53, "udp", "@staff"), Published(22, "tcp", "world", 2222)]
+    found = {(item["source"], item["proto"], item["port"], item["host_port"]) for item in openings(context, alice, card, running)}
+    assert found == {
+        (bridges["bob"], "tcp", 80, 0),
+        (bridges["bob"], "udp", 53, 0),
+        (bridges["dave"], "udp", 53, 0),
+        ("", "tcp", 22, 2222),
+    }
+
+
+def test_on_a_service_network_consumers_are_let_in_one_by_one(context: Context) -> None:
+    carol = machine(context, 1, "carol", Nic("db"))
+    bob, alice = machine(context, 2, "bob", Nic("db")), machine(context, 3, "alice", Nic("db"))
+    running = [(vm, cards_of(context, vm, vm.definition, give=True)) for vm in (carol, bob, alice)]
+    card = running[0][1][0]
+    carol.published = [Published(5432, "tcp", "bob")]
+    assert [item["source"] for item in openings(context, carol, card, running)] == ["vt000002n0"]
+    carol.published = [Published(5432, "tcp", "world", 5432)]
+    assert {item["source"] for item in openings(context, carol, card, running)} == {"vt000002n0", "vt000003n0"}
+    bob.published = [Published(80, "tcp", "world", 8080)]
+    assert openings(context, bob, running[1][1][0], running) == [], "a consumer offers nothing"
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_dnsmasq_reads(context: Context) -> None:
+    vm = machine(context, 7, "alice", Nic(), Nic("lan"))
+    cards = cards_of(context, vm, vm.definition, give=True)
+    texts = entries(context, vm, cards)
+    assert texts["hosts"] == f"{cards[0].address4} web7.alice.vm\n{cards[1].address4} net1.web7.alice.vm\n"
+    assert texts["dhcp-hosts"].splitlines()[0] == f"06:00:00:00:00:07,set:v7,{cards[0].address4}"
+    assert "tag:v7,option:domain-search,alice.vm\n" in texts["dhcp-opts"]
+    context.resolving.write(vm, cards)
+    path = Path(context.layout.names, "hosts", "7")
+    assert path.read_text() == texts["hosts"] and path.stat().st_mode & 0o777 == 0o644
+    context.resolving.forget(vm)
+    assert not path.exists()
+
+
+def test_the_configuration_is_what_dnsmasq_takes(context: Context) -> None:
+    import shutil
+    import subprocess
+
+    dnsmasq = shutil.which("dnsmasq", path="/usr/sbin:/usr/bin")
+    if dnsmasq is None:
+        pytest.skip("dnsmasq-base is not installed")
+    done = subprocess.run([dnsmasq, "--test", f"--conf-file={context.layout.names}/dnsmasq.conf"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "dhcp-ignore-names" in configuration(context)
+
+
+# --- tapnet -----------------------------------------------------------------------------------------------------------
+
+
+def plug(context: Context, vm: Vm) -> list[tuple[VmshellError | None, dict[int, int]]]:
+    found: list[tuple[VmshellError | None, dict[int, int]]] = []
+    context.networks.plug(vm, lambda error, cables: found.append((error, cables)))
+    return found
+
+
+def test_a_start_without_tapnet_is_refused(context: Context) -> None:
+    ((error, cables),) = plug(context, machine(context, 1, "alice", Nic()))
+    assert error is not None and error.code == "tapnet-down" and not cables
+
+
+def test_cables_come_from_tapnet_and_all_of_it_is_told_again(context: Context) -> None:
+    with Tapnet(context.layout.tapnet_socket) as tapnet:
+        vm = machine(context, 1, "alice", Nic(), Nic("lan"))
+        found = plug(context, vm)
+        tapnet.turn(context.loop, lambda: found)
+        error, cables = found[0]
+        assert error is None and sorted(cables) == [0, 1]
+        networks_module.close(cables)
+        assert tapnet.verbs()[:1] == ["settings"] and "settle" in tapnet.verbs() and tapnet.verbs().count("port") == 2
+        tapnet.hang_up()
+        tapnet.turn(context.loop, lambda: tapnet.verbs()[-1:] == ["settle"] and tapnet.connections == 2)
+        again = [body for body in tapnet.seen[-9:] if body["verb"] == "port"]
+        assert [body.get("create", False) for body in again] == [False, False]
+        context.networks.ended(vm)
+        tapnet.turn(context.loop, lambda: tapnet.verbs().count("unplug") == 2)
+
+
+def test_one_bad_card_and_the_start_has_none(context: Context) -> None:
+    with Tapnet(context.layout.tapnet_socket) as tapnet:
+        tapnet.refuse_nic = 1
+        found = plug(context, machine(context, 1, "alice", Nic(), Nic("lan")))
+        tapnet.turn(context.loop, lambda: found and "unplug" in tapnet.verbs())
+        error, cables = found[0]
+        assert error is not None and error.code == "network" and not cables
+        assert tapnet.verbs().count("unplug") == 2
+
+
+def test_saved_as_json(tmp_path: Path) -> None:
+    addresses = Addresses(str(tmp_path / "a.json"), Plan("10.77.0.0/16", "", 24))
+    addresses.host("users", addresses.segment("users", 5, subnet=True), 1, 0)
+    assert json.loads((tmp_path / "a.json").read_text())["segments"] == {"users/5": 0}
+    assert socket.inet_aton(addresses.plan.address4(0, 2))

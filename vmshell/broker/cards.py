@@ -1,0 +1,123 @@
+"""A VM's network cards as tapnet, dnsmasq and people need them: on which segment, with which addresses, by which name.
+
+Runs in: the broker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import BadValue, NetworkFailed
+from ..messages import Port, Segment
+from ..model.addressing import label
+from ..model.definition import Nic
+from ..names import mac_address, tap_name
+
+if TYPE_CHECKING:
+    from ..model.catalogues import Network
+    from ..model.definition import Definition
+    from .context import Context
+    from .vms import Vm
+
+WITH_TAP = ("private", "shared", "service", "bridged")  # kinds of networks that tapnet makes
+ADDRESSED = ("private", "shared", "service")
+
+
+@dataclass(frozen=True)
+class Card:
+    """One network card. *segment* is -1 where tapnet has no part in it; addresses are empty where they are not ours."""
+
+    index: int
+    nic: Nic
+    network: Network
+    mac: str
+    segment: int = -1
+    address4: str = ""
+    address6: str = ""
+    provides: bool = False  # on a service network: does its owner offer ports there?
+
+    @property
+    def name(self) -> str:
+        return f"net{self.index}"
+
+
+def cards_of(context: Context, vm: Vm, definition: Definition, *, give: bool) -> list[Card]:
+    """Every card of *definition*. With *give* what has no segment and no address yet gets one; may raise NoAddress."""
+    nics = [device for device in definition.devices().values() if isinstance(device, Nic)]
+    return [_card(context, vm, index, nic, give=give) for index, nic in enumerate(nics)]
+
+
+def _card(context: Context, vm: Vm, index: int, nic: Nic, *, give: bool) -> Card:
+    network = context.policy.catalogues.networks.get(nic.network)
+    if network is None:
+        raise NetworkFailed(problem=f"this host has no network {nic.network} any more; `networks` lists those it has")
+    mac = nic.mac or mac_address(vm.number, index)
+    if network.kind not in WITH_TAP:
+        return Card(index, nic, network, mac)
+    if give and mac.startswith("06:") and mac[6:8] == "00" and mac != mac_address(vm.number, index):
+        # All of these follow from numbers: another VM has it, or will have it (E33).
+        raise BadValue(field=f"net{index}.mac", value=mac, rule="another VM's; one of your own has 01 to ff as its third octet")
+    addresses, plan = context.addresses, context.addresses.plan
+    uid = vm.uid if network.kind == "private" else None
+    subnet = network.kind in ADDRESSED
+    segment = addresses.segment(nic.network, uid, subnet=subnet) if give else addresses.known(nic.network, uid)
+    if segment is None:
+        return Card(index, nic, network, mac)
+    if not subnet:
+        return Card(index, nic, network, mac, segment)
+    host = addresses.host(nic.network, segment, vm.number, index) if give else addresses.known_host(segment, vm.number, index)
+    if host is None:
+        return Card(index, nic, network, mac, segment)
+    provides = network.kind == "service" and names_user(network.providers, vm.owner, context)
+    return Card(index, nic, network, mac, segment, plan.address4(segment, host), plan.address6(segment, host), provides)
+
+
+def names_user(people: tuple[str, ...], user: str, context: Context) -> bool:
+    """Is *user*, or a group of *user*'s, among *people* (accounts and `@group`s)?"""
+    if user in people:
+        return True
+    groups = [name[1:] for name in people if name.startswith("@")]
+    return bool(groups) and not context.host.groups_of(user).isdisjoint(groups)
+
+
+def segment_message(context: Context, card: Card) -> Segment:
+    network, plan = card.network, context.addresses.plan
+    if network.kind == "bridged":
+        return Segment(segment=card.segment, kind="bridged", bridge=network.bridge, parent=network.parent, vlan=network.vlan)
+    return Segment(
+        segment=card.segment,
+        kind=network.kind,
+        gateway4=plan.gateway4(card.segment),
+        gateway6=plan.gateway6(card.segment),
+        outside=network.outside,
+    )
+
+
+def port_message(context: Context, vm: Vm, card: Card, *, create: bool) -> Port:
+    consumer = card.network.kind == "service" and not card.provides
+    return Port(
+        number=vm.number,
+        nic=card.index,
+        segment=card.segment,
+        mac=card.mac,
+        address4=card.address4,
+        address6=card.address6,
+        isolated=consumer or card.network.isolated,
+        rate=context.effective(vm.owner).limits.net_rate,
+        owner=vm.uid,
+        create=create,
+    )
+
+
+def tap_of(vm: Vm, card: Card) -> str:
+    return tap_name(vm.number, card.index) if card.segment >= 0 else ""
+
+
+def dns_name(context: Context, vm: Vm, cards: list[Card], card: Card) -> str:
+    """`web1.alice.vm` for a VM's first card with an address, `net1.web1.alice.vm` for its others."""
+    if not card.address4:
+        return ""
+    first = next(other for other in cards if other.address4)
+    name = f"{vm.name}.{label(vm.owner, vm.uid)}.{context.policy.host.dns_domain}"
+    return name if card is first else f"{card.name}.{name}"

@@ -1,0 +1,214 @@
+"""Cables: before a VM starts its taps are made and its filter stands; when it has ended they go. A new tapnet hears all of it.
+
+Runs in: the broker.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .. import wire
+from ..errors import BadValue, NetworkFailed, VmshellError
+from ..messages import Dial, Health, Open, Settings, Settle, Unplug
+from . import passt
+from .cards import ADDRESSED, WITH_TAP, cards_of, port_message, segment_message
+from .journal import note
+from .publishing import openings
+from .tapnetlink import TapnetLink
+
+if TYPE_CHECKING:
+    from ..messages import ToTapnet
+    from .cards import Card
+    from .context import Context
+    from .vms import Vm
+
+Cables = dict[int, int]  # by the card's index: a tap, or the stream that passt serves
+Plugged = Callable[[VmshellError | None, Cables], None]
+DNSMASQ = "/usr/sbin/dnsmasq"
+
+
+class Networks:
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._tapnet = TapnetLink(context.loop, context.layout.tapnet_socket, self._tell_all)
+        self._plugged: dict[int, tuple[Vm, list[Card]]] = {}  # what tapnet was told to make and to keep
+
+    def connect(self) -> None:
+        """In session mode there is nobody to connect to."""
+        if not self._context.layout.embedded:
+            self._tapnet.connect()
+
+    def close(self) -> None:
+        self._tapnet.close()
+
+    # --- a VM's start and end -----------------------------------------------------------------------------------------
+
+    def plug(self, vm: Vm, done: Plugged) -> None:
+        """Make the cables of *vm*'s next run. `done(error, cables)`; the cables are the taker's to close."""
+        cards = cards_of(self._context, vm, vm.booted or vm.definition, give=not self._context.layout.embedded)
+        wanted = [card for card in cards if card.network.kind in WITH_TAP]
+        if self._context.layout.embedded:
+            if wanted:
+                problem = f"network {wanted[0].nic.network} is {wanted[0].network.kind}, and a session has only user and none"
+                raise NetworkFailed(problem=problem)
+            done(None, passt.start_all(self._context, cards))
+            return
+        if not wanted:
+            done(None, {})
+            return
+        if any(card.address4 for card in wanted):
+            if not os.path.exists(DNSMASQ):
+                raise NetworkFailed(problem="dnsmasq is not installed, so guests get no addresses: apt-get install dnsmasq-base")
+            self._context.resolving.write(vm, cards)
+        self._make(vm, wanted, done)
+
+    def add(self, vm: Vm, index: int, done: Plugged) -> None:
+        """Make the cable of one more card of a VM that runs."""
+        cards = cards_of(self._context, vm, vm.definition, give=True)
+        if cards[index].network.kind not in WITH_TAP:
+            done(None, {})
+            return
+        self._context.resolving.write(vm, cards)
+        self._make(vm, [cards[index]], done)
+
+    def _make(self, vm: Vm, wanted: list[Card], done: Plugged) -> None:
+        """Ask for taps; in the end every card has one, or none of them is left."""
+
+        def made(error: VmshellError | None, cables: Cables) -> None:
+            if error:
+                self.remove(vm, {card.index for card in wanted})
+            else:
+                # Not before: a new connection is told what exists, and these were still to be made.
+                self._plugged[vm.number] = (vm, [*self.plugged(vm), *wanted])
+                self.open_ports()
+            done(error, cables)
+
+        self._must_be_unique(wanted)
+        batch = _Batch(wanted, made)
+        for card in wanted:
+            self._ask(segment_message(self._context, card), batch.failed)
+            self._tapnet.request(port_message(self._context, vm, card, create=True), batch.taker(card.index))
+
+    def _must_be_unique(self, wanted: list[Card]) -> None:
+        """Two cards with one MAC on one segment would take each other's frames (E33)."""
+        there = [(card.segment, card.mac) for _, cards in self._plugged.values() for card in cards]
+        for index, card in enumerate(wanted):
+            if (card.segment, card.mac) in there + [(other.segment, other.mac) for other in wanted[:index]]:
+                raise BadValue(field=f"{card.name}.mac", value=card.mac, rule="a card that runs on this network has it already")
+
+    def ended(self, vm: Vm) -> None:
+        """Its QEMU is gone, or never was: so go its taps, and their filter."""
+        self.remove(vm, {card.index for card in self.plugged(vm)})
+
+    def remove(self, vm: Vm, indexes: set[int]) -> None:
+        """Take these cards' taps and their filter away."""
+        if not indexes:
+            return
+        left = [card for card in self.plugged(vm) if card.index not in indexes]
+        self._plugged.pop(vm.number, None)
+        if left:
+            self._plugged[vm.number] = (vm, left)
+        for index in sorted(indexes):
+            self._ask(Unplug(number=vm.number, nic=index))
+        self.open_ports()
+
+    def adopt(self, vm: Vm) -> None:
+        """A VM that went on while there was no broker: its cables are there."""
+        cards = [card for card in cards_of(self._context, vm, vm.booted or vm.definition, give=True) if card.segment >= 0]
+        if cards:
+            self._plugged[vm.number] = (vm, cards)
+            if any(card.address4 for card in cards):
+                self._context.resolving.write(vm, cards)
+
+    # --- what is open between VMs -------------------------------------------------------------------------------------
+
+    def open_ports(self) -> None:
+        """Tell tapnet who may reach what, as it follows from what is published and who runs."""
+        running = list(self._plugged.values())
+        for vm, cards in running:
+            for card in cards:
+                if card.network.kind in ADDRESSED:
+                    found = openings(self._context, vm, card, running)
+                    self._ask(Open(number=vm.number, nic=card.index, openings=found))
+
+    def plugged(self, vm: Vm) -> list[Card]:
+        """The cards that are plugged in."""
+        return self._plugged.get(vm.number, (vm, []))[1]
+
+    def dial(self, address: str, port: int, done: Callable[[VmshellError | None, int], None]) -> None:
+        """Connect to a guest; `done(error, fd)`, the descriptor valid during the call."""
+
+        def answered(error: VmshellError | None, packet: wire.Packet) -> None:
+            done(error, packet.fds[0] if packet.fds else -1)
+
+        self._tapnet.request(Dial(address=address, port=port), answered)
+
+    def health(self, done: Callable[[VmshellError | None, dict[str, object]], None]) -> None:
+        self._tapnet.request(Health(), lambda error, packet: done(error, packet.body.get("ok", {})))  # type: ignore[arg-type]
+
+    # --- a new connection ---------------------------------------------------------------------------------------------
+
+    def _tell_all(self) -> None:
+        """All that there is to be; tapnet compares it with what the kernel has."""
+        context, host = self._context, self._context.policy.host
+        confined = context.host.members(host.group) if host.ssh_forwarding else []
+        self._ask(Settings(pool4=host.ipv4_pool, pool6=host.ipv6_pool, confined=confined))
+        told: set[int] = set()
+        for vm, cards in self._plugged.values():
+            for card in cards:
+                if card.segment not in told:
+                    told.add(card.segment)
+                    self._ask(segment_message(context, card))
+                self._ask(port_message(context, vm, card, create=False))
+        self.open_ports()
+        self._ask(Settle())
+
+    def _ask(self, message: ToTapnet, failed: Callable[[VmshellError], None] | None = None) -> None:
+        def answered(error: VmshellError | None, packet: wire.Packet) -> None:
+            if error and failed:
+                failed(error)
+            elif error:
+                note("tapnet-refused", verb=message.verb, problem=error)
+
+        self._tapnet.request(message, answered)
+
+
+class _Batch:
+    """The cards of one start: done when each has its cable, or when one has none; then the others are closed."""
+
+    def __init__(self, cards: list[Card], done: Plugged) -> None:
+        self._missing = {card.index for card in cards}
+        self._error: VmshellError | None = None
+        self._done = done
+        self._cables: Cables = {}
+
+    def failed(self, error: VmshellError) -> None:
+        self._error = self._error or error
+
+    def taker(self, index: int) -> Callable[[VmshellError | None, wire.Packet], None]:
+        def answered(error: VmshellError | None, packet: wire.Packet) -> None:
+            if error:
+                self.failed(error)
+            elif packet.fds:
+                self._cables[index] = packet.take_fd()
+            else:
+                self.failed(NetworkFailed(problem="the network service made a tap and did not hand it over"))
+            self._missing.discard(index)
+            if not self._missing:
+                self._finish()
+
+        return answered
+
+    def _finish(self) -> None:
+        cables, self._cables = self._cables, {}
+        if self._error:
+            close(cables)
+            cables = {}
+        self._done(self._error, cables)
+
+
+def close(cables: Cables) -> None:
+    for fd in cables.values():
+        os.close(fd)

@@ -1,0 +1,155 @@
+"""What a VM's owner lets others reach: the grants, and the ways through the filter that follow from them.
+
+Runs in: the broker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import BadValue, NoPortToReach, PortTaken
+from ..model.decide import Verdict, refuse
+from ..model.limitkinds import port_range
+from ..names import bridge_name, tap_name
+from .journal import by_user
+
+if TYPE_CHECKING:
+    from ..messages import Publish
+    from .cards import Card
+    from .context import Context
+    from .server import Call
+    from .vms import Vm
+
+WORLD = "world"
+Running = list[tuple["Vm", "list[Card]"]]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A port of a VM, for a user, a `@group` or the `world`; for the world by *host_port* of the host."""
+
+    port: int
+    proto: str
+    to: str
+    host_port: int = 0
+
+
+# --- the verb ---------------------------------------------------------------------------------------------------------
+
+
+def handle_publish(context: Context, call: Call, request: Publish, vm: Vm) -> None:
+    if request.remove:
+        _withdraw(vm, request)
+    else:
+        _add(context, vm, request)
+    context.registry.save(vm)
+    context.networks.open_ports()
+    what = "unpublish" if request.remove else "publish"
+    said = {"port": request.port, "proto": request.proto, "to": request.to, "host_port": request.host_port}
+    by_user(call.peer.uid, what, number=vm.number, owner=vm.owner, vm=vm.name, **said)
+    call.reply({"name": vm.ref, **said})
+
+
+def _withdraw(vm: Vm, request: Publish) -> None:
+    def meant(item: Published) -> bool:
+        return (item.port, item.proto) == (request.port, request.proto) and request.to in ("", item.to)
+
+    if not any(meant(item) for item in vm.published):
+        raise NoPortToReach(vm=vm.ref, port=f"{request.port}/{request.proto}" + (f" to {request.to}" if request.to else ""))
+    vm.published = [item for item in vm.published if not meant(item)]
+
+
+def _add(context: Context, vm: Vm, request: Publish) -> None:
+    if context.layout.embedded:
+        rule = "in session mode the ports that lead to a guest stand in its definition: set NAME net0.forward=tcp:8080:80"
+        raise BadValue(field="publish", value=request.port, rule=rule)
+    _must_exist(context, request.to)
+    host_port = (request.host_port or request.port) if request.to == WORLD else 0
+    new = Published(request.port, request.proto, request.to, host_port)
+    others = [item for item in vm.published if (item.port, item.proto, item.to) != (new.port, new.proto, new.to)]
+    refuse(_verdicts(context, vm, new, others), vm.ref)
+    for other in context.registry:
+        for item in others if other is vm else other.published:
+            if host_port and (item.host_port, item.proto) == (host_port, new.proto):
+                raise PortTaken(port=host_port)
+    vm.published = [*others, new]
+
+
+def _must_exist(context: Context, to: str) -> None:
+    if to == WORLD:
+        return
+    known = context.host.is_group(to[1:]) if to.startswith("@") else context.host.uid_of(to) is not None
+    if not known:
+        raise BadValue(field="to", value=to, rule="a user of this host, @GROUP, or world")
+
+
+def _verdicts(context: Context, vm: Vm, new: Published, others: list[Published]) -> list[Verdict]:
+    effective = context.effective(vm.owner)
+    count = sum(len(other.published) for other in context.registry.of(vm.uid) if other is not vm) + len(others)
+    most, ports = effective.limits.published_max, effective.limits.forward_ports
+    section = effective.section("published_max")
+    found = [
+        Verdict(
+            *("published_max", section, "published ports in all", "1", str(count), str(most), str(max(0, most - count))),
+            ok=count < most,
+            vm=vm.ref,
+        )
+    ]
+    if new.to == WORLD:
+        nearest = f"a port from {ports}" if ports else "@GROUP or a user"
+        section = effective.section("forward_ports")
+        what = f"port {new.host_port} of the host"
+        found.append(Verdict("forward_ports", section, what, "", "", "", nearest, new.host_port in port_range(ports), vm.ref))
+    return found
+
+
+# --- what follows from it ---------------------------------------------------------------------------------------------
+
+
+def openings(context: Context, vm: Vm, card: Card, running: Running) -> list[dict[str, object]]:
+    """Every way to *card* that its VM's grants make, given who runs."""
+    found: dict[tuple[str, str, int, int], dict[str, object]] = {}
+    for item in vm.published:
+        service = card.network.kind == "service"
+        if service and not card.provides:
+            continue
+        if service:
+            sources = [(tap, 0) for tap in _consumers(context, item.to, card, running)]
+        elif item.to == WORLD:
+            sources = [("", item.host_port)]
+        else:
+            sources = [(bridge_name(segment), 0) for segment in _segments(context, item.to) if segment != card.segment]
+        for source, host_port in sources:
+            key = (source, item.proto, item.port, host_port)
+            found[key] = {"source": source, "proto": item.proto, "port": item.port, "host_port": host_port}
+    return list(found.values())
+
+
+def _consumers(context: Context, to: str, card: Card, running: Running) -> list[str]:
+    """The taps on *card*'s segment of those whom *to* means."""
+    return [
+        tap_name(vm.number, other.index)
+        for vm, cards in running
+        for other in cards
+        if other.segment == card.segment and not other.provides and _means(context, to, vm.owner)
+    ]
+
+
+def _segments(context: Context, to: str) -> list[int]:
+    """The private segments of those whom *to* means."""
+    if not to.startswith("@"):
+        uid = context.host.uid_of(to)
+        return [] if uid is None else context.addresses.private().get(uid, [])
+    found = []
+    for uid, segments in context.addresses.private().items():
+        user = context.host.user_of(uid)
+        if user and _means(context, to, user):
+            found += segments
+    return found
+
+
+def _means(context: Context, to: str, user: str) -> bool:
+    if to.startswith("@"):
+        return to[1:] in context.host.groups_of(user)
+    return to in (WORLD, user)

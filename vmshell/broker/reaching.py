@@ -1,0 +1,182 @@
+"""The verbs about networks: which there are, a VM's cards with their figures, a connection to a guest, the key its sshd showed.
+
+Runs in: the broker.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+from ..errors import BadValue, NotAllowed, NotConnected, VmshellError, WrongState
+from ..messages import PAUSED, RUNNING, Connect, HostKey, Net, NetHealth, Networks
+from ..model.definition import Nic
+from .cards import ADDRESSED, cards_of, dns_name, names_user, tap_of
+from .journal import by_user
+
+if TYPE_CHECKING:
+    from .cards import Card
+    from .context import Context
+    from .server import Call
+    from .vms import Vm
+
+FIGURES = ("rx_bytes", "tx_bytes", "rx_packets", "tx_packets")
+HOST_KEY_CHARS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+/=-@. ")
+HOST_KEYS_MAX, HOST_KEY_MAX = 8, 1200  # characters: RSA with 8,192 bits has 1,100
+DIAL_TIMEOUT = 5.0  # seconds
+
+
+def handle_networks(context: Context, call: Call, request: Networks) -> None:
+    """The networks that the peer may use, and how many of its cards are on each."""
+    peer, host = call.peer, context.policy.host
+    cards = [device for vm in context.registry.of(peer.uid) for device in vm.definition.devices().values()]
+    used = [card.network for card in cards if isinstance(card, Nic)]
+    rows = []
+    for name in context.policy.networks_for(peer.user, context.host.groups_of(peer.user)):
+        network = context.policy.catalogues.networks[name]
+        segment = context.addresses.known(name, peer.uid if network.kind == "private" else None)
+        subnet = context.addresses.plan.subnet4(segment) if segment is not None and network.kind in ADDRESSED else ""
+        six = context.addresses.plan.gateway6(segment) if subnet and segment is not None else ""
+        role = "member"
+        if network.kind == "service":
+            role = "provider" if names_user(network.providers, peer.user, context) else "consumer"
+        facts = {"name": name, "kind": network.kind, "subnet": str(subnet), "subnet6": six.replace("::1/", "::/")}
+        outside = network.outside if network.kind in ADDRESSED else "none" if network.kind == "none" else "all"
+        rows.append({**facts, "outside": outside, "isolated": network.isolated, "role": role, "cards": used.count(name)})
+    call.reply({"networks": rows, "domain": host.dns_domain})
+
+
+def handle_net(context: Context, call: Call, request: Net, vm: Vm) -> None:
+    cards = known_cards(context, vm)
+    call.reply(
+        {
+            "name": vm.ref,
+            "state": vm.state,
+            "domain": context.policy.host.dns_domain,
+            "cards": [_row(context, vm, cards, card) for card in cards],
+            "published": [vars(item) for item in vm.published],
+        }
+    )
+
+
+def known_cards(context: Context, vm: Vm) -> list[Card]:
+    """A VM's cards with the addresses they have so far; none if its network is gone."""
+    try:
+        return cards_of(context, vm, vm.booted or vm.definition, give=False)
+    except VmshellError:
+        return []
+
+
+def address_of(context: Context, vm: Vm) -> str:
+    """The address of its first card that has one."""
+    return next((card.address4 for card in known_cards(context, vm) if card.address4), "")
+
+
+def _row(context: Context, vm: Vm, cards: list[Card], card: Card) -> dict[str, object]:
+    tap = tap_of(vm, card)
+    return {
+        "name": card.name,
+        "network": card.nic.network,
+        "kind": card.network.kind,
+        "model": card.nic.model,
+        "mac": card.mac,
+        "address": card.address4,
+        "address6": card.address6,
+        "link": card.nic.link,
+        "tap": tap,
+        "dns": dns_name(context, vm, cards, card),
+        "forward": [str(forward) for forward in card.nic.forward],
+        "rate": context.effective(vm.owner).limits.net_rate if tap else 0,
+        **{name: _figure(tap, name) for name in FIGURES},
+    }
+
+
+def _figure(tap: str, name: str) -> int:
+    """A counter of the kernel's. What the guest receives is what the host sends into its tap."""
+    other = name.replace("rx", "TX").replace("tx", "rx").replace("TX", "tx")
+    try:
+        with open(f"/sys/class/net/{tap}/statistics/{other}", encoding="ascii") as file:
+            return int(file.read(32)) if tap else 0
+    except (OSError, ValueError):
+        return 0
+
+
+def handle_net_health(context: Context, call: Call, request: NetHealth) -> None:
+    """What tapnet says of the kernel and of itself."""
+    if not call.peer.admin:
+        raise NotAllowed(what="the state of the host's network", who="administrators")
+
+    def answered(error: VmshellError | None, health: dict[str, object]) -> None:
+        if error:
+            call.fail(error)
+        else:
+            call.reply(health)
+
+    context.networks.health(answered)
+
+
+# --- connections ------------------------------------------------------------------------------------------------------
+
+
+def handle_connect(context: Context, call: Call, request: Connect, vm: Vm) -> None:
+    """Reply with a TCP connection to the guest. Somebody else makes it: no byte of a guest ever comes here."""
+    if vm.state not in (RUNNING, PAUSED):
+        raise WrongState(vm=vm.ref, state=vm.state, verb="connect", needed="running")
+    if context.layout.embedded:
+        _connect_by_forward(call, vm, request.port)
+        return
+    address = address_of(context, vm)
+    if not address:
+        raise NotConnected(vm=vm.ref, problem="it has no card on a network with addresses")
+
+    def dialled(error: VmshellError | None, fd: int) -> None:
+        if error:
+            call.fail(error if error.code != NotConnected.code else NotConnected(vm=vm.ref, problem=_problem(error)))
+        else:
+            by_user(call.peer.uid, "connect", number=vm.number, owner=vm.owner, vm=vm.name, port=request.port)
+            call.reply({"name": vm.ref, "address": address, "port": request.port}, fd)
+
+    context.networks.dial(address, request.port, dialled)
+
+
+def _problem(error: VmshellError) -> str:
+    """What tapnet found, without the address that it calls the VM by."""
+    return error.sentence().partition(": ")[2]
+
+
+def _connect_by_forward(call: Call, vm: Vm, port: int) -> None:
+    """In session mode a guest is reached by the ports of ours that lead to it."""
+    nics = (vm.booted or vm.definition).nics
+    forward = next((item for nic in nics for item in nic.forward if (item.proto, item.guest) == ("tcp", port)), None)
+    if forward is None:
+        free = port if port >= 10_000 else port + 10_000
+        problem = f"no port leads there: set {vm.name} net0.forward=tcp:{free}:{port}, then boot it again"
+        raise NotConnected(vm=vm.ref, problem=problem)
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    with sock:
+        sock.settimeout(DIAL_TIMEOUT)  # our own loopback answers or refuses at once
+        try:
+            sock.connect(("127.0.0.1", forward.host))
+        except OSError as exc:
+            problem = f"port {forward.host} of the host, which leads there, does not answer ({exc.strerror})"
+            raise NotConnected(vm=vm.ref, problem=problem) from exc
+        sock.setblocking(True)
+        call.reply({"name": vm.ref, "address": "127.0.0.1", "port": forward.host}, sock.fileno())
+
+
+# --- host keys --------------------------------------------------------------------------------------------------------
+
+
+def handle_host_key(context: Context, call: Call, request: HostKey, vm: Vm) -> None:
+    """Remember the keys of the guest's first answer: later ones are compared with them, until they are to be forgotten."""
+    if request.forget:
+        vm.host_keys = []
+    elif request.keys and not vm.host_keys:
+        bad = [key for key in request.keys if not HOST_KEY_CHARS.issuperset(key) or len(key) > HOST_KEY_MAX or key.count(" ") < 1]
+        if bad or len(request.keys) > HOST_KEYS_MAX:
+            rule = f"at most {HOST_KEYS_MAX} lines like: ssh-ed25519 AAAA…"
+            raise BadValue(field="keys", value=(bad or [""])[0][:40], rule=rule)
+        vm.host_keys = list(request.keys)
+    context.registry.save(vm)
+    by_user(call.peer.uid, "host-key", number=vm.number, owner=vm.owner, vm=vm.name, forget=request.forget)
+    call.reply({"name": vm.ref, "keys": vm.host_keys})

@@ -1,0 +1,161 @@
+"""What dnsmasq reads: its configuration, and for each VM who has which address and name. dnsmasq itself is a service of its own.
+
+    names/dnsmasq.conf     written when the broker starts
+         /dhcp-hosts/N     MAC,tags,address: the only ones who get an answer
+         /dhcp-opts/N      host name and domain of VM N
+         /hosts/N          address and name of each card, forward and reverse
+
+dnsmasq sees a new file at once; what was changed or taken away it forgets when told to read all of them again.
+Runs in: the broker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+from typing import TYPE_CHECKING
+
+from ..errors import VmshellError
+from ..model.addressing import label
+from .cards import cards_of, dns_name
+from .disk import read_text, write_fast
+from .journal import note
+
+if TYPE_CHECKING:
+    from .cards import Card
+    from .context import Context
+    from .vms import Vm
+
+UNIT = "vmshell-names.service"
+HOST_ADDRESS = "127.77.0.53"  # where the host itself may ask
+FOLDERS = ("hosts", "dhcp-hosts", "dhcp-opts")
+SOON = 0.2  # seconds: what changes in a burst is read again once
+
+
+class Resolving:
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._folder = context.layout.names
+        self._reload_due = False
+
+    def begin(self) -> None:
+        """Write everything anew, and have dnsmasq start with it."""
+        context = self._context
+        for folder in ("", *FOLDERS):
+            os.makedirs(f"{self._folder}/{folder}", exist_ok=True)
+            os.chmod(f"{self._folder}/{folder}", 0o755)  # noqa: S103 - dnsmasq reads it under a uid of its own
+        self._write("dnsmasq.conf", configuration(context))
+        known = set()
+        for vm in context.registry:
+            # A network may be gone from the policy: its cards are, then, too.
+            with contextlib.suppress(VmshellError):
+                cards = cards_of(context, vm, vm.definition, give=False)
+                if any(card.address4 for card in cards):
+                    self.write(vm, cards)
+                    known.add(str(vm.number))
+        for folder in FOLDERS:
+            for name in os.listdir(f"{self._folder}/{folder}"):
+                if name not in known:
+                    os.unlink(f"{self._folder}/{folder}/{name}")
+        self._systemctl("restart")
+
+    def write(self, vm: Vm, cards: list[Card]) -> None:
+        """Give *vm*'s cards their addresses and names; what stood there for it before is replaced."""
+        texts = entries(self._context, vm, cards)
+        changed = [self._write(f"{folder}/{vm.number}", text) for folder, text in texts.items()]
+        if True in changed:
+            self._reload_soon()
+
+    def forget(self, vm: Vm) -> None:
+        """The VM is gone for good."""
+        for folder in FOLDERS:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{self._folder}/{folder}/{vm.number}")
+                self._reload_soon()
+
+    def _write(self, name: str, text: str) -> bool:
+        """Write a file that everybody may read; True if it replaced one that said something else."""
+        path = f"{self._folder}/{name}"
+        try:
+            before = read_text(path)
+        except OSError:
+            before = None
+        if before != text:
+            # Beside its folder: dnsmasq reads every file in it.
+            beside = f"{self._folder}/.new"
+            write_fast(beside, text)
+            os.chmod(beside, 0o644)
+            os.rename(beside, path)
+        return before not in (None, text)
+
+    def _reload_soon(self) -> None:
+        if not self._reload_due:
+            self._reload_due = True
+            self._context.loop.after(SOON, self._reload)
+
+    def _reload(self) -> None:
+        self._reload_due = False
+        self._systemctl("reload")
+
+    def _systemctl(self, verb: str) -> None:
+        def done(status: int, output: str) -> None:
+            if status:
+                note("dnsmasq", verb=verb, status=status)
+
+        if self._context.host.systemd:
+            try:
+                self._context.jobs.start(["systemctl", "--no-block", verb, UNIT], {}, done)
+            except OSError as exc:
+                note("dnsmasq", verb=verb, problem=exc)
+
+
+def entries(context: Context, vm: Vm, cards: list[Card]) -> dict[str, str]:
+    """The text of each of a VM's files, by its folder."""
+    tag = f"v{vm.number}"
+    hosts, leases = "", ""
+    for card in cards:
+        if card.address4:
+            name = dns_name(context, vm, cards, card)
+            hosts += "".join(f"{address} {name}\n" for address in (card.address4, card.address6) if address)
+            six = f"[{card.address6}]," if card.address6 else ""
+            leases += f"{card.mac},set:{tag},{six}{card.address4}\n"
+    domain = f"{label(vm.owner, vm.uid)}.{context.policy.host.dns_domain}"
+    said = (("hostname", vm.name), ("domain-name", domain), ("domain-search", domain))
+    options = "".join(f"tag:{tag},option:{option},{value}\n" for option, value in said)
+    # In this order: who gets an address has its options by then.
+    return {"hosts": hosts, "dhcp-opts": options, "dhcp-hosts": leases}
+
+
+def configuration(context: Context) -> str:
+    """dnsmasq.conf: one server for all segments, whose addresses all come from the files."""
+    host, plan, folder = context.policy.host, context.addresses.plan, context.layout.names
+    pool = ipaddress.IPv4Network(host.ipv4_pool)
+    lines = [
+        "# written by vmshell's broker at every start: see vmshell-policy(5), keys ipv4_pool to dns_servers",
+        "bind-dynamic",
+        "interface=vtb*",
+        "except-interface=lo",
+        f"listen-address={HOST_ADDRESS}",
+        "no-hosts",
+        f"hostsdir={folder}/hosts",
+        f"dhcp-hostsdir={folder}/dhcp-hosts",
+        f"dhcp-optsdir={folder}/dhcp-opts",
+        # One range for every segment: who is in no file gets no answer.
+        f"dhcp-range={pool.network_address},static,{pool.netmask}",
+        f"dhcp-option=option:netmask,{plan.subnet4(0).netmask}",
+        "dhcp-authoritative",
+        # An answer by broadcast needs no entry in the host's ARP table, and so no CAP_NET_ADMIN.
+        "dhcp-broadcast",
+        "dhcp-ignore-names",
+        "no-ping",
+        "leasefile-ro",
+        "domain-needed",
+        "bogus-priv",
+        f"local=/{host.dns_domain}/",
+    ]
+    if host.ipv6_pool:
+        lines += ["enable-ra", "dhcp-range=::,constructor:vtb*,static,64"]
+    if host.dns_servers:
+        lines += ["no-resolv", *(f"server={address}" for address in host.dns_servers)]
+    return "\n".join(lines) + "\n"
