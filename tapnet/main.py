@@ -38,7 +38,11 @@ def main(argv: list[str]) -> int:
     # Descriptors on their way to a broker that is slow to take them count as ours.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    network, features = Network(), Features()
+    try:
+        network, features = Network(), Features()
+    except PermissionError as error:
+        report(f"it cannot start without CAP_NET_ADMIN: {error.strerror}")
+        return 1
     features.probe(network.links, network.nft)
     for problem in features.problems:
         report(problem)

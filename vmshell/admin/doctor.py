@@ -15,19 +15,19 @@ import shutil
 import stat
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from .. import wire
-from ..errors import ProtocolError, safe
+from ..errors import VmshellError, safe
 from ..layout import PACKAGE_DIR
+from ..model import policy
 from . import users
+from .doctor_network import check_names, check_network, check_routing
+from .findings import ENV, FAIL, OK, WARN, Finding, ask, output, problem_of, states
 from .verbs import Arguments, Context
 
-OK, WARN, FAIL = "OK", "WARN", "FAIL"
 QEMU_OLDEST = (7, 2)
 PROBE_PATIENCE = 60.0  # seconds
 LISTS_OF_SHELLS = "/etc/shells"
-UNITS = ("vmshell-broker.socket", "vmshell-broker.service", "vmshell-relay.socket", "vmshell-relay.service")
+UNITS = tuple(f"vmshell-{name}.{kind}" for name in ("broker", "relay", "tapnet") for kind in ("socket", "service"))
 # What sshd must answer for a member of the group, lower case as `sshd -T` prints it.
 SSHD_WANTED = {
     "forcecommand": users.SHELL,
@@ -38,14 +38,14 @@ SSHD_WANTED = {
     "permituserenvironment": "no",
     "authorizedkeysfile": f"{users.KEYS}/%u",
 }
-_ENV = {"PATH": "/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    level: str
-    text: str
-    cure: str = ""
+# Where the administrator has opened forwarding (etc/examples/40-vmshell-forwarding.conf), these instead.
+SSHD_FORWARDING = {
+    "disableforwarding": "no",
+    "allowtcpforwarding": "local",
+    "allowstreamlocalforwarding": "no",
+    "allowagentforwarding": "no",
+    "gatewayports": "no",
+}
 
 
 def run(context: Context, args: Arguments) -> int:
@@ -65,11 +65,11 @@ def run(context: Context, args: Arguments) -> int:
 
 
 def check_qemu(context: Context) -> Iterator[Finding]:
-    path = shutil.which("qemu-system-x86_64", path=_ENV["PATH"])
+    path = shutil.which("qemu-system-x86_64", path=ENV["PATH"])
     if path is None:
         yield Finding(FAIL, "qemu-system-x86_64 is not installed", "apt-get install qemu-system-x86")
         return
-    version = _output(path, "--version")
+    version = output(path, "--version")
     found = re.search(r"version (\d+)\.(\d+)", version)
     if found is None:
         yield Finding(FAIL, f"{path} does not say its version: {version[:80]}", "apt-get install --reinstall qemu-system-x86")
@@ -78,7 +78,7 @@ def check_qemu(context: Context) -> Iterator[Finding]:
     else:
         yield Finding(OK, f"QEMU {found[1]}.{found[2]}")
     for program, package in (("qemu-img", "qemu-utils"), ("setpriv", "util-linux"), ("prlimit", "util-linux")):
-        if shutil.which(program, path=_ENV["PATH"]) is None:
+        if shutil.which(program, path=ENV["PATH"]) is None:
             yield Finding(FAIL, f"{program} is not installed", f"apt-get install {package}")
     if platform.machine() != "x86_64":
         yield Finding(FAIL, f"this host is {platform.machine()}; VMs here are x86_64 and their seccomp filter is too")
@@ -86,12 +86,12 @@ def check_qemu(context: Context) -> Iterator[Finding]:
 
 def check_jail(context: Context) -> Iterator[Finding]:
     """bubblewrap, started as a VM's uid would start it."""
-    if shutil.which("bwrap", path=_ENV["PATH"]) is None:
+    if shutil.which("bwrap", path=ENV["PATH"]) is None:
         yield Finding(FAIL, "bubblewrap is not installed", "apt-get install bubblewrap")
         return
     mounts = "--ro-bind /usr /usr --symlink usr/lib64 /lib64 --symlink usr/lib /lib --proc /proc --dev /dev"
     drop = "setpriv --reuid=65534 --regid=65534 --clear-groups --no-new-privs --bounding-set=-all --" if os.geteuid() == 0 else ""
-    problem = _problem(*drop.split(), "bwrap", "--unshare-all", *mounts.split(), "/usr/bin/true")
+    problem = problem_of(*drop.split(), "bwrap", "--unshare-all", *mounts.split(), "/usr/bin/true")
     if problem:
         cure = "user namespaces may be off: sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000"
         yield Finding(FAIL, f"bubblewrap cannot make a jail: {problem}", cure)
@@ -101,7 +101,7 @@ def check_jail(context: Context) -> Iterator[Finding]:
 
 def check_acceleration(context: Context) -> Iterator[Finding]:
     # The broker answers this once it has looked at the host, which it does by starting guests.
-    answer = _ask(context, "version", PROBE_PATIENCE)
+    answer = ask(context.layout, "version", PROBE_PATIENCE)
     try:
         with open(context.layout.host_facts, encoding="utf-8") as file:
             facts = json.load(file)
@@ -147,41 +147,24 @@ def check_units(context: Context) -> Iterator[Finding]:
     if not os.path.isdir("/run/systemd/system"):
         yield Finding(FAIL, "this host does not run systemd", "`vmshell --session` needs none")
         return
-    states = dict(zip(UNITS, _output("systemctl", "is-active", *UNITS).split(), strict=False))
-    down = [unit for unit in UNITS if states.get(unit) != "active"]
+    found = states(*UNITS)
+    down = [unit for unit in UNITS if found.get(unit) != "active"]
     if down:
-        words = ", ".join(f"{unit} is {states.get(unit, 'unknown')}" for unit in down)
-        yield Finding(FAIL, words, f"systemctl start {' '.join(down)}; journalctl -u vmshell-broker -u vmshell-relay")
+        words = ", ".join(f"{unit} is {found.get(unit, 'unknown')}" for unit in down)
+        yield Finding(FAIL, words, f"systemctl start {' '.join(down)}; journalctl -u 'vmshell-*'")
     else:
-        yield Finding(OK, "broker and relay are active")
+        yield Finding(OK, "broker, relay and tapnet are active")
 
 
 def check_sockets(context: Context) -> Iterator[Finding]:
     """The broker answers, and its socket is for the group only."""
     path = context.layout.broker_socket
-    if _ask(context, "whoami", 10.0):
+    if "uid" in ask(context.layout, "whoami"):
         yield Finding(OK, "the broker answers")
     else:
         yield Finding(FAIL, "the broker does not answer", "systemctl restart vmshell-broker.socket; journalctl -u vmshell-broker")
     if os.path.exists(path) and os.stat(path).st_mode & stat.S_IWOTH:
         yield Finding(WARN, "accounts outside vmusers can reach the broker's socket", "systemctl restart vmshell-broker.socket")
-
-
-def _ask(context: Context, verb: str, patience: float) -> dict[str, object]:
-    """The broker's answer to *verb*, or an empty dict."""
-    try:
-        sock = wire.connect(context.layout.broker_socket, timeout=patience)
-    except OSError:
-        return {}
-    try:
-        wire.send(sock, {"id": 1, "verb": verb})
-        packet = wire.recv(sock)
-    except (OSError, ProtocolError):
-        return {}
-    finally:
-        sock.close()
-    answer = packet.body.get("ok") if packet is not None else None
-    return answer if isinstance(answer, dict) else {}
 
 
 def check_images(context: Context) -> Iterator[Finding]:
@@ -206,7 +189,7 @@ def check_images(context: Context) -> Iterator[Finding]:
 def check_sshd(context: Context) -> Iterator[Finding]:
     """What sshd would do for a member of the group (R18): asked of sshd itself, not read from files."""
     accounts = users.confined_accounts()
-    if shutil.which("sshd", path=_ENV["PATH"]) is None:
+    if shutil.which("sshd", path=ENV["PATH"]) is None:
         yield Finding(WARN, "there is no sshd", "apt-get install openssh-server")
         return
     if os.geteuid() != 0:
@@ -219,12 +202,12 @@ def check_sshd(context: Context) -> Iterator[Finding]:
     for entry in accounts:
         done = subprocess.run(
             ["sshd", "-T", "-C", f"user={entry.pw_name},host=localhost,addr=127.0.0.1"],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, env=_ENV,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, env=ENV,
         )  # fmt: skip
         if done.returncode != 0:
             yield Finding(FAIL, f"sshd refuses its configuration: {' '.join(done.stderr.split())}", "sshd -t")
             return
-        wrong = list(sshd_problems(done.stdout))
+        wrong = list(sshd_problems(done.stdout, confined=_sockets_are_confined(context)))
         if wrong:
             cure = f"make install; then look with sshd -T -C user={entry.pw_name}"
             yield Finding(FAIL, f"for {entry.pw_name} sshd has {'; '.join(wrong)}", cure)
@@ -232,13 +215,25 @@ def check_sshd(context: Context) -> Iterator[Finding]:
             yield Finding(OK, f"{entry.pw_name} gets vmshell and nothing else")
 
 
-def sshd_problems(answer: str) -> Iterator[str]:
-    """Each way in which *answer* (what `sshd -T -C user=…` printed) lets an account out of vmshell."""
+def _sockets_are_confined(context: Context) -> bool:
+    """Does the packet filter hold these accounts' own sockets to their VMs?"""
+    try:
+        return policy.load(context.layout.policy, session=False).host.ssh_forwarding
+    except (OSError, VmshellError):
+        return False
+
+
+def sshd_problems(answer: str, *, confined: bool = False) -> Iterator[str]:
+    """Each way in which *answer* (what `sshd -T -C user=…` printed) lets an account out of vmshell.
+
+    sshd may forward for accounts whose sockets are *confined*.
+    """
     settings: dict[str, list[str]] = {}
     for line in answer.splitlines():
         key, _, value = line.partition(" ")
         settings.setdefault(key, []).append(value.strip())
-    for key, wanted in SSHD_WANTED.items():
+    forwards = confined and settings.get("disableforwarding") == ["no"]
+    for key, wanted in {**SSHD_WANTED, **(SSHD_FORWARDING if forwards else {})}.items():
         have = " ".join(settings.get(key, ["nothing"]))
         if have != wanted:
             yield f"{key} {have} (should be {wanted})"
@@ -325,22 +320,6 @@ def _is_loose(path: str) -> bool:
     return status.st_uid != 0 or bool(status.st_mode & 0o022)
 
 
-def _output(*argv: str) -> str:
-    done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_ENV)
-    return done.stdout
-
-
-def _problem(*argv: str) -> str:
-    """Empty if *argv* succeeds, else the last line it said."""
-    try:
-        done = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_ENV, timeout=30
-        )
-    except (OSError, subprocess.TimeoutExpired) as exc:
-        return str(exc)
-    return "" if done.returncode == 0 else (done.stdout.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-
-
 SESSION_CHECKS = (("qemu", check_qemu), ("jail", check_jail), ("acceleration", check_acceleration), ("images", check_images))
 CHECKS = (
     ("qemu", check_qemu),
@@ -349,6 +328,9 @@ CHECKS = (
     ("units", check_units),
     ("broker", check_sockets),
     ("acceleration", check_acceleration),
+    ("network", check_network),
+    ("names", check_names),
+    ("routing", check_routing),
     ("images", check_images),
     ("sshd", check_sshd),
     ("shells", check_shells),

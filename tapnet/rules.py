@@ -1,0 +1,432 @@
+"""The packet filter as text for nftables: which frame may leave a guest, which packet may cross the host, and who may answer.
+
+Two tables of ours, nobody else's is touched. Everything that belongs to one port stands in sets keyed by its interface's name, so
+a port comes and goes as elements of sets, and a tap that no set knows is mute.
+
+    bridge vmshell   prerouting   what a guest may send: its own addresses, and nothing that servers and routers say
+                     forward      on service networks: consumers to what providers publish, and the answers
+                     input        what is on somebody else's bridge never reaches the host
+                     postrouting  a guest is handed no frame that is for another
+    inet vmshell     input        of the host, a guest reaches DHCP, DNS and ping at its gateway
+                     forward      between segments by openings; outside as the segment says
+                     output       of the host's processes, a VM is reached by its owner's, root's and tapnet's
+                     nat          one address for all on the way out; published ports on the way in
+
+Runs in: tapnet. Pure: every name, address and number is parsed or made here before it is written.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Iterator
+
+from vmshell.names import is_interface
+
+from .state import State, bridge, is_ours, tap
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmshell.messages import Opening, Port, Segment
+
+TABLES = ("bridge vmshell", "inet vmshell")
+BRIDGE, INET = TABLES
+HOST_DNS = "127.77.0.53"  # where dnsmasq answers the host itself
+LINK_GATEWAY = "fe80::1"
+CASTS_PER_SECOND, CASTS_BURST = 200, 400  # broadcast and multicast frames of one guest
+ECHOES_PER_SECOND = 50  # pings that the host answers, of all guests
+NOT_INTERNET = (
+    *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24"),
+    *("192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/3"),
+)
+NEVER = ("127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")  # not even with outside = "all": metadata services live here
+
+Elements = dict[str, list[str]]  # by set, as nft writes them
+
+
+# --- what a port is, in elements --------------------------------------------------------------------------------------
+
+
+def _port_elements(port: Port, segment: Segment) -> tuple[Elements, Elements]:
+    """What the sets of either table hold of *port*."""
+    name, mac = f'"{tap(port)}"', _mac(port.mac)
+    link: Elements = {"macs": [f"{name} . {mac}"], "llmacs": [f"{name} . 0x{mac.replace(':', '')}"]}
+    host: Elements = {}
+    if segment.kind == "bridged":
+        link["loose"] = [name]
+    elif segment.kind == "service":
+        link["consumers" if port.isolated else "providers"] = [name]
+    if port.address4:
+        address = ipaddress.IPv4Address(port.address4)
+        link["source4"] = [f"{name} . {address}"]
+        host["owner4"] = [f"{int(port.owner)} . {address}"]
+    if port.address6:
+        own = ipaddress.IPv6Address(port.address6)
+        addresses = dict.fromkeys((own, _eui64("fe80::", mac), _eui64(str(own), mac)))
+        link["six"] = [name]
+        link["source6"] = [f"{name} . {address}" for address in addresses]
+        link["targets"] = [f"{name} . 0x{int(address):032x}" for address in addresses]
+        host["owner6"] = [f"{int(port.owner)} . {own}"]
+    if port.rate:
+        link["rates"] = [f'{name} : "{tap(port)}"']
+    return link, host
+
+
+def _limit(port: Port) -> str:
+    """A guest's sending, in the kilobytes that nft counts; a second's worth of burst would make the rate none."""
+    rate = max(1, int(port.rate) // 8)
+    return f"rate over {rate} kbytes/second burst {max(64, rate // 4)} kbytes"
+
+
+def _mac(text: str) -> str:
+    octets = [int(octet, 16) for octet in text.split(":")]
+    return ":".join(f"{octet:02x}" for octet in octets)
+
+
+def _eui64(prefix: str, mac: str) -> ipaddress.IPv6Address:
+    """The address that a guest makes of its MAC in the /64 of *prefix* (RFC 4291, appendix A)."""
+    octets = bytes.fromhex(mac.replace(":", ""))
+    low = bytes([octets[0] ^ 2, *octets[1:3], 0xFF, 0xFE, *octets[3:]])
+    return ipaddress.IPv6Address(ipaddress.IPv6Address(prefix).packed[:8] + low)
+
+
+def _ours(state: State, ports: Iterable[Port]) -> tuple[Elements, Elements]:
+    link: Elements = {}
+    host: Elements = {}
+    for port in ports:
+        for total, part in zip((link, host), _port_elements(port, state.segments[port.segment]), strict=True):
+            for name, elements in part.items():
+                total.setdefault(name, []).extend(elements)
+    return link, host
+
+
+# --- what a segment is ------------------------------------------------------------------------------------------------
+
+
+def _segment_elements(state: State) -> Elements:
+    found: Elements = {}
+    used = {port.segment for port in state.ports.values()} | set(state.segments)
+    for number in sorted(used):
+        segment = state.segments[number]
+        if not is_ours(segment) or segment.kind == "bridged":
+            continue
+        name = f'"{bridge(segment)}"'
+        if segment.gateway4:
+            found.setdefault("gateway4", []).append(f"{name} . {ipaddress.IPv4Interface(segment.gateway4).ip}")
+        if segment.gateway6:
+            gateway6 = ipaddress.IPv6Interface(segment.gateway6).ip
+            found.setdefault("gateway6", []).extend(f"{name} . {address}" for address in (gateway6, LINK_GATEWAY))
+        if segment.outside != "none":
+            found.setdefault(f"outside_{segment.outside}", []).append(name)
+    return found
+
+
+# --- what is open -----------------------------------------------------------------------------------------------------
+
+
+def _opening_elements(state: State) -> tuple[Elements, Elements]:
+    """Ways from a tap are for the bridge's table, ways from a bridge and from the world for the host's."""
+    link: Elements = {}
+    host: Elements = {}
+    world: dict[str, str] = {}
+    for key, ways in state.openings.items():
+        port = state.ports.get(key)
+        for way in ways if port else ():
+            addresses = {"4": port.address4, "6": port.address6} if port else {}
+            for family, text in addresses.items():
+                if text:
+                    address = ipaddress.ip_address(text)
+                    if way.source:
+                        side = host if way.source.startswith("vtb") else link
+                        side.setdefault(f"ways{family}", []).append(_way(way, str(address)))
+                    elif way.host_port and family == "4":
+                        world.setdefault(f"{_proto(way)} . {int(way.host_port)}", f"{address} . {int(way.port)}")
+    if world:
+        host["world4"] = [f"{place} : {target}" for place, target in world.items()]
+    return link, host
+
+
+def _way(way: Opening, address: str) -> str:
+    if not is_interface(way.source):
+        raise ValueError(f"{way.source} is no interface")
+    return f'"{way.source}" . {address} . {_proto(way)} . {int(way.port)}'
+
+
+def _proto(way: Opening) -> str:
+    return {"tcp": "tcp", "udp": "udp"}[way.proto]
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+WAYS = {"4": "typeof iifname . ip daddr . meta l4proto . th dport", "6": "typeof iifname . ip6 daddr . meta l4proto . th dport"}
+BRIDGE_SETS = {
+    "macs": "type ifname . ether_addr",
+    "llmacs": "typeof iifname . @th,208,48",  # the same for the link-layer options of neighbour discovery
+    "source4": "type ifname . ipv4_addr",
+    "source6": "type ifname . ipv6_addr",
+    "targets": "typeof iifname . @th,64,128",  # the same for what neighbour discovery is about
+    "six": "type ifname",
+    "loose": "type ifname",
+    "consumers": "type ifname",
+    "providers": "type ifname",
+    "ways4": WAYS["4"],
+    "ways6": WAYS["6"],
+    "rates": "type ifname : limit",
+}
+INET_SETS = {
+    "owner4": "type uid . ipv4_addr",
+    "owner6": "type uid . ipv6_addr",
+    "confined": "type uid",
+    "gateway4": "type ifname . ipv4_addr",
+    "gateway6": "type ifname . ipv6_addr",
+    "outside_internet": "type ifname",
+    "outside_all": "type ifname",
+    "ways4": WAYS["4"],
+    "ways6": WAYS["6"],
+    "world4": "type inet_proto . inet_service : ipv4_addr . inet_service",
+}
+OPEN_SETS = {BRIDGE: ("ways4", "ways6"), INET: ("ways4", "ways6", "world4")}
+MAPS = ("rates", "world4")
+
+BRIDGE_CHAINS = f"""
+  set storm {{ type ifname; flags dynamic; size 65535; timeout 10s; }}
+  chain prerouting {{
+    type filter hook prerouting priority -300; policy accept;
+    iifname "vt*" jump guest
+  }}
+  chain guest {{
+    iifname . ether saddr != @macs drop
+    ether daddr & 01:00:00:00:00:00 == 01:00:00:00:00:00 jump cast
+    limit name iifname map @rates drop
+    ether type vmap {{ arp : jump arp_in, ip : jump ip_in, ip6 : jump ip6_in }}
+    drop
+  }}
+  chain cast {{
+    add @storm {{ iifname limit rate over {CASTS_PER_SECOND}/second burst {CASTS_BURST} packets }} drop
+  }}
+  chain arp_in {{
+    arp htype != 1 drop
+    arp ptype != ip drop
+    arp hlen != 6 drop
+    arp plen != 4 drop
+    arp operation != {{ request, reply }} drop
+    iifname . arp saddr ether != @macs drop
+    arp operation request arp saddr ip 0.0.0.0 accept
+    iifname @loose accept
+    iifname . arp saddr ip @source4 accept
+    drop
+  }}
+  chain ip_in {{
+    udp sport 67 drop
+    iifname @loose accept
+    ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept
+    iifname . ip saddr @source4 accept
+    drop
+  }}
+  chain ip6_in {{
+    ip6 nexthdr != {{ tcp, udp, icmpv6 }} drop
+    udp sport 547 drop
+    icmpv6 type {{ nd-router-advert, nd-redirect, 138, 139, 140 }} drop
+    icmpv6 type nd-router-solicit jump rs_in
+    icmpv6 type nd-neighbor-solicit jump ns_in
+    icmpv6 type nd-neighbor-advert jump na_in
+    iifname @loose accept
+    iifname . ip6 saddr @source6 accept
+    drop
+  }}
+  chain rs_in {{
+    ip6 saddr :: ip6 length 8 iifname @six accept
+    ip6 length 8 return
+    ip6 length 16 @th,64,16 0x0101 iifname . @th,80,48 @llmacs return
+    drop
+  }}
+  chain ns_in {{
+    ip6 saddr :: ip6 length 24 iifname . @th,64,128 @targets accept
+    ip6 saddr :: ip6 length 32 @th,192,16 0x0e01 iifname . @th,64,128 @targets accept
+    ip6 length 24 return
+    ip6 length 32 @th,192,16 0x0101 iifname . @th,208,48 @llmacs return
+    drop
+  }}
+  chain na_in {{
+    iifname != @loose iifname . @th,64,128 != @targets drop
+    ip6 length 24 return
+    ip6 length 32 @th,192,16 0x0201 iifname . @th,208,48 @llmacs return
+    drop
+  }}
+  chain forward {{
+    type filter hook forward priority -300; policy accept;
+    iifname @consumers oifname @providers jump asked
+    iifname @providers oifname @consumers jump answered
+  }}
+  chain asked {{
+    ether type arp accept
+    icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept
+    iifname . ip daddr . meta l4proto . th dport @ways4 accept
+    iifname . ip6 daddr . meta l4proto . th dport @ways6 accept
+    drop
+  }}
+  chain answered {{
+    ether type arp accept
+    icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept
+    tcp flags & (syn | ack) == syn drop
+    oifname . ip saddr . meta l4proto . th sport @ways4 accept
+    oifname . ip6 saddr . meta l4proto . th sport @ways6 accept
+    drop
+  }}
+  chain input {{
+    type filter hook input priority -300; policy accept;
+    iifname @loose drop
+  }}
+  chain postrouting {{
+    type filter hook postrouting priority 300; policy accept;
+    oifname "vt*" ether daddr & 01:00:00:00:00:00 != 01:00:00:00:00:00 oifname . ether daddr != @macs drop
+  }}
+"""
+
+INET_CHAINS = f"""
+  chain input {{
+    type filter hook input priority -5; policy accept;
+    iifname "vtb*" jump from_guest
+  }}
+  chain from_guest {{
+    ct state established,related accept
+    udp sport 68 udp dport 67 accept
+    iifname . ip daddr @gateway4 jump gateway
+    icmpv6 type {{ nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert }} accept
+    ip6 daddr ff02::1:2 udp sport 546 udp dport 547 accept
+    iifname . ip6 daddr @gateway6 jump gateway
+    drop
+  }}
+  chain gateway {{
+    meta l4proto {{ tcp, udp }} th dport 53 accept
+    meta l4proto {{ icmp, icmpv6 }} limit rate over {ECHOES_PER_SECOND}/second drop
+    icmp type echo-request accept
+    icmpv6 type echo-request accept
+    udp sport 546 udp dport 547 accept
+    drop
+  }}
+  chain forward {{
+    type filter hook forward priority -5; policy accept;
+    iifname "vtb*" jump across
+    oifname "vtb*" jump inwards
+  }}
+  chain across {{
+    ct state established,related accept
+    ct state invalid drop
+    oifname "vtb*" jump between
+    ip daddr {{ {", ".join(NEVER)} }} drop
+    iifname @outside_all accept
+    iifname @outside_internet ip daddr != {{ {", ".join(NOT_INTERNET)} }} accept
+    iifname @outside_internet ip6 daddr 2000::/3 accept
+    reject with icmpx type admin-prohibited
+  }}
+  chain between {{
+    iifname . ip daddr . meta l4proto . th dport @ways4 accept
+    iifname . ip6 daddr . meta l4proto . th dport @ways6 accept
+    drop
+  }}
+  chain inwards {{
+    ct state established,related accept
+    ct status dnat accept
+    drop
+  }}
+  chain output {{
+    type filter hook output priority -5; policy accept;
+    oifname "vtb*" jump to_guest
+    meta skuid @confined ct state new jump owned
+  }}
+  chain to_guest {{
+    ct state established,related accept
+    udp sport 67 udp dport 68 accept
+    udp sport 547 udp dport 546 accept
+    icmpv6 type {{ nd-router-advert, nd-neighbor-solicit, nd-neighbor-advert }} accept
+    meta skuid {{ 0, UID }} accept
+    jump owned
+  }}
+  chain owned {{
+    meta skuid . ip daddr @owner4 accept
+    meta skuid . ip6 daddr @owner6 accept
+    ip daddr {HOST_DNS} meta l4proto {{ tcp, udp }} th dport 53 accept
+    reject with icmpx type admin-prohibited
+  }}
+  chain published {{
+    type nat hook prerouting priority -100; policy accept;
+    iifname != "vtb*" fib daddr type local dnat ip to meta l4proto . th dport map @world4
+  }}
+"""
+
+
+def _masquerade(state: State) -> Iterator[str]:
+    yield "  chain masked {\n    type nat hook postrouting priority 100; policy accept;"
+    if state.settings:
+        yield f'    ip saddr {ipaddress.IPv4Network(state.settings.pool4)} oifname != "vtb*" masquerade'
+        if state.settings.pool6:
+            yield f'    ip6 saddr {ipaddress.IPv6Network(state.settings.pool6)} oifname != "vtb*" masquerade'
+    yield "  }"
+
+
+def _sets(kinds: dict[str, str], elements: Elements) -> Iterator[str]:
+    for name, kind in kinds.items():
+        filled = f" elements = {{ {', '.join(dict.fromkeys(elements[name]))} }}" if elements.get(name) else ""
+        yield f"  {'map' if name in MAPS else 'set'} {name} {{ {kind};{filled} }}"
+
+
+def _merged(*parts: Elements) -> Elements:
+    found: Elements = {}
+    for part in parts:
+        for name, elements in part.items():
+            found.setdefault(name, []).extend(elements)
+    return found
+
+
+# --- what nftables is told --------------------------------------------------------------------------------------------
+
+
+def everything(state: State) -> str:
+    """Both tables with all that is in them, in place of what they are: one transaction, no packet passes unjudged."""
+    ports = list(state.ports.values())
+    link, host = _ours(state, ports)
+    open_link, open_host = _opening_elements(state)
+    confined = {"confined": [str(int(uid)) for uid in state.settings.confined]} if state.settings else {}
+    lines = []
+    for table in TABLES:
+        lines += [f"add table {table}", f"delete table {table}"]
+    lines += [f"table {BRIDGE} {{", *(f"  limit {tap(port)} {{ {_limit(port)} }}" for port in ports if port.rate)]
+    lines += [*_sets(BRIDGE_SETS, _merged(link, open_link)), BRIDGE_CHAINS, "}"]
+    lines += [f"table {INET} {{", *_sets(INET_SETS, _merged(host, open_host, confined, _segment_elements(state)))]
+    lines += [INET_CHAINS.replace("UID", str(int(state.uid))), *_masquerade(state), "}"]
+    return "\n".join(lines) + "\n"
+
+
+def adding(state: State, ports: Iterable[Port]) -> str:
+    """What *ports* bring; their segments are in *state* and known to the tables."""
+    ports = list(ports)
+    limits = [f"add limit {BRIDGE} {tap(port)} {_limit(port)}" for port in ports if port.rate]
+    return _lines([*limits, *_changes("add", state, ports)])
+
+
+def removing(state: State, ports: Iterable[Port]) -> str:
+    """What goes with *ports*, all of which the tables know."""
+    ports = list(ports)
+    limits = [f"delete limit {BRIDGE} {tap(port)}" for port in ports if port.rate]
+    return _lines([*_changes("delete", state, ports), *limits])
+
+
+def opening(state: State) -> str:
+    """All the ways there are, in place of those there were."""
+    lines = []
+    for table, elements in zip(TABLES, _opening_elements(state), strict=True):
+        for name in OPEN_SETS[table]:
+            lines.append(f"flush {'map' if name in MAPS else 'set'} {table} {name}")
+            if elements.get(name):
+                lines.append(f"add element {table} {name} {{ {', '.join(dict.fromkeys(elements[name]))} }}")
+    return _lines(lines)
+
+
+def _changes(verb: str, state: State, ports: list[Port]) -> Iterator[str]:
+    for table, elements in zip(TABLES, _ours(state, ports), strict=True):
+        for name, values in elements.items():
+            yield f"{verb} element {table} {name} {{ {', '.join(dict.fromkeys(values))} }}"
+
+
+def _lines(lines: list[str]) -> str:
+    return "\n".join(lines) + "\n" if lines else ""

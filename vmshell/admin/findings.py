@@ -1,0 +1,72 @@
+"""What `vmshell-admin doctor` is made of: a finding, and the ways its checks ask programs and the broker.
+
+Runs in: vmshell-admin.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+
+from .. import wire
+from ..errors import ProtocolError
+from ..layout import Layout
+
+OK, WARN, FAIL = "OK", "WARN", "FAIL"
+ENV = {"PATH": "/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
+PROGRAM_PATIENCE = 30.0  # seconds
+ANSWER_PATIENCE = 10.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    level: str
+    text: str
+    cure: str = ""
+
+
+def output(*argv: str) -> str:
+    """What *argv* printed, standard error included."""
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV)
+    return done.stdout
+
+
+def problem_of(*argv: str) -> str:
+    """Empty if *argv* succeeds, else the last line it said."""
+    try:
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=ENV,
+            timeout=PROGRAM_PATIENCE,
+        )
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        return str(exc)
+    return "" if done.returncode == 0 else (done.stdout.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+
+
+def states(*units: str) -> dict[str, str]:
+    """systemd's word for each unit: active, inactive, failed …"""
+    return dict(zip(units, output("systemctl", "is-active", *units).split(), strict=False))
+
+
+def ask(layout: Layout, verb: str, patience: float = ANSWER_PATIENCE) -> dict[str, object]:
+    """The broker's answer to *verb*, its error under `error`, or an empty dict if it does not answer."""
+    try:
+        sock = wire.connect(layout.broker_socket, timeout=patience)
+    except OSError:
+        return {}
+    try:
+        wire.send(sock, {"id": 1, "verb": verb})
+        packet = wire.recv(sock)
+    except (OSError, ProtocolError):
+        return {}
+    finally:
+        sock.close()
+    if packet is None:
+        return {}
+    answer = packet.body.get("ok")
+    return answer if isinstance(answer, dict) else {"error": packet.body.get("error")}
