@@ -5,7 +5,8 @@ Runs in: tapnet. Pure.
 
 from __future__ import annotations
 
-from ipaddress import ip_address, ip_interface
+from collections.abc import Callable
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 
 from vmshell.errors import NetworkFailed, ProtocolError
 from vmshell.messages import Port, Segment, Settings
@@ -15,13 +16,13 @@ from .state import State, bridge, tap, uplink
 
 
 def check_settings(settings: Settings) -> None:
-    for text in (settings.pool4, settings.pool6):
-        _check_interface(text)
+    _check(settings.pool4, IPv4Network)
+    _check(settings.pool6, IPv6Network)
 
 
 def check_segment(segment: Segment) -> None:
-    for text in (segment.gateway4, segment.gateway6):
-        _check_interface(text)
+    _check(segment.gateway4, IPv4Interface)
+    _check(segment.gateway6, IPv6Interface)
     if segment.kind == "bridged" and not segment.bridge and not (segment.parent and segment.vlan):
         raise NetworkFailed(problem="a bridged network needs a bridge of the host, or an interface and a VLAN")
 
@@ -32,21 +33,17 @@ def check_port(port: Port, state: State) -> None:
         raise ProtocolError(problem=f"port {tap(port)} is on segment {port.segment}, which was not named")
     if not port.mac:
         raise ProtocolError(problem=f"port {tap(port)} has no MAC")
-    for text, version in ((port.address4, 4), (port.address6, 6)):
-        try:
-            good = not text or ip_address(text).version == version
-        except ValueError:
-            good = False
-        if not good:
-            raise NetworkFailed(problem=f"{text} is no IPv{version} address for {tap(port)}")
+    _check(port.address4, IPv4Address)
+    _check(port.address6, IPv6Address)
 
 
-def _check_interface(text: str) -> None:
+def _check(text: str, kind: Callable[[str], object]) -> None:
+    """Raise NetworkFailed unless *text* is nothing, or what *kind* reads."""
     try:
         if text:
-            ip_interface(text)
+            kind(text)
     except ValueError as error:
-        raise NetworkFailed(problem=f"{text} is no address of a network") from error
+        raise NetworkFailed(problem=str(error)) from error
 
 
 def orphans(found: dict[str, Link], wanted: State, used: set[int]) -> list[str]:

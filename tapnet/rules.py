@@ -34,6 +34,9 @@ HOST_DNS = "127.77.0.53"  # where dnsmasq answers the host itself
 LINK_GATEWAY = "fe80::1"
 CASTS_PER_SECOND, CASTS_BURST = 200, 400  # broadcast and multicast frames of one guest
 ECHOES_PER_SECOND = 50  # pings that the host answers, of all guests
+# Where br_netfilter is at work, bridged frames pass the host's forward hook, too. They were judged on the bridge, and wear this mark
+# until they leave it; what a guest has routed through its gateway back to its own segment does not.
+BRIDGED = "0x766d7368"
 NOT_INTERNET = (
     *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24"),
     *("192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/3"),
@@ -256,20 +259,21 @@ BRIDGE_CHAINS = f"""
     type filter hook forward priority -300; policy accept;
     iifname @consumers oifname @providers jump asked
     iifname @providers oifname @consumers jump answered
+    iifname "vt*" meta mark set {BRIDGED}
   }}
   chain asked {{
     ether type arp accept
-    icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept
-    iifname . ip daddr . meta l4proto . th dport @ways4 accept
-    iifname . ip6 daddr . meta l4proto . th dport @ways6 accept
+    icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} meta mark set {BRIDGED} accept
+    iifname . ip daddr . meta l4proto . th dport @ways4 meta mark set {BRIDGED} accept
+    iifname . ip6 daddr . meta l4proto . th dport @ways6 meta mark set {BRIDGED} accept
     drop
   }}
   chain answered {{
     ether type arp accept
-    icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept
+    icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} meta mark set {BRIDGED} accept
     tcp flags & (syn | ack) == syn drop
-    oifname . ip saddr . meta l4proto . th sport @ways4 accept
-    oifname . ip6 saddr . meta l4proto . th sport @ways6 accept
+    oifname . ip saddr . meta l4proto . th sport @ways4 meta mark set {BRIDGED} accept
+    oifname . ip6 saddr . meta l4proto . th sport @ways6 meta mark set {BRIDGED} accept
     drop
   }}
   chain input {{
@@ -278,6 +282,7 @@ BRIDGE_CHAINS = f"""
   }}
   chain postrouting {{
     type filter hook postrouting priority 300; policy accept;
+    meta mark {BRIDGED} meta mark set 0
     oifname "vt*" ether daddr & 01:00:00:00:00:00 != 01:00:00:00:00:00 oifname . ether daddr != @macs drop
   }}
 """
@@ -311,6 +316,7 @@ INET_CHAINS = f"""
   }}
   chain across {{
     ct state established,related accept
+    meta mark {BRIDGED} accept
     ct state invalid drop
     oifname "vtb*" jump between
     ip daddr {{ {", ".join(NEVER)} }} drop

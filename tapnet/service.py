@@ -41,6 +41,7 @@ from .state import State, key
 
 IN, OUT = selectors.EVENT_READ, selectors.EVENT_WRITE
 BATCH = 1024  # requests carried out as one
+UNREAD = 4096  # answers that wait for a broker that does not read; then it is not read from either
 CHECK_SECONDS = 1.0
 
 
@@ -132,8 +133,7 @@ class Service:
         self._flush()
         requests: list[tuple[int, ToTapnet]] = []
         gone = False
-        # Who does not read its answers is not read from either.
-        while self._broker is not None and not self._answers and len(requests) < BATCH:
+        while self._broker is not None and len(self._answers) < UNREAD and len(requests) < BATCH:
             try:
                 packet = wire.recv(self._broker)
             except BlockingIOError:
@@ -260,7 +260,8 @@ class Service:
             self._answers.popleft()
             _close(fd)
         if self._broker is not None:
-            self._selector.modify(self._broker, OUT if self._answers else IN, self._on_broker)
+            wanted = (OUT if self._answers else 0) | (IN if len(self._answers) < UNREAD else 0)
+            self._selector.modify(self._broker, wanted, self._on_broker)
 
 
 def report(text: str) -> None:

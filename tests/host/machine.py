@@ -18,6 +18,7 @@ import sys
 import pexpect
 
 from tests.guests import echo_image
+from tests.host import netguest
 from vmshell.layout import Layout
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -89,8 +90,8 @@ class Host:
             return file.read()
 
     def put_image(self, name: str) -> None:
-        """Put the image *name* into the host's catalogue: a boot sector of tests/guests.py, or one that vmshell-admin builds."""
-        self.put("/var/lib/vmshell/images", image(name))
+        """Put the image *name* into the host's catalogue: `echo`, `netdemo`, or one that vmshell-admin builds."""
+        self.put("/var/lib/vmshell/images", image(name, self.public_key()))
         self.sh("chmod 0755 /var/lib/vmshell/images")
 
     def uid(self, name: str) -> int:
@@ -119,16 +120,29 @@ class Host:
         """*argv* as root at a terminal of the host's own (login hangs up one that is not), as on its console."""
         return _spawn([SCRIPT, "exec", self.name, "script", "-qec", shlex.join(argv), "/dev/null"], timeout)
 
+    # --- the network around it ----------------------------------------------------------------------------------------
+
+    def outside(self, *argv: str) -> list[str]:
+        """The command that runs *argv* on this machine in the hosts' network, beside them."""
+        with open(f"{STATE}/lan/pid", encoding="ascii") as file:
+            return ["nsenter", f"--net=/proc/{file.read().strip()}/ns/net", *argv]
+
+    def number(self) -> int:
+        """Which host of this machine it is; its address is 203.0.113 and this."""
+        with open(f"{self.dir}/num", encoding="ascii") as file:
+            return int(file.read())
+
     def _script(self, *argv: str, timeout: float) -> None:
         done = subprocess.run([SCRIPT, *argv], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
         if done.returncode != 0:
             raise AssertionError(f"host {' '.join(argv[:2])}: status {done.returncode}\n{done.stdout}\n{done.stderr}")
 
 
-def image(name: str) -> str:
+def image(name: str, public_key: str) -> str:
     """The folder of an image, made once per machine and again whenever the code that makes it changes."""
-    sources = [*glob.glob(f"{TREE}/vmshell/admin/*.py"), f"{TREE}/tests/guests.py"]
-    digest = hashlib.sha256(b"".join(open(path, "rb").read() for path in sorted(sources))).hexdigest()[:16]
+    sources = [*glob.glob(f"{TREE}/vmshell/admin/*.py"), f"{TREE}/tests/guests.py", netguest.__file__, str(netguest.FRAMES)]
+    made_of = b"".join(open(path, "rb").read() for path in sorted(sources)) + public_key.encode()
+    digest = hashlib.sha256(made_of).hexdigest()[:16]
     root = f"{STATE}/catalogue-{digest}"
     layout = Layout(etc=f"{root}/etc", state=root, run=f"{root}/run", log=f"{root}/log", embedded=True)
     if not os.path.exists(f"{layout.images}/{name}/image.toml"):
@@ -138,6 +152,9 @@ def image(name: str) -> str:
         os.makedirs(root, exist_ok=True)
         if name == "echo":
             echo_image(layout)
+        elif name == "netdemo":
+            image("demo", public_key)
+            netguest.build(layout, public_key)
         else:
             admin = [sys.executable, f"{TREE}/vmshell/__main__.py", "admin", "--layout", layout.to_args()]
             done = subprocess.run([*admin, "image", "build", name], capture_output=True, text=True, timeout=BUILD_SECONDS)

@@ -1,4 +1,4 @@
-"""The image `netdemo`: the demo guest with a root shell on its console, sshd (dropbear), scp, and a program for raw frames.
+"""The image `netdemo`: the demo guest, but its console takes commands from a program; with sshd (dropbear), scp, and raw frames.
 
 What a guest needs beyond `demo` is a second archive behind its initramfs: the kernel unpacks one over the other.
 """
@@ -8,35 +8,42 @@ from __future__ import annotations
 import gzip
 import os
 import subprocess
-import tempfile
 from pathlib import Path
 
 from vmshell.admin import cpio
-from vmshell.admin.catalogue import Image
+from vmshell.admin.catalogue import Catalogue, Image
 from vmshell.admin.cpio import Entry
 from vmshell.admin.packages import Packages
+from vmshell.layout import Layout
 
 PROGRAMS = {"bin/dropbear": "usr/sbin/dropbear", "bin/scp": "usr/bin/scp", "usr/lib/sftp-server": "usr/lib/openssh/sftp-server"}
 LOADER = "lib64/ld-linux-x86-64.so.2"
 LIBRARIES = "lib/x86_64-linux-gnu"
 FRAMES = Path(__file__).parent.parent / "guest_programs/frames.c"
 
-# -s: the kernel shows us nothing we did not ask for, and a shell without a login has no password to type.
 INITTAB = """\
 ::sysinit:/etc/rc.start
 ::once:/etc/rc.ssh
-ttyS0::respawn:-/bin/sh
+ttyS0::respawn:/etc/rc.agent
 ::ctrlaltdel:/sbin/reboot
 ::shutdown:/etc/rc.stop
 """
-PROFILE = "export PATH=/sbin:/bin PS1='# '\nstty -echo\ncd /root\n"
+# Lines come in, each is run, what it says goes out: no prompt, no echo, no line editor.
+AGENT = """\
+#!/bin/sh
+export PATH=/sbin:/bin
+cd /root
+stty -echo
+echo agent ready
+while read -r line; do eval "$line" </dev/null 2>&1; done
+"""
 DHCP = """\
 #!/bin/sh
 env >/run/lease
 case "$1" in
 bound|renew)
     ip addr replace "$ip/$mask" dev "$interface"
-    for gateway in $router; do ip route replace default via "$gateway" dev "$interface"; done
+    ip route | grep -q ^default || ip route add default via "${router%% *}" dev "$interface"
     echo "search ${search:-$domain}" >/etc/resolv.conf
     for server in $dns; do echo "nameserver $server" >>/etc/resolv.conf; done
     hostname "${hostname:-unnamed}"
@@ -54,7 +61,7 @@ def entries(public_key: str, packages: str, frames: bytes) -> list[Entry]:
     """The second archive. *packages* is a folder with Debian packages unpacked."""
     found = [
         cpio.regular("etc/inittab", INITTAB),
-        cpio.regular("etc/profile", PROFILE),
+        cpio.regular("etc/rc.agent", AGENT, 0o755),
         cpio.regular("etc/udhcpc.script", DHCP, 0o755),
         cpio.regular("etc/rc.ssh", SSH, 0o755),
         cpio.regular("etc/shells", "/bin/sh\n"),
@@ -73,19 +80,21 @@ def entries(public_key: str, packages: str, frames: bytes) -> list[Entry]:
     return found + [cpio.regular(f"{LIBRARIES}/{name}", _read(path)) for name, path in libraries.items()]
 
 
-def build(demo: str, target: str, cache: str, public_key: str) -> None:
-    """Make the image in the new folder *target* from the image in *demo*."""
-    with tempfile.TemporaryDirectory() as work:
-        packages = Packages(cache, lambda text: None)
+def build(layout: Layout, public_key: str) -> None:
+    """Put the image into *layout*'s catalogue, where `demo` is; root logs in with *public_key*."""
+    catalogue = Catalogue(layout)
+    demo = catalogue.read("demo")
+    with catalogue.locked(), catalogue.workspace() as work:
+        packages = Packages(f"{layout.state}/packages", lambda text: None)
         for package in packages.fetch(_wanted).values():
             packages.unpack(package, f"{work}/packages")
         subprocess.run(["gcc", "-static", "-Os", "-Wall", "-o", f"{work}/frames", str(FRAMES)], check=True)
         more = cpio.archive(entries(public_key, f"{work}/packages", _read(f"{work}/frames")))
-    os.mkdir(target)
-    Path(target, "vmlinuz").write_bytes(_read(f"{demo}/vmlinuz"))
-    Path(target, "initrd.gz").write_bytes(_read(f"{demo}/initrd.gz") + gzip.compress(more, 6))
-    boot = {"kernel": "vmlinuz", "initrd": "initrd.gz", "cmdline": "console=ttyS0 quiet panic=-1 cryptomgr.notests"}
-    Image(name="netdemo", description="Linux with sshd, for tests", memory_min=128, boot=boot).save(target)
+        os.mkdir(f"{work}/image")
+        for name, behind in (("vmlinuz", b""), ("initrd.gz", gzip.compress(more, 6))):
+            Path(work, "image", name).write_bytes(_read(f"{catalogue.path}/demo/{name}") + behind)
+        image = Image(name="netdemo", description="Linux with sshd, for tests", memory_min=128, boot=demo.boot)
+        catalogue.publish(f"{work}/image", image, "made for tests")
 
 
 def _wanted(packages: Packages) -> list[str]:

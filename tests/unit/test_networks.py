@@ -211,8 +211,11 @@ def test_what_dnsmasq_reads(context: Context) -> None:
     cards = cards_of(context, vm, vm.definition, give=True)
     texts = entries(context, vm, cards)
     assert texts["hosts"] == f"{cards[0].address4} web7.alice.vm\n{cards[1].address4} net1.web7.alice.vm\n"
-    assert texts["dhcp-hosts"].splitlines()[0] == f"06:00:00:00:00:07,set:v7,{cards[0].address4}"
-    assert "tag:v7,option:domain-search,alice.vm\n" in texts["dhcp-opts"]
+    assert texts["dhcp-hosts"].splitlines()[0] == f"06:00:00:00:00:07,set:v7c0,{cards[0].address4}"
+    assert "tag:v7c0,option:domain-search,alice.vm\n" in texts["dhcp-opts"] and "tag:v7c1,12,web7\n" in texts["dhcp-opts"]
+    assert ",3\n" not in texts["dhcp-opts"], "a router for each"
+    carol = machine(context, 8, "carol", Nic("db"))
+    assert "tag:v8c0,3\n" not in entries(context, carol, cards_of(context, carol, carol.definition, give=True))["dhcp-opts"]
     context.resolving.write(vm, cards)
     path = Path(context.layout.names, "hosts", "7")
     assert path.read_text() == texts["hosts"] and path.stat().st_mode & 0o777 == 0o644

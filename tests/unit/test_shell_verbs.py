@@ -22,9 +22,10 @@ def test_every_request_of_the_wire_has_its_verb_and_nothing_more() -> None:
     """By the verb's own name, under another one, or for administrators only."""
     own = {verb.name for verb in verbs.visible()}
     others = {"disk-add": "disk", "drop": "rm", "define": "kvm"}  # `set` is also `unset`, `info` also `snapshots`
-    admin = {"launch-line", "reload"}
-    assert set(messages.REQUESTS) - own == {"disk-add", "drop"} | admin
-    assert own - set(messages.REQUESTS) == {"help", "exit", "unset", "snapshots", "kvm", "import-libvirt", "disk"}
+    admin = {"launch-line", "reload", "net-health"}
+    assert set(messages.REQUESTS) - own == {"disk-add", "drop", "host-key"} | admin
+    only_here = {"help", "exit", "unset", "snapshots", "kvm", "import-libvirt", "disk", "ssh", "unpublish"}
+    assert own - set(messages.REQUESTS) == only_here
     assert set(others.values()) <= own
 
 
@@ -99,7 +100,7 @@ def completed(before: str) -> list[str]:
 
 def test_completion_comes_from_the_table_and_the_broker() -> None:
     assert {f"{verb.name} " for verb in verbs.visible()} | {"web1 ", "web2 "} == set(completed(""))
-    assert completed("sh") == ["shutdown "]
+    assert completed("sh") == ["shutdown "] and completed("netw") == ["networks "]
     assert completed("boot w") == ["web1 ", "web2 "]
     assert completed("start web1 --c") == ["--console "]
     assert completed("new x --image ") == ["demo "]

@@ -112,17 +112,19 @@ class Resolving:
 
 def entries(context: Context, vm: Vm, cards: list[Card]) -> dict[str, str]:
     """The text of each of a VM's files, by its folder."""
-    tag = f"v{vm.number}"
-    hosts, leases = "", ""
-    for card in cards:
-        if card.address4:
-            name = dns_name(context, vm, cards, card)
-            hosts += "".join(f"{address} {name}\n" for address in (card.address4, card.address6) if address)
-            six = f"[{card.address6}]," if card.address6 else ""
-            leases += f"{card.mac},set:{tag},{six}{card.address4}\n"
     domain = f"{label(vm.owner, vm.uid)}.{context.policy.host.dns_domain}"
-    said = (("hostname", vm.name), ("domain-name", domain), ("domain-search", domain))
-    options = "".join(f"tag:{tag},option:{option},{value}\n" for option, value in said)
+    hosts, leases, options = "", "", ""
+    for card in cards:
+        if not card.address4:
+            continue
+        tag, name = f"v{vm.number}c{card.index}", dns_name(context, vm, cards, card)
+        hosts += "".join(f"{address} {name}\n" for address in (card.address4, card.address6) if address)
+        six = f"[{card.address6}]," if card.address6 else ""
+        leases += f"{card.mac},set:{tag},{six}{card.address4}\n"
+        said = (f"12,{vm.name}", f"15,{domain}", f"option:domain-search,{domain}")
+        options += "".join(f"tag:{tag},{option}\n" for option in said)
+        if card.network.kind == "service" and card.network.outside == "none":
+            options += f"tag:{tag},3\n"  # no router: a guest with another card would take this one for its way out
     # In this order: who gets an address has its options by then.
     return {"hosts": hosts, "dhcp-opts": options, "dhcp-hosts": leases}
 
@@ -144,6 +146,7 @@ def configuration(context: Context) -> str:
         # One range for every segment: who is in no file gets no answer.
         f"dhcp-range={pool.network_address},static,{pool.netmask}",
         f"dhcp-option=option:netmask,{plan.subnet4(0).netmask}",
+        "dhcp-option=28",  # no broadcast address: dnsmasq would give the whole pool's
         "dhcp-authoritative",
         # An answer by broadcast needs no entry in the host's ARP table, and so no CAP_NET_ADMIN.
         "dhcp-broadcast",

@@ -9,14 +9,15 @@ Runs in: the shell. Pure functions.
 
 from __future__ import annotations
 
-from ..errors import BadName, BadValue, UnknownVerb, Usage, VmshellError, safe
-from ..names import MIB, check_name, check_object, check_vm_ref, nearest, parse_size
+from ..errors import BadName, UnknownVerb, Usage, VmshellError, safe
+from ..names import check_vm_ref, nearest
+from .checks import CHECKS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .verbs import Option, Verb
+    from .context import Context
 
 LINE_MAX = 4096  # bytes (A29)
 SHAPE = "VERB [NAME] [--OPTION VALUE]"
@@ -166,17 +167,18 @@ def parse(words: list[Word], verb: Verb) -> Request:
         # What follows has a grammar of its own (QEMU's options, another request): it is not ours to judge.
         return Request(verb, Values({verb.arguments[0].name: [word.text for word in words[1:]]}))
     given: list[Word] = []
-    options = {option.name: option for option in verb.options}
+    verbatim_after = len(verb.arguments) - 1 if verb.hands_on else LINE_MAX
     queue = words[1:]
     only_arguments = False
     while queue:
         word = queue.pop(0)
         if only_arguments or not word.text.startswith("-") or word.text == "-":
             given.append(word)
+            only_arguments = only_arguments or len(given) > verbatim_after
         elif word.text == "--":
             only_arguments = True
         else:
-            _option(word, queue, options, values, verb)
+            _option(word, queue, values, verb)
     _arguments(given, verb, values)
     for option in verb.options:
         if option.required and option.name not in values:
@@ -184,13 +186,14 @@ def parse(words: list[Word], verb: Verb) -> Request:
     return Request(verb, Values(values))
 
 
-def _option(word: Word, queue: list[Word], options: dict[str, Option], values: dict[str, object], verb: Verb) -> None:
-    name, equals, value = word.text.removeprefix("--").partition("=")
-    option = options.get(name) if word.text.startswith("--") else None
+def _option(word: Word, queue: list[Word], values: dict[str, object], verb: Verb) -> None:
+    text, equals, value = word.text.partition("=") if word.text.startswith("--") else (word.text, "", "")
+    option = next((each for each in verb.options if text in each.spellings()), None)
     if option is None:
-        near = nearest(name, options)
+        near = nearest(text.removeprefix("--"), [each.name for each in verb.options])
         also = f"; did you mean --{near}?" if near else ""
         raise Pointed(f"{verb.name} has no option {safe(word.text, 40)}{also}", word.column, verb.usage())
+    name = option.name
     if name in values:
         raise Pointed(f"--{name} stands there twice", word.column, verb.usage())
     if option.kind == "flag":
@@ -223,109 +226,93 @@ def _arguments(given: list[Word], verb: Verb, values: dict[str, object]) -> None
             raise Usage(problem=f"{verb.name} needs {argument.metavar}", usage=verb.usage())
 
 
-# --- values ----------------------------------------------------------------------------------------------------------
+# --- rows of the table of verbs -----------------------------------------------------------------------------------------
 
 
-def _number(text: str, name: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) <= 9):
-        raise BadValue(field=name, value=safe(text, 40), rule="a whole number")
-    return int(text)
+class Argument:
+    """A word that stands after the verb. *kind* is a row of `checks.CHECKS` (and tells completion what to offer).
+
+    Only the last one may be *many*: one word or more.
+    """
+
+    __slots__ = ("kind", "many", "metavar", "name", "optional")
+
+    def __init__(
+        self, name: str, kind: str = "vm", *, metavar: str = "NAME", optional: bool = False, many: bool = False
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.metavar = metavar + ("…" if many else "")
+        self.optional = optional
+        self.many = many
 
 
-def _seconds(text: str, name: str) -> int:
-    number = _number(text.removesuffix("s"), name)
-    if not 1 <= number <= 3600:
-        raise BadValue(field=name, value=safe(text, 40), rule="seconds from 1 to 3600")
-    return number
+class Option:
+    """`--name` (a flag), `--name VALUE` or `--name=VALUE`; with *short* also `-x` or `-x VALUE`."""
+
+    __slots__ = ("help", "kind", "metavar", "name", "required", "short")
+
+    def __init__(
+        self, name: str, kind: str, metavar: str, help: str, *, required: bool = False, short: str = ""
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.metavar = metavar
+        self.help = help
+        self.required = required
+        self.short = short
+
+    def spellings(self) -> list[str]:
+        """How it may be written, the short way first."""
+        return [*([f"-{self.short}"] if self.short else []), f"--{self.name}"]
+
+    def usage(self) -> str:
+        text = f"{self.spellings()[0]} {self.metavar}".rstrip()
+        return text if self.required else f"[{text}]"
 
 
-def _mebibytes(text: str, name: str) -> int:
-    size = parse_size(text, name)
-    if size % MIB:
-        raise BadValue(field=name, value=safe(text, 40), rule="whole mebibytes, like 512M or 2G")
-    return size // MIB
+def flag(name: str, help: str, *, short: str = "") -> Option:
+    return Option(name, "flag", "", help, short=short)
 
 
-def escape_key(text: str, name: str = "--escape") -> int:
-    """The byte of `^X` (or of that very control character)."""
-    if len(text) == 2 and text[0] == "^" and "@" <= text[1].upper() <= "_":
-        return ord(text[1].upper()) & 0x1F
-    if len(text) == 1 and text < " ":
-        return ord(text)
-    raise BadValue(field=name, value=safe(text, 40), rule="a control key like ^A or ^]")
+class Verb:
+    """One row. *raw*: everything behind the verb is handed over as it is, as the one argument.
 
+    With *hands_on* the last argument is somebody else's command: from its first word on nothing is an option of ours.
+    """
 
-def _vm(text: str, name: str) -> str:
-    return check_vm_ref(text)
+    __slots__ = ("aliases", "arguments", "detail", "hands_on", "help", "hidden", "name", "options", "raw", "run")
 
+    def __init__(
+        self,
+        name: str,
+        aliases: str,
+        arguments: tuple[Argument, ...],
+        options: tuple[Option, ...],
+        help: str,
+        detail: str,
+        run: Callable[[Context, Values], int],
+        *,
+        hidden: bool = False,
+        raw: bool = False,
+        hands_on: bool = False,
+    ) -> None:
+        self.name = name
+        self.aliases = tuple(aliases.split())
+        self.arguments = arguments
+        self.options = options
+        self.help = help
+        self.detail = detail
+        self.run = run
+        self.hidden = hidden
+        self.raw = raw
+        self.hands_on = hands_on
 
-def _new_vm(text: str, name: str) -> str:
-    return check_name(text)
-
-
-def _image(text: str, name: str) -> str:
-    return check_name(text, "image")
-
-
-def _text(text: str, name: str) -> str:
-    return text
-
-
-def _assignment(text: str, name: str) -> str:
-    if not text.partition("=")[1]:
-        raise BadValue(field=safe(text, 60), value="a key alone", rule="KEY=VALUE, like memory=1G")
-    return text
-
-
-def split_object(text: str) -> tuple[str, str]:
-    """`web1.kernel` as VM (or `shelf`) and object; the VM's part may have its owner before it."""
-    where, dot, name = text.partition(".")
-    if not dot:
-        raise BadValue(field="OBJECT", value=safe(text, 60), rule="VM.OBJECT or shelf.OBJECT, like web1.kernel")
-    return check_vm_ref(where), check_object(name)
-
-
-def _object(text: str, name: str) -> str:
-    split_object(text)
-    return text
-
-
-def _vm_or_object(text: str, name: str) -> str:
-    return _object(text, name) if "." in text else check_vm_ref(text)
-
-
-def _object_name(text: str, name: str) -> str:
-    return check_object(text)
-
-
-def _add(text: str, name: str) -> str:
-    if text != "add":
-        raise BadValue(field="disk", value=safe(text, 40), rule="`disk add NAME OBJECT --size SIZE` is what there is")
-    return text
-
-
-def _dash(text: str, name: str) -> str:
-    if text != "-":
-        raise BadValue(field=name, value=safe(text, 40), rule="-, which is standard input; vmshell opens no files")
-    return text
-
-
-CHECKS: dict[str, Callable[[str, str], object]] = {
-    "vm": _vm,
-    "new-vm": _new_vm,
-    "image": _image,
-    "number": _number,
-    "seconds": _seconds,
-    "mebibytes": _mebibytes,
-    "key": escape_key,
-    "assignment": _assignment,
-    "object": _object,
-    "object-name": _object_name,
-    "vm-or-object": _vm_or_object,
-    "add": _add,
-    "dash": _dash,
-    "text": _text,
-}
+    def usage(self) -> str:
+        words = [self.name]
+        words += [f"[{argument.metavar}]" if argument.optional else argument.metavar for argument in self.arguments]
+        words += [option.usage() for option in sorted(self.options, key=lambda option: not option.required)]
+        return " ".join(words)
 
 
 def looks_like_vm(text: str) -> bool:

@@ -81,3 +81,39 @@ def objects(context: Context, values: Values) -> int:
     from . import storing
 
     return storing.objects(context, values)
+
+
+def networks(context: Context, values: Values) -> int:
+    from . import networking
+
+    return networking.networks(context, values)
+
+
+def net(context: Context, values: Values) -> int:
+    from . import networking
+
+    return networking.net(context, values)
+
+
+def publish(context: Context, values: Values) -> int:
+    from . import networking
+
+    return networking.publish(context, values)
+
+
+def unpublish(context: Context, values: Values) -> int:
+    from . import networking
+
+    return networking.unpublish(context, values)
+
+
+def connect(context: Context, values: Values) -> int:
+    from . import networking
+
+    return networking.connect(context, values)
+
+
+def ssh(context: Context, values: Values) -> int:
+    from . import ssh as module
+
+    return module.ssh(context, values)

@@ -54,7 +54,7 @@ def vm_table(context: Context, vms: list[Row], *, owners: bool) -> None:
     for optional in ("ADDRESS", "NOTE"):
         if not any(cell[optional] for cell in cells):
             headings.remove(optional)
-    _table(context, headings, cells)
+    table(context, headings, cells)
 
 
 def _vm_cells(vm: Row) -> dict[str, str]:
@@ -83,7 +83,7 @@ def image_table(context: Context, images: list[Row]) -> None:
         }
         for image in images
     ]
-    _table(context, ["NAME", "BOOTS", "DISK", "MEMORY", "DESCRIPTION"], cells)
+    table(context, ["NAME", "BOOTS", "DISK", "MEMORY", "DESCRIPTION"], cells)
 
 
 def vm_details(context: Context, vm: Row) -> None:
@@ -146,7 +146,7 @@ def rule_table(context: Context, rules: list[Row]) -> None:
         }
         for rule in sorted(rules, key=lambda rule: rule.get("ok") is True)
     ]
-    _table(context, ["", "RULE", "ABOUT", "ASKED", "USED", "LIMIT", "ALLOWED", "FROM"], cells)
+    table(context, ["", "RULE", "ABOUT", "ASKED", "USED", "LIMIT", "ALLOWED", "FROM"], cells)
 
 
 def object_table(context: Context, objects: list[Row]) -> None:
@@ -161,7 +161,7 @@ def object_table(context: Context, objects: list[Row]) -> None:
         }
         for row in objects
     ]
-    _table(context, ["NAME", "FORMAT", "SIZE", "TAKES", "OVER", "USED BY"], cells)
+    table(context, ["NAME", "FORMAT", "SIZE", "TAKES", "OVER", "USED BY"], cells)
 
 
 def snapshot_table(context: Context, snapshots: list[Row]) -> None:
@@ -173,7 +173,7 @@ def snapshot_table(context: Context, snapshots: list[Row]) -> None:
         }
         for row in snapshots
     ]
-    _table(context, ["TAG", "MEMORY", "SAVED"], cells)
+    table(context, ["TAG", "MEMORY", "SAVED"], cells)
 
 
 def account(context: Context, answer: Row) -> None:
@@ -191,7 +191,7 @@ def account(context: Context, answer: Row) -> None:
             for what, name, limit in ACCOUNT_LIMITS
             if limit in limits
         ]
-        _table(context, ["LIMIT", "USED", "OF"], cells)
+        table(context, ["LIMIT", "USED", "OF"], cells)
 
 
 def versions(context: Context, answer: Row) -> None:
@@ -222,7 +222,7 @@ def greeting(vms: list[Row], *, more: bool) -> str:
 # --- the pieces ------------------------------------------------------------------------------------------------------
 
 
-def _table(context: Context, headings: list[str], cells: list[dict[str, str]]) -> None:
+def table(context: Context, headings: list[str], cells: list[dict[str, str]]) -> None:
     """Columns as wide as they must be; too wide for the terminal, some are left out and the last one is cut."""
     limit = context.terminal.columns()
     widths = {heading: max(len(heading), *(len(cell[heading]) for cell in cells)) for heading in headings}

@@ -6,88 +6,11 @@ Runs in: the shell. Pure data; what a verb does stands in `actions.py`.
 from __future__ import annotations
 
 from . import actions, later
-from .grammar import Word
+from .grammar import Argument, Option, Verb, flag
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from .context import Context
-    from .grammar import Values
-
-
-class Argument:
-    """A word that stands after the verb. *kind* is a row of `grammar.CHECKS` (`vm` also tells completion what to offer).
-
-    Only the last one may be *many*: one word or more.
-    """
-
-    __slots__ = ("kind", "many", "metavar", "name", "optional")
-
-    def __init__(
-        self, name: str, kind: str = "vm", *, metavar: str = "NAME", optional: bool = False, many: bool = False
-    ) -> None:
-        self.name = name
-        self.kind = kind
-        self.metavar = metavar + ("…" if many else "")
-        self.optional = optional
-        self.many = many
-
-
-class Option:
-    """`--name` (a flag), `--name VALUE` or `--name=VALUE`."""
-
-    __slots__ = ("help", "kind", "metavar", "name", "required")
-
-    def __init__(self, name: str, kind: str, metavar: str, help: str, *, required: bool = False) -> None:
-        self.name = name
-        self.kind = kind
-        self.metavar = metavar
-        self.help = help
-        self.required = required
-
-    def usage(self) -> str:
-        text = f"--{self.name} {self.metavar}" if self.metavar else f"--{self.name}"
-        return text if self.required else f"[{text}]"
-
-
-def flag(name: str, help: str) -> Option:
-    return Option(name, "flag", "", help)
-
-
-class Verb:
-    """One row. *raw*: everything behind the verb is handed over as it is, as the one argument."""
-
-    __slots__ = ("aliases", "arguments", "detail", "help", "hidden", "name", "options", "raw", "run")
-
-    def __init__(
-        self,
-        name: str,
-        aliases: str,
-        arguments: tuple[Argument, ...],
-        options: tuple[Option, ...],
-        help: str,
-        detail: str,
-        run: Callable[[Context, Values], int],
-        *,
-        hidden: bool = False,
-        raw: bool = False,
-    ) -> None:
-        self.name = name
-        self.aliases = tuple(aliases.split())
-        self.arguments = arguments
-        self.options = options
-        self.help = help
-        self.detail = detail
-        self.run = run
-        self.hidden = hidden
-        self.raw = raw
-
-    def usage(self) -> str:
-        words = [self.name]
-        words += [f"[{argument.metavar}]" if argument.optional else argument.metavar for argument in self.arguments]
-        words += [option.usage() for option in sorted(self.options, key=lambda option: not option.required)]
-        return " ".join(words)
+    from .grammar import Word
 
 
 NAME = Argument("vm")
@@ -260,6 +183,44 @@ TABLE: tuple[Verb, ...] = (
         "",
         later.objects,
     ),
+    Verb("networks", "", (), (JSON,), "the networks that VMs may be on", "", later.networks),
+    Verb(
+        "net", "", (NAME,), (flag("follow", "what each card carries, every second until Ctrl-C"), JSON),
+        "a VM's network cards, their addresses and traffic, and what is published",
+        "`set NAME net0=NETWORK` changes a card's network at the next boot, `set NAME net0.link=down` pulls its cable at once; "
+        "the last card comes and goes while the VM runs where the machine can do that.",
+        later.net,
+    ),
+    Verb(
+        "connect", "nc", (Argument("target", "text", metavar="NAME:PORT"), Argument("port", "text", metavar="PORT", optional=True)),
+        (),
+        "standard input and output to a TCP port of a guest",
+        "For other programs: `ssh -o ProxyCommand='ssh HOST connect web1:22' root@web1`, and scp the same way.",
+        later.connect,
+    ),
+    Verb(
+        "ssh", "", (Argument("words", "text", metavar="[USER@]NAME [COMMAND]", many=True),), (),
+        "log in to a guest by ssh, or run a command there",
+        "As root if no user is named (`ssh bob@web1`, `ssh -l bob web1`). The guest's host keys are kept from the first time on; "
+        "after it was installed anew `ssh --forget-key web1` forgets them. Only passwords and keyboard questions work from here; "
+        "with keys of your own go through `connect`.",
+        later.ssh, raw=True,
+    ),
+    Verb(
+        "publish", "", (NAME, Argument("port", "text", metavar="PORT[/udp]", optional=True)),
+        (Option("to", "text", "WHOM", "USER, @GROUP, world, or world:PORT for another port of this host"),),
+        "let others reach a port of a VM; without a port, list what is published",
+        "`publish web1 80 --to bob`: the VMs on bob's private network reach web1 there. `--to world:8080`: port 8080 of this host "
+        "leads there, if your limits allow it. On a service network its members reach what providers publish.",
+        later.publish,
+    ),
+    Verb(
+        "unpublish", "", (NAME, Argument("port", "text", metavar="PORT[/udp]")),
+        (Option("to", "text", "WHOM", "only for these"),),
+        "no longer let others reach a port",
+        "",
+        later.unpublish,
+    ),
     Verb("images", "", (), (JSON,), "the catalogue to make VMs from", "", actions.images),
     Verb("whoami", "", (), (JSON,), "your account, limits and what is used of them", "", actions.whoami),
     Verb("version", "", (), (JSON,), "versions, and what this host lacks", "", actions.version),
@@ -281,6 +242,8 @@ def visible() -> list[Verb]:
     return [verb for verb in TABLE if not verb.hidden]
 
 
-def wants_help(words: list[Word]) -> bool:
-    """`boot --help` and `--help` are asked everywhere; here they mean `help boot`."""
+def wants_help(words: list[Word], verb: Verb) -> bool:
+    """`boot --help` and `--help` are asked everywhere; here they mean `help boot`. A command for a guest keeps its own."""
+    if verb.hands_on:
+        words = words[:1]
     return any(word.text in ("--help", "-h") for word in words)
