@@ -34,8 +34,8 @@ HOST_DNS = "127.77.0.53"  # where dnsmasq answers the host itself
 LINK_GATEWAY = "fe80::1"
 CASTS_PER_SECOND, CASTS_BURST = 200, 400  # broadcast and multicast frames of one guest
 ECHOES_PER_SECOND = 50  # pings that the host answers, of all guests
-# Where br_netfilter is at work, bridged frames pass the host's forward hook, too. They were judged on the bridge, and wear this mark
-# until they leave it; what a guest has routed through its gateway back to its own segment does not.
+# Where br_netfilter is at work, bridged frames pass the host's forward hook, too. This mark says that the bridge has judged them,
+# until they leave it. What a guest has routed through its gateway, back to its own segment, does not wear it.
 BRIDGED = "0x766d7368"
 NOT_INTERNET = (
     *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24"),
