@@ -538,7 +538,7 @@ ORDERS = (
     "snapshot-delete",
     "log-on",  # keep the guest's output in the log from now on; never reaches QEMU
     "log-off",
-    "nic-add",  # NIC `value` of `model` with `mac` on the tap whose descriptor comes beside it
+    "nic-add",  # NIC `value` of `model` with `mac` on the tap that comes beside it; `port`: into the spare port of its number
     "nic-remove",  # NIC `value`
 )
 NIC_MODELS = ("virtio", "e1000e", "e1000", "rtl8139")
@@ -554,6 +554,7 @@ class Order(ToRelay):
     disks: int = field(integer(0, (1 << 32) - 1), default=0)
     mac: str = field(mac, default="")
     model: str = field(choice(*NIC_MODELS), default="virtio")
+    port: bool = field(boolean, default=False)
 
 
 class Forget(ToRelay):

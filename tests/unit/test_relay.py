@@ -236,7 +236,9 @@ class Talk:
     def give(self, what: str, value: int = 0, disks: int = 0, fd: int = -1) -> list[bool]:
         """Give an order; its answer comes into the list."""
         answers: list[bool] = []
-        self.orders.give(what, value, disks, fd, answers.append)
+        card = {"mac": "06:00:00:00:00:07", "model": "e1000", "port": True} if what == "nic-add" else {}
+        order = messages.Order(number=1, what=what, value=value, disks=disks, **card)
+        self.orders.give(order, fd, answers.append)
         return answers
 
     def refuse(self, sent: dict[str, Any]) -> list[dict[str, Any]]:
@@ -381,7 +383,7 @@ def test_one_question_at_a_time(talk: Talk) -> None:
 
 def test_every_order_of_the_broker_is_known() -> None:
     assert set(messages.ORDERS) == set(orders.PLANS) - {"break"} | {"log-on", "log-off"}
-    assert {what for what in messages.ORDERS if orders.brings_fd(what)} == {"insert", "display"}
+    assert {what for what in messages.ORDERS if orders.brings_fd(what)} == {"insert", "display", "nic-add"}
 
 
 @pytest.mark.parametrize(
@@ -391,7 +393,6 @@ def test_every_order_of_the_broker_is_known() -> None:
         ("powerdown", 0, "system_powerdown", None),
         ("reset", 0, "system_reset", None),
         ("quit", 0, "quit", None),
-        ("break", 0, "chardev-send-break", {"id": "ser0"}),
         ("balloon", 300, "balloon", {"value": 300 << 20}),
         ("link-up", 2, "set_link", {"name": "nic2", "up": True}),
         ("link-down", 0, "set_link", {"name": "nic0", "up": False}),
@@ -553,6 +554,61 @@ def test_a_display_client_is_handed_over(talk: Talk, refused: int) -> None:
     if refused != 0:
         assert seen[1]["arguments"] == {"protocol": "vnc", "fdname": name, "skipauth": True}
     assert answers == [refused < 0]
+
+
+def test_a_break_goes_to_the_serial_port(talk: Talk) -> None:
+    talk.greet()
+    talk.orders.send_break(1)
+    (sent,) = talk.say()
+    assert (sent["execute"], sent["arguments"]) == ("chardev-send-break", {"id": "ser0"})
+
+
+@pytest.mark.parametrize("refused", [-1, 0, 1, 2])
+def test_a_card_is_added_or_nothing_of_it_is_left(talk: Talk, refused: int) -> None:
+    talk.greet()
+    ours, theirs = socket.socketpair()
+    with ours:
+        answers = talk.give("nic-add", 1, fd=theirs.detach())
+        run(talk.loop, 0.01)
+        line, fds, _, _ = socket.recv_fds(talk.qemu, 4096, 4)
+        os.close(fds[0])
+        seen = talk.carry_out([json.loads(line)], refused)
+    done = ["getfd", "netdev_add n1", "device_add nic1"]
+    undone = {-1: [], 0: [], 1: ["closefd"], 2: ["netdev_del n1", "closefd"]}[refused]
+    assert spoken(seen) == done[: refused + 1 if refused >= 0 else 3] + undone and answers == [refused < 0]
+    if refused < 0:
+        name = seen[0]["arguments"]["fdname"]
+        assert seen[1]["arguments"] == {"type": "tap", "id": "n1", "fd": name, "vhost": False}
+        card = {"driver": "e1000", "id": "nic1", "netdev": "n1", "mac": "06:00:00:00:00:07", "romfile": "", "bus": "port1"}
+        assert seen[2]["arguments"] == card
+
+
+def test_a_card_is_gone_when_the_guest_has_let_it_go(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmshell.relay.jobs.LOOK", 0.01)
+    talk.greet()
+    answers = talk.give("nic-remove", 1)
+    (asked,) = talk.say()
+    assert (asked["execute"], asked["arguments"]) == ("device_del", {"id": "nic1"})
+    (look,) = talk.accept(asked)
+    assert (look["execute"], look["arguments"]) == ("qom-list", {"path": "/machine/peripheral"})
+    (look,) = talk.accept(look, [{"name": "nic1", "type": "child<e1000>"}])
+    assert answers == []
+    (unplug,) = talk.accept(look, [{"name": "nic0", "type": "child<e1000>"}])
+    assert (unplug["execute"], unplug["arguments"]) == ("netdev_del", {"id": "n1"})
+    talk.accept(unplug)
+    assert answers == [True]
+
+
+def test_a_card_that_the_guest_keeps_stays_whole(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmshell.relay.jobs.GONE_TIME", 0.0)
+    talk.greet()
+    answers = talk.give("nic-remove", 1)
+    (asked,) = talk.say()
+    (look,) = talk.accept(asked)
+    assert talk.accept(look, [{"name": "nic1", "type": "child<e1000>"}]) == [] and answers == [False]
+    refused = talk.give("nic-remove", 0)
+    (asked,) = talk.say()
+    assert talk.refuse(asked) == [] and refused == [False]
 
 
 def begin_job(talk: Talk, what: str = "snapshot-save") -> tuple[list[bool], dict[str, Any]]:

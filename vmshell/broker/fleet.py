@@ -158,8 +158,10 @@ class Fleet:
             if error:
                 by_user(live.vm.uid, "order-failed", number=live.vm.number, what=what, problem=error)
 
-        said = {"mac": card.mac, "model": card.nic.model} if card else {}
-        message = Order(number=live.vm.number, what=what, value=value, disks=disks, **said)
+        message = Order(number=live.vm.number, what=what, value=value, disks=disks)
+        if card:
+            ported = (live.vm.booted or live.vm.definition).family == "q35"
+            message = Order(number=live.vm.number, what=what, value=value, mac=card.mac, model=card.nic.model, port=ported)
         self._context.relay.send(message, done or failed, fd=fd)
 
     def watch(self, live: Live, errors: int = -1) -> None:

@@ -65,6 +65,7 @@ class Host:
         self._policy = policy
         self.apart = os.geteuid() == 0
         self.systemd = self.apart and not embedded and os.path.isdir("/run/systemd/system")
+        self.taps = not embedded  # is there a tapnet to make some?
         self._helpers_apart = self.apart and not embedded
         # Its group by the account, never by the uid's number: that number may be the group of somebody else.
         self._relay_gid = _relay_gid() if self._helpers_apart else None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import BadValue, StartFailed
 from ..launch.jail import command
-from ..launch.plan import DiskPlan, LaunchPlan, NicPlan
+from ..launch.plan import NICS_MAX, DiskPlan, LaunchPlan, NicPlan
 from ..launch.seccomp import program
 from ..model.decide import apply_fixed
 from ..model.definition import Definition, Disk, Nic
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _FILE_SLACK = 64 << 20  # a qcow2 file's own tables, beside its contents
 _OOM_SCORE = 500  # when memory runs out, a guest goes before anything of the host
+SPARE_NICS = 2  # cards that may come while a VM runs
 _SOCKETS = ("console", "qmp", "agent")
 
 Images = Mapping[str, "Image"]
@@ -163,6 +164,7 @@ def _plan(
             for name, nic in definition.devices().items()
             if isinstance(nic, Nic)
         ),
+        spare_nics=min(SPARE_NICS, NICS_MAX - len(definition.nics)) if host.taps else 0,
         display=definition.display,
         video=definition.video_shown,
         keymap=definition.keymap or None,

@@ -81,6 +81,7 @@ def qemu_argv(plan: LaunchPlan) -> list[str]:
         *_nics(plan.nics),
         *_extras(plan),
         *_disks(plan),
+        *_spare_ports(plan),
         *_boot(plan),
         *(["-S"] if plan.paused else []),
     ]
@@ -121,6 +122,12 @@ def _nics(nics: tuple[NicPlan, ...]) -> list[str]:
         boot = "romfile=" if nic.bootindex is None else f"bootindex={nic.bootindex}"
         words += ["-device", f"{_NIC[nic.model]},{cable}id=nic{index},mac={nic.mac},{boot}"]
     return words
+
+
+def _spare_ports(plan: LaunchPlan) -> list[str]:
+    """Where cards may be put while the machine runs: q35 takes them in ports only, `pc` anywhere. By the number of the card."""
+    numbers = range(len(plan.nics), len(plan.nics) + plan.spare_nics) if plan.family == "q35" else ()
+    return [word for number in numbers for word in ("-device", f"pcie-root-port,id=port{number},chassis={number + 1}")]
 
 
 def _cable(nic: NicPlan, index: int) -> str:

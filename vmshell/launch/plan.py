@@ -76,6 +76,7 @@ class LaunchPlan:
         "seccomp_fd",
         "serial",
         "slice",
+        "spare_nics",
         "tablet",
         "uid",
         "video",
@@ -108,6 +109,7 @@ class LaunchPlan:
         loadvm: int | None = None,
         disks: tuple[DiskPlan, ...] = (),
         nics: tuple[NicPlan, ...] = (),
+        spare_nics: int = 0,
         display: str = "none",
         video: str = "none",
         keymap: str | None = None,
@@ -145,6 +147,7 @@ class LaunchPlan:
             raise ValueError(f"at most {OPTION_ROMS_MAX} option ROMs")
         self.disks = tuple(disks)
         self.nics = tuple(nics)
+        self.spare_nics = integer(spare_nics, 0, NICS_MAX - min(NICS_MAX, len(self.nics)), "spare_nics")
         self.loadvm = optional(loadvm, 0, (1 << 32) - 1, "loadvm")
         self.display = choice(display, DISPLAYS, "display")
         self.video = choice(video, VIDEOS, "video")

@@ -13,7 +13,8 @@ from __future__ import annotations
 import os
 from collections import deque
 
-from .jobs import run_job
+from ..messages import Order
+from .jobs import run_job, run_until_gone
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     Arguments = dict[str, object]
     Done = Callable[[bool], None]
 
-SERIAL = "ser0"  # the launch line's names: the serial port's character device, `nic0`, `cd0` and `disk0`
+SERIAL = "ser0"  # the launch line's names: the serial port's character device, `nic0` on `n0`, `port0`, `cd0` and `disk0`
+NIC_DRIVERS = {"virtio": "virtio-net-pci", "e1000e": "e1000e", "e1000": "e1000", "rtl8139": "rtl8139"}
 
 WAITING_MAX = 16
 # A set of our own for each file: in a paused VM a set that was removed stays, and would give its old file out again.
@@ -34,21 +36,24 @@ FDSET_FIRST, FDSET_LAST = 1 << 16, (1 << 31) - 1
 
 
 class Given:
-    """What an order brings for its steps: the two numbers of the message, and one drawn at random."""
+    """What an order brings for its steps: the numbers of the message, a card, and a number drawn at random."""
 
-    __slots__ = ("disks", "serial", "value")
+    __slots__ = ("disks", "mac", "model", "port", "serial", "value")
 
-    def __init__(self, value: int, disks: int) -> None:
-        self.value = value
-        self.disks = disks
+    def __init__(self, order: Order) -> None:
+        self.value = order.value
+        self.disks = order.disks
+        self.mac = order.mac
+        self.model = order.model
+        self.port = order.port
         self.serial = FDSET_FIRST + int.from_bytes(os.urandom(6), "big") % (FDSET_LAST - FDSET_FIRST)
 
 
 class Step:
     """One command. *undo* takes its effect back; *may_fail*: a refusal is no news; *fd*: the order's descriptor goes beside it;
-    *job*: QEMU's yes only means that it has begun."""
+    *job*, *leaves*: QEMU's yes only means that it has begun, with a job, or with a device that the guest is asked to let go."""
 
-    __slots__ = ("arguments", "command", "fd", "job", "may_fail", "undo")
+    __slots__ = ("arguments", "command", "fd", "job", "leaves", "may_fail", "undo")
 
     def __init__(
         self,
@@ -59,6 +64,7 @@ class Step:
         may_fail: bool = False,
         fd: bool = False,
         job: bool = False,
+        leaves: bool = False,
     ) -> None:
         self.command = command
         self.arguments = arguments or _nothing
@@ -66,6 +72,7 @@ class Step:
         self.may_fail = may_fail
         self.fd = fd
         self.job = job
+        self.leaves = leaves
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -121,6 +128,20 @@ def _client(given: Given) -> Arguments:
     return {"protocol": "vnc", **_client_name(given), "skipauth": True}
 
 
+def _tap_name(given: Given) -> Arguments:
+    return {"fdname": f"tap{given.serial}"}
+
+
+def _netdev(given: Given) -> Arguments:
+    return {"type": "tap", "id": f"n{given.value}", "fd": f"tap{given.serial}", "vhost": False}
+
+
+def _card(given: Given) -> Arguments:
+    place = {"bus": f"port{given.value}"} if given.port else {}
+    card = {"driver": NIC_DRIVERS[given.model], "id": f"nic{given.value}", "netdev": f"n{given.value}", "mac": given.mac}
+    return {**card, "romfile": "", **place}
+
+
 def _job(given: Given) -> Arguments:
     return {"id": f"snap{given.value}"}
 
@@ -147,6 +168,7 @@ _FORGET_OLD = (
     Step(_FORGET_DISC.command, _FORGET_DISC.arguments, may_fail=True),
     Step(_FORGET_FILE.command, _FORGET_FILE.arguments, may_fail=True),
 )
+_UNPLUG = Step("netdev_del", lambda given: {"id": f"n{given.value}"})
 # A job of that name can only be what was left when we were restarted in the middle of it.
 _FORGET_JOB = Step("job-dismiss", _job, may_fail=True)
 
@@ -176,6 +198,12 @@ PLANS: dict[str, tuple[Step, ...]] = {
         Step("getfd", _client_name, fd=True, undo=Step("closefd", _client_name)),
         Step("add_client", _client),
     ),
+    "nic-add": (
+        Step("getfd", _tap_name, fd=True, undo=Step("closefd", _tap_name)),
+        Step("netdev_add", _netdev, undo=_UNPLUG),
+        Step("device_add", _card),
+    ),
+    "nic-remove": (Step("device_del", lambda given: {"id": f"nic{given.value}"}, leaves=True), _UNPLUG),
     "snapshot-save": (_FORGET_JOB, Step("snapshot-save", _save, job=True)),
     "snapshot-delete": (_FORGET_JOB, Step("snapshot-delete", _delete, job=True)),
 }
@@ -198,10 +226,16 @@ class Orders:
         self.monitor = monitor
         self._queue: deque[_Run] = deque()  # the first one is on its way
 
-    def give(self, what: str, value: int, disks: int, fd: int, done: Done) -> None:
-        """Carry out *what*; *done(ok)* is called once. The closing of *fd* (or -1) is ours from here on."""
-        plan = PLANS[what]
-        run = _Run(self, plan, Given(value, disks), fd, done)
+    def give(self, order: Order, fd: int, done: Done) -> None:
+        """Carry out *order*; *done(ok)* is called once. The closing of *fd* (or -1) is ours from here on."""
+        self._give(PLANS[order.what], Given(order), fd, done)
+
+    def send_break(self, number: int) -> None:
+        """A break on the serial line: a viewer's to ask for, not the broker's."""
+        self._give(PLANS["break"], Given(Order(number=number, what="cont")), -1, lambda ok: None)
+
+    def _give(self, plan: tuple[Step, ...], given: Given, fd: int, done: Done) -> None:
+        run = _Run(self, plan, given, fd, done)
         if len(plan) == 1:
             run.start()
         elif len(self._queue) > WAITING_MAX:
@@ -248,6 +282,8 @@ class _Run:
         if step.job:
             self._orders.in_job = True
             run_job(self._orders.loop, self._orders.monitor, step.command, arguments, self._job_ended)
+        elif step.leaves:
+            run_until_gone(self._orders.loop, self._orders.monitor, step.command, arguments, self._left)
         elif step.fd:
             self._orders.monitor.execute(step.command, arguments, self._answered, self._fd)
             self._close_fd()  # what was sent is QEMU's
@@ -276,6 +312,9 @@ class _Run:
 
     def _job_ended(self, ok: bool) -> None:
         self._orders.job_ended()
+        self._answered(ok, None)
+
+    def _left(self, ok: bool) -> None:
         self._answered(ok, None)
 
     def _take_back(self) -> None:

@@ -146,7 +146,7 @@ class Vm:
             self.keep_log(order.what == "log-on")
             done(True)
         elif self._monitor is not None and self._orders is not None:
-            self._orders.give(order.what, order.value, order.disks, fd, done)
+            self._orders.give(order, fd, done)
         else:
             if fd >= 0:
                 os.close(fd)
@@ -274,7 +274,7 @@ class Vm:
 
     def send_break(self) -> None:
         if self._monitor is not None and self._orders is not None:
-            self._orders.give("break", 0, 0, -1, lambda ok: None)
+            self._orders.send_break(self.number)
 
     def viewers_changed(self, count: int) -> None:
         self.words.say("viewers", count)
