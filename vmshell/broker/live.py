@@ -93,7 +93,7 @@ def _order(vm: Vm, booted: Definition, key: str) -> tuple[str, int] | None:
     if key == "console.log":
         return ("log-on" if vm.definition.log else "log-off"), 0
     if place and place[0] == "net" and not field:
-        return _card_order(vm.definition.nics, booted.nics, place[1])
+        return _card_order(vm, booted, place[1])
     if place and isinstance(wanted, Nic) and now and field == "link":
         return f"link-{wanted.link}", place[1]
     if place and isinstance(wanted, Disk) and now and wanted.type == "cdrom" and field == "path":
@@ -101,12 +101,18 @@ def _order(vm: Vm, booted: Definition, key: str) -> tuple[str, int] | None:
     return None
 
 
-def _card_order(wanted: tuple[Nic, ...], now: tuple[Nic, ...], index: int) -> tuple[str, int] | None:
-    """A card that comes or goes is the last one: were another meant, those behind it would change their names."""
+def _card_order(vm: Vm, booted: Definition, index: int) -> tuple[str, int] | None:
+    """A card that comes or goes is the last one: were another meant, those behind it would change their names.
+
+    On q35 a card can only leave a port of its own, which those have that came while the VM ran.
+    """
+    wanted, now = vm.definition.nics, booted.nics
     common = min(len(wanted), len(now))
     if wanted[:common] != now[:common] or abs(len(wanted) - len(now)) != 1:
         return None
-    return ("nic-add" if len(wanted) > len(now) else "nic-remove"), index
+    if len(wanted) > len(now):
+        return "nic-add", index
+    return ("nic-remove", index) if booted.family == "pc" or index in vm.added else None
 
 
 def _give(context: Context, live: Live, vm: Vm, key: str, answered: Answered) -> None:
@@ -150,6 +156,8 @@ def _add_card(context: Context, live: Live, vm: Vm, index: int, answered: Answer
     def added(error: VmshellError | None) -> None:
         if error:
             context.networks.remove(vm, {index})
+        else:
+            vm.added.add(index)
         answered(error)
 
     try:
@@ -161,6 +169,7 @@ def _add_card(context: Context, live: Live, vm: Vm, index: int, answered: Answer
 def _remove_card(context: Context, live: Live, vm: Vm, index: int, answered: Answered) -> None:
     def removed(error: VmshellError | None) -> None:
         if not error:
+            vm.added.discard(index)
             context.networks.remove(vm, {index})
         answered(error)
 

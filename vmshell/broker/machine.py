@@ -218,6 +218,8 @@ class Machines:
         vm.booted = self._context.registry.saved_booted(vm)
         balloon = saved.get("balloon")
         vm.balloon = balloon if type(balloon) is int else 0
+        added = saved.get("added")
+        vm.added = {index for index in added if type(index) is int} if isinstance(added, list) else set()
         started = saved.get("started")
         vm.started = float(started) if isinstance(started, (int, float)) else time.time()
         self._fleet.add(live)

@@ -66,6 +66,7 @@ class Vm:
 
         self.defining = False  # its definition is being changed
         self.booted: Definition | None = None  # what it runs with
+        self.added: set[int] = set()  # cards that came while it ran, into ports that they can leave again
         self.balloon = 0  # MiB that the balloon was told to leave to the guest; 0: never told
         self.note = ""
         self.accel = ""
@@ -105,6 +106,7 @@ class Vm:
     def started_again(self) -> None:
         """Forget what was true of the last run."""
         self.booted = None
+        self.added = set()
         self.balloon = 0
         self.note = ""
         self.accel = ""
@@ -374,5 +376,6 @@ def _run(vm: Vm, state: str) -> dict[str, object]:
         "started": vm.started,
         "accel": vm.accel,
         "balloon": vm.balloon,
+        "added": sorted(vm.added),
         "boot_id": boot_id(),
     }
