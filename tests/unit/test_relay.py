@@ -236,7 +236,7 @@ class Talk:
     def give(self, what: str, value: int = 0, disks: int = 0, fd: int = -1) -> list[bool]:
         """Give an order; its answer comes into the list."""
         answers: list[bool] = []
-        card = {"mac": "06:00:00:00:00:07", "model": "e1000", "port": True} if what == "nic-add" else {}
+        card: dict[str, Any] = {"mac": "06:00:00:00:00:07", "model": "e1000", "port": True} if what == "nic-add" else {}
         order = messages.Order(number=1, what=what, value=value, disks=disks, **card)
         self.orders.give(order, fd, answers.append)
         return answers
