@@ -31,6 +31,7 @@ SOURCES: list[tuple[str, str, str]] = [
     ("P5", "boot", "starts"),
     ("P5", "virsh", "rows"),
     ("P6 P7 P8", "relay", "rows"),
+    ("P9", "network", "rows"),
     ("P10", "many", "memory"),
     ("P11", "many", "requests"),
     ("P13", "boot", "new_disks"),

@@ -1,6 +1,6 @@
 """What this kernel can: tried out once, on a bridge and a tap of our own that are gone again afterwards.
 
-Two kinds: what isolates is a need, and a problem if it is missing; the rest is used where it is there and named where it is not.
+What isolates is a need, and a problem if it is missing; the rest is used where it is there and named where it is not.
 Runs in: tapnet. Touches two interfaces of its own for a moment, and asks nftables without changing it.
 """
 

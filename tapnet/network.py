@@ -124,12 +124,12 @@ class Network:
     def _together(self, messages: list[ToTapnet]) -> list[Answer]:
         plan = Plan(self.state)
         answers = [Answer() for _ in messages]
-        for message, answer in zip(messages, answers, strict=True):
-            try:
-                self._plan(plan, message)
-            except VmshellError as error:
-                answer.error = error
         try:
+            for message, answer in zip(messages, answers, strict=True):
+                try:
+                    self._plan(plan, message)
+                except VmshellError as error:
+                    answer.error = error
             self._carry_out(plan)
         except BaseException:
             self._undo(plan)
@@ -211,7 +211,7 @@ class Network:
         # Only now, when nothing can fail any more. QEMU has mostly closed its taps by itself.
         gone = [port for port in plan.removed.values() if key(port) not in plan.created]
         self.links.remove([tap(port) for port in gone])
-        self._drop_bridges(plan.state, {port.segment for port in gone})
+        self._drop_bridges(gone, plan.state)
 
     def _undo(self, plan: Plan) -> None:
         """Back to `state`, as far as the kernel lets us; what does not come back the next restoring brings."""
@@ -222,7 +222,7 @@ class Network:
             self.links.plug([before for before, _ in plan.changed.values()], self.state.segments)
         except VmshellError:
             pass  # a tap that is gone
-        self._drop_bridges(self.state, {port.segment for port in plan.created.values()})
+        self._drop_bridges(list(plan.created.values()), plan.state, self.state)
 
     # --- parts ---
 
@@ -245,12 +245,11 @@ class Network:
         if segment.gateway6 and (segment.outside != "none" or ways):
             sysctl.forward6()
 
-    def _drop_bridges(self, state: State, segments: set[int]) -> None:
-        """Remove bridges of ours among *segments* that have no port any more."""
-        used = {port.segment for port in state.ports.values()}
-        for number in segments - used:
-            if number in state.segments:
-                self.links.remove_bridge(state.segments[number])
+    def _drop_bridges(self, gone: list[Port], named: State, wanted: State | None = None) -> None:
+        """Remove bridges of ours that *gone* were on and no port of *wanted* is; *named* knows the segments."""
+        used = {port.segment for port in (wanted or named).ports.values()}
+        for number in {port.segment for port in gone} - used:
+            self.links.remove_bridge(named.segments[number])
 
     def _in_order(self, port: Port, found: dict[str, Link]) -> bool:
         link, master = found[tap(port)], found.get(bridge(self.state.segments[port.segment]))

@@ -91,7 +91,7 @@ def test_other_programs_are_refused_with_status_2_and_no_output(broker: FakeBrok
 def test_no_process_is_started_for_any_text(broker: FakeBroker, short_tmp: Path) -> None:
     """A01, A38: after the interpreter's own start there is no execve and no fork."""
     trace = short_tmp / "trace"
-    for text in ("id; cat /etc/passwd", "list", "`id`", "console web1 --escape ^A"):
+    for text in ("id; cat /etc/passwd", "list", "`id`", "console web1 --escape ^A", "connect web1:22", "ssh `id`@web1"):
         subprocess.run(
             [
                 "strace",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -50,6 +52,16 @@ def tapnet(namespace: Namespace, tmp_path: Path) -> Iterator[Tapnet]:
     with Tapnet(namespace, tmp_path / "t") as running:
         running.settle()
         yield running
+
+
+@pytest.fixture
+def nobodys() -> Iterator[Path]:
+    """A folder of NOBODY's; not below tmp_path, which is closed to everybody else."""
+    folder = Path(tempfile.mkdtemp(prefix="vms-", dir="/var/tmp"))
+    folder.chmod(0o755)
+    os.chown(folder, NOBODY, NOBODY)
+    yield folder
+    shutil.rmtree(folder)
 
 
 def close(*fds: int) -> None:
@@ -217,27 +229,23 @@ def test_names_of_sixteen_characters_and_other_nonsense(tapnet: Tapnet, namespac
     assert namespace.links() == {}
 
 
-def test_tun_closed_to_us(namespace: Namespace, tmp_path: Path) -> None:
+def test_tun_closed_to_us(namespace: Namespace, tmp_path: Path, nobodys: Path) -> None:
     with Tapnet(namespace, tmp_path / "t", mounted(Path("/dev/null"))) as tapnet:
         tapnet.settle(segment())
         health = tapnet.ask(Health())[0]["ok"]
         assert any("/dev/net/tun" in problem or "tap" in problem for problem in health["problems"])
         assert "vt000001n0" in tapnet.refused(port(1)) or "/dev/net/tun" in tapnet.refused(port(1))
     # A device node that only root may open, which is Debian's own.
-    folder = tmp_path / "nobody"
-    reachable(folder)
-    tun = tun_for(tmp_path)
+    tun = tun_for(nobodys)
     os.chown(tun, 0, 0)
-    with Tapnet(namespace, folder, (*mounted(tun), *setpriv())) as tapnet:
+    with Tapnet(namespace, nobodys, (*mounted(tun), *setpriv())) as tapnet:
         tapnet.settle(segment())
         assert "/dev/net/tun cannot be opened: Permission denied" in tapnet.refused(port(1))
     assert namespace.links() == {}
 
 
-def test_without_its_one_right_it_says_so_and_ends(namespace: Namespace, tmp_path: Path) -> None:
-    folder = tmp_path / "nobody"
-    reachable(folder)
-    code = [sys.executable, PYTHON_FLAGS, f"{PACKAGE_DIR}/__main__.py", "tapnet", f"{folder}:{folder}:{folder}:{folder}:0"]
+def test_without_its_one_right_it_says_so_and_ends(namespace: Namespace, nobodys: Path) -> None:
+    code = [sys.executable, PYTHON_FLAGS, f"{PACKAGE_DIR}/__main__.py", "tapnet", ":".join([str(nobodys)] * 4 + ["0"])]
     done = subprocess.run(namespace.command(*setpriv(""), *code), capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "tapnet: it cannot start without CAP_NET_ADMIN: Operation not permitted\n"
@@ -253,20 +261,6 @@ def setpriv(right: str = ",+net_admin") -> tuple[str, ...]:
 def mounted(tun: Path) -> tuple[str, ...]:
     """The command that goes on with *tun* in the place of /dev/net/tun."""
     return ("unshare", "-m", "sh", "-c", f'mount --bind {tun} /dev/net/tun && exec "$@"', "sh")
-
-
-def reachable(folder: Path) -> None:
-    """Make *folder* NOBODY's, who may pass through what is above it."""
-    folder.mkdir()
-    os.chown(folder, NOBODY, NOBODY)
-    reachable_above(folder)
-
-
-def reachable_above(path: Path) -> None:
-    """Let everybody pass through the test's own folders above *path*."""
-    for folder in path.parents:
-        if "pytest" in str(folder):
-            folder.chmod(folder.stat().st_mode | 0o011)
 
 
 def test_no_nftables_library_means_no_port(namespace: Namespace, tmp_path: Path) -> None:
@@ -335,8 +329,8 @@ def test_a_bridge_of_the_host(tapnet: Tapnet, namespace: Namespace) -> None:
 
 
 def settled(detail: str) -> list[str]:
-    """What somebody has set on a bridge: everything but its timers and its MAC, which follows its ports."""
-    return [word for word in detail.split() if ":" not in word and "." not in word]
+    """What somebody has set on a bridge: everything but its timers and what follows its ports."""
+    return [word for word in detail.split("numtxqueues")[0].split() if ":" not in word and "." not in word]
 
 
 def test_the_hosts_bridge_keeps_its_mac(tapnet: Tapnet, namespace: Namespace) -> None:
@@ -527,6 +521,8 @@ def test_settings_segments_ports_and_openings_change(tapnet: Tapnet, namespace: 
     assert "10.77.1.254/24" in shown and "10.77.1.1/24" not in shown
     tapnet.tell(port(1, create=False, rate=5000, owner=4000))
     assert "rate 5Mbit" in namespace.run("tc", "qdisc", "show", "dev", "vt000001n0")
+    tapnet.tell(port(1, create=False, rate=6000, owner=4000))
+    assert "rate 6Mbit" in namespace.run("tc", "qdisc", "show", "dev", "vt000001n0")
     tapnet.tell(port(1, create=False, owner=4000))
     assert "tbf" not in namespace.run("tc", "qdisc", "show", "dev", "vt000001n0")
     before = namespace.filter()
@@ -599,25 +595,26 @@ def test_dialling(tapnet: Tapnet, namespace: Namespace) -> None:
 # --- who may, and what they send --------------------------------------------------------------------------------------
 
 
-def test_only_root_and_itself_may_ask(tapnet: Tapnet) -> None:
-    path = tapnet.layout.tapnet_socket
-    assert os.stat(path).st_mode & 0o777 == 0o600
-    os.chmod(path, 0o666)  # the permissions are one lock, the peer's uid is another
-    reachable_above(Path(path))
-    script = f"""
-import socket
+def test_only_root_and_itself_may_ask(namespace: Namespace, nobodys: Path) -> None:
+    script = """
+import socket, sys
 s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-s.connect({path!r})
+s.connect(sys.argv[1])
 s.settimeout(20)
 try:
-    s.send(b'{{"id":1,"verb":"health"}}')
+    s.send(b'{"id":1,"verb":"health"}')
     print(len(s.recv(100)))
 except (BrokenPipeError, ConnectionResetError):
     print(0)
 """
-    done = subprocess.run([*setpriv(""), sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "0"
-    assert "ok" in tapnet.ask(Health())[0]
+    with Tapnet(namespace, nobodys) as tapnet:
+        path = tapnet.layout.tapnet_socket
+        assert os.stat(path).st_mode & 0o777 == 0o600
+        for folder in (path, tapnet.layout.run):
+            os.chmod(folder, 0o777)  # the permissions are one lock, the peer's uid is another
+        done = subprocess.run([*setpriv(""), sys.executable, "-c", script, path], capture_output=True, text=True)
+        assert done.stdout == "0\n", done
+        assert "ok" in tapnet.ask(Health())[0]
 
 
 def test_garbage_changes_nothing(tapnet: Tapnet, namespace: Namespace) -> None:
@@ -669,11 +666,9 @@ def test_a_broker_that_does_not_read_gets_everything_later(tapnet: Tapnet) -> No
     assert "ok" in tapnet.ask(Health())[0]
 
 
-def test_with_net_admin_and_no_other_right(namespace: Namespace, tmp_path: Path) -> None:
+def test_with_net_admin_and_no_other_right(namespace: Namespace, nobodys: Path) -> None:
     """As the service runs: a uid of its own with CAP_NET_ADMIN."""
-    folder = tmp_path / "own"
-    reachable(folder)
-    with Tapnet(namespace, folder, (*mounted(tun_for(tmp_path)), *setpriv())) as tapnet:
+    with Tapnet(namespace, nobodys, (*mounted(tun_for(nobodys)), *setpriv())) as tapnet:
         status = Path(f"/proc/{tapnet.process.pid}/status").read_text()
         assert f"Uid:\t{NOBODY}\t{NOBODY}" in status and "CapEff:\t0000000000001000" in status
         tapnet.settle(segment(gateway6="fd77:0:0:1::1/64"))

@@ -14,8 +14,10 @@ from tests.host.machine import CHECKOUT, Host
 # The first test of a machine makes the hosts' image, as fast as the package mirror is.
 pytestmark = [pytest.mark.system, pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(900)]
 
-UNITS = ("vmshell-broker.socket", "vmshell-relay.socket", "vmshell-broker.service", "vmshell-relay.service")
+SOCKETS = ("vmshell-broker.socket", "vmshell-relay.socket", "vmshell-tapnet.socket")
+UNITS = (*SOCKETS, "vmshell-broker.service", "vmshell-relay.service", "vmshell-tapnet.service", "vmshell-names.service")
 LIBDIR = "/usr/local/lib/vmshell"
+LIBNFTABLES = "/usr/lib/x86_64-linux-gnu/libnftables.so.1"
 DROP_IN = "/etc/ssh/sshd_config.d/50-vmshell.conf"
 
 
@@ -27,8 +29,8 @@ def main_pid(host: Host, unit: str) -> int:
 
 
 def test_units_are_active_and_nothing_failed(host: Host) -> None:
-    assert host.exec("systemctl", "is-active", *UNITS).stdout.split() == ["active"] * 4
-    assert host.exec("systemctl", "is-enabled", *UNITS[:2]).stdout.split() == ["enabled"] * 2
+    assert host.exec("systemctl", "is-active", *UNITS).stdout.split() == ["active"] * len(UNITS)
+    assert host.exec("systemctl", "is-enabled", *SOCKETS).stdout.split() == ["enabled"] * len(SOCKETS)
     assert host.sh("systemctl --failed --no-legend --plain").strip() == ""
 
 
@@ -37,7 +39,7 @@ def test_systemd_understands_every_line(host: Host) -> None:
     assert "vmshell" not in done.stdout + done.stderr
 
 
-def test_broker_and_relay_have_the_rights_they_should(host: Host) -> None:
+def test_each_service_has_the_rights_it_should(host: Host) -> None:
     def status(unit: str) -> dict[str, str]:
         lines = host.exec("cat", f"/proc/{main_pid(host, unit)}/status").stdout.splitlines()
         return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -51,6 +53,21 @@ def test_broker_and_relay_have_the_rights_they_should(host: Host) -> None:
     assert int(relay["CapBnd"], 16) == int(relay["CapEff"], 16) == 0
     assert relay["Uid"].split() == [str(host.uid("vmshell-relay"))] * 4
     assert relay["NoNewPrivs"] == "1" and relay["Seccomp"] == "2"
+    # net_bind_service 10, net_admin 12, net_raw 13
+    for unit, rights in (("vmshell-tapnet", 1 << 12), ("vmshell-names", 1 << 10 | 1 << 12 | 1 << 13)):
+        service = status(unit)
+        assert int(service["CapBnd"], 16) == int(service["CapEff"], 16) == rights
+        assert service["Uid"].split() == [str(host.uid(unit))] * 4
+        assert service["NoNewPrivs"] == "1" and service["Seccomp"] == "2"
+
+
+def test_tapnet_opens_no_device_but_one(host: Host) -> None:
+    pid = main_pid(host, "vmshell-tapnet")
+    groups = host.exec("cat", f"/proc/{pid}/cgroup").stdout
+    allowed = host.sh(f"cat /sys/fs/cgroup/devices$(grep :devices: /proc/{pid}/cgroup | cut -d: -f3)/devices.list", check=False)
+    if ":devices:" not in groups or not allowed:
+        pytest.skip("which devices a cgroup may use is in no file here")
+    assert "c 10:200 rw" in allowed and "a *:* rwm" not in allowed and "b *:*" not in allowed.replace("b *:* m", "")
 
 
 def test_a_jail_can_mount_its_proc_below_the_broker(host: Host) -> None:
@@ -72,9 +89,11 @@ def test_the_broker_may_start_scopes(host: Host) -> None:
 
 
 def test_sockets_are_for_those_they_are_for(host: Host) -> None:
-    assert host.sh("stat -c '%a %U %G' /run/vmshell /run/vmshell/broker.sock /run/vmshell/relay.sock").splitlines() == [
+    sockets = "/run/vmshell /run/vmshell/broker.sock /run/vmshell/relay.sock /run/vmshell/tapnet.sock"
+    assert host.sh(f"stat -c '%a %U %G' {sockets}").splitlines() == [
         "755 root root",
         "660 root vmusers",
+        "600 root root",
         "600 root root",
     ]
     assert host.sh("stat -c '%a %U' /var/lib/vmshell /var/lib/vmshell-home /var/log/vmshell").splitlines() == [
@@ -218,7 +237,8 @@ def doctor(host: Host) -> tuple[int, str]:
 def test_doctor_finds_nothing_wrong(host: Host) -> None:
     status, text = doctor(host)
     assert status == 0 and "FAIL" not in text, text
-    for subject in ("qemu", "jail", "code", "units", "broker", "sshd          alice", "shells", "pam"):
+    subjects = ("qemu", "jail", "code", "units", "broker", "network", "names", "routing", "sshd          alice", "shells", "pam")
+    for subject in subjects:
         assert f"OK    {subject}" in text, text
 
 
@@ -235,6 +255,11 @@ def test_doctor_finds_nothing_wrong(host: Host) -> None:
             "FAIL  sshd",
         ),
         ("systemctl stop vmshell-relay.socket", "systemctl start vmshell-relay.socket vmshell-relay.service", "FAIL  units"),
+        ("systemctl stop vmshell-names", "systemctl start vmshell-names", "FAIL  names"),
+        ("mv /usr/sbin/dnsmasq /root/", "mv /root/dnsmasq /usr/sbin/", "FAIL  names"),
+        ("systemctl stop vmshell-tapnet.socket", "systemctl start vmshell-tapnet.socket vmshell-tapnet.service", "FAIL  network"),
+        ("chmod 600 /dev/net/tun", "chmod 666 /dev/net/tun", "FAIL  network"),
+        (f"mv {LIBNFTABLES} /root/", f"mv /root/libnftables.so.1 {LIBNFTABLES}", "FAIL  network"),
         ("mv /usr/bin/bwrap /root/", "mv /root/bwrap /usr/bin/", "FAIL  jail"),
         ("mv /etc/pam.d/vmshell /root/", "mv /root/vmshell /etc/pam.d/", "FAIL  pam"),
         ("usermod -d /tmp alice", "usermod -d /var/lib/vmshell-home alice", "FAIL  pam"),
@@ -338,7 +363,15 @@ def test_uninstall_waits_for_running_vms(host: Host) -> None:
 def test_uninstall_keeps_what_is_the_users(host: Host) -> None:
     host.sh("mkdir -p -m 700 /var/lib/vmshell/vms/1000/web1 && echo disk >/var/lib/vmshell/vms/1000/web1/disk")
     host.sh("echo '# mine' >>/etc/vmshell/policy.toml")
+    # Ours, as tapnet leaves them when it is stopped, and somebody else's.
+    host.sh("ip link add vtb000007 type bridge; ip link set vtb000007 alias vmshell; ip link add vtb-theirs type bridge")
+    host.sh("nft add table bridge vmshell; nft add table inet vmshell; nft add table inet theirs")
     said = host.make("uninstall").stdout
+    links = host.sh("ip -br link")
+    assert "vtb000007" not in links and "vtb-theirs" in links
+    assert host.sh("nft list tables") == "table inet theirs\n"
+    assert "127.77.0.53" not in host.sh("ip addr")
+    host.sh("ip link del vtb-theirs; nft delete table inet theirs")
     assert "alice bob" in said and "/var/lib/vmshell" in said
     assert host.exec("cat", "/var/lib/vmshell/vms/1000/web1/disk").stdout == "disk\n"
     assert host.sh("tail -n 1 /etc/vmshell/policy.toml") == "# mine\n"

@@ -251,9 +251,10 @@ def test_qemus_process(web1: Host) -> None:
         "/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/share/qemu", "/usr/share/seabios", "/usr/lib/ipxe/qemu",
     }  # fmt: skip
     targets = web1.sh(f"readlink /proc/{pid}/fd/*").splitlines()
-    files = {target for target in targets if target.startswith("/") and target != "/dev/null"}
+    files = {target for target in targets if target.startswith("/") and target not in ("/dev/null", "/dev/net/tun")}
     folder = "/var/lib/vmshell/vms/" + str(web1.uid("alice"))
     assert files == {f"{folder}/web1/disks/root", "/var/lib/vmshell/images/echo/disk.raw"}
+    assert targets.count("/dev/net/tun") == 1  # its tap
     assert "/vmshell.slice/vmshell-vm-" in web1.exec("cat", f"/proc/{pid}/cgroup").stdout
     scope = web1.sh("systemctl list-units --plain --no-legend 'vmshell-vm-*' | cut -d' ' -f1").strip()
     shown = web1.exec("systemctl", "show", "-p", "MemoryMax", "-p", "TasksMax", scope).stdout

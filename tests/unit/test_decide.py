@@ -360,7 +360,8 @@ def test_the_answers_have_one_order_and_name_only_rules_that_exist() -> None:
     assert [verdict.rule for verdict in strict] == [verdict.rule for verdict in ask(FIXED + "\ndeny = []", full)]
     assert {verdict.rule for verdict in strict} - {"half of memory.size"} <= set(LIMIT_KEYS)
     # Every key of the policy is asked about but for the four that are not about a definition.
-    assert set(LIMIT_KEYS) - {verdict.rule for verdict in strict} == {"cpu_weight", "wrapper_options", "net_rate", "published_max"}
+    others = {"cpu_weight", "wrapper_options", "net_rate", "published_max"}
+    assert set(LIMIT_KEYS) - {verdict.rule for verdict in strict} == others
     for verdict in strict:
         assert verdict.nearest and verdict.asked and verdict.vm == "web1"
         assert verdict.error("x").sentence().isprintable() and verdict.error().sentence().startswith("web1")

@@ -33,8 +33,8 @@ def port(number: int, segment: int = 1, **more: Any) -> Port:
 
 
 def some_ports() -> list[Port]:
-    six = {"address6": "fd77:0:0:1::2"}
-    return [port(1, rate=8000, **six), port(2), port(3, 2, isolated=True), port(4, 2), port(5, 3), port(6, rate=1)]
+    first = port(1, rate=8000, address6="fd77:0:0:1::2")
+    return [first, port(2), port(3, 2, isolated=True), port(4, 2), port(5, 3), port(6, rate=1)]
 
 
 OPENINGS = {
@@ -72,7 +72,8 @@ def test_two_that_want_one_port_of_the_host() -> None:
 )
 def test_no_field_reaches_the_text_as_it_is(field: str, value: str) -> None:
     try:
-        bad = port(1, **{field: value})
+        more: dict[str, Any] = {field: value}
+        bad = port(1, **more)
     except BadValue:
         return  # the message already refuses it
     with pytest.raises(ValueError):

@@ -121,6 +121,24 @@ def test_escape_keys() -> None:
     assert parsed("console web1 --escape=^a").values.number("escape", 0) == 1
 
 
+def test_short_options_are_the_long_ones() -> None:
+    assert parsed("net web1 -f").values.flag("follow") and parsed("net --follow web1").values.flag("follow")
+    assert parsed("ssh -l bob web1").values.text("login") == parsed("ssh web1 --login=bob").values.text("login") == "bob"
+    for line in ("net web1 -f --follow", "net web1 --f", "net web1 -follow", "net web1 ---f", "ssh web1 -l"):
+        with pytest.raises(Usage):
+            parsed(line)
+
+
+def test_a_command_for_a_guest_keeps_its_options() -> None:
+    values = parsed("ssh web1 -t ls -l --json -- 'a b'").values
+    assert values.flag("tty") and values.words("command") == ["ls", "-l", "--json", "--", "a b"]
+    assert parsed("ssh web1 -- -x").values.words("command") == ["-x"]
+    assert parsed("ssh web1").values.words("command") == []
+    assert verbs.wants_help(grammar.words_of("--help"), verbs.BY_WORD["ssh"])
+    assert not verbs.wants_help(grammar.words_of("web1 ls --help"), verbs.BY_WORD["ssh"])
+    assert verbs.wants_help(grammar.words_of("web1 --help"), verbs.BY_WORD["boot"])
+
+
 def test_nearest() -> None:
     words = list(verbs.BY_WORD)
     assert nearest("lsit", words) == "list"

@@ -9,7 +9,8 @@ import pytest
 
 from vmshell import messages
 from vmshell.errors import Usage
-from vmshell.shell import actions, candidates, grammar, helptext, verbs
+from vmshell.shell import actions, candidates, helptext, verbs
+from vmshell.shell.checks import CHECKS
 from vmshell.shell.show import greeting
 
 
@@ -32,7 +33,7 @@ def test_every_request_of_the_wire_has_its_verb_and_nothing_more() -> None:
 def test_every_kind_of_value_has_its_check() -> None:
     kinds = {option.kind for verb in verbs.TABLE for option in verb.options}
     kinds |= {argument.kind for verb in verbs.TABLE for argument in verb.arguments}
-    assert kinds - {"flag"} <= set(grammar.CHECKS)
+    assert kinds - {"flag"} <= set(CHECKS)
 
 
 def test_help_names_every_verb_alias_and_option() -> None:
@@ -85,6 +86,10 @@ class Names:
     """A broker that knows two VMs and one image."""
 
     def call(self, request: messages.Request, progress: object = None) -> tuple[dict[str, object], None]:
+        if isinstance(request, messages.Networks):
+            return {"networks": [{"name": "users"}, {"name": "db"}]}, None
+        if isinstance(request, messages.Net):
+            return {"published": [{"port": 80, "proto": "tcp"}, {"port": 53, "proto": "udp"}]}, None
         if isinstance(request, messages.Images):
             return {"images": [{"name": "demo"}], "more": False}, None
         return {"vms": [{"name": "web1"}, {"name": "web2"}], "more": False}, None
@@ -108,6 +113,24 @@ def test_completion_comes_from_the_table_and_the_broker() -> None:
     assert completed("boot web1 --wait ") == []
     assert completed("boot --wait x w") == ["web1 ", "web2 "]
     assert completed("/etc/") == [] and completed("boot /et") == [] and completed("destroy ") == []
+
+
+def test_completion_of_networks_and_published_ports() -> None:
+    assert completed("connect w") == completed("ssh w") == completed("net w") == ["web1 ", "web2 "]
+    assert completed("unpublish web1 ") == ["53/udp ", "80/tcp "] and completed("publish web1 8") == ["80/tcp "]
+    assert completed("connect web1 ") == ["80 "]
+    assert completed("publish web1 80 --to ") == ["world "]
+    assert completed("set web1 net0=") == ["net0=db ", "net0=users "]
+    assert completed("set web1 net0.network=u") == ["net0.network=users "]
+    assert completed("set web1 memory=") == completed("set web1 net0.link=") == []
+    assert completed("net web1 ") == ["--follow ", "--json "] and completed("net web1 -f -") == ["--json "]
+    assert completed("ssh -l ") == [] and completed("ssh -l bob w") == ["web1 ", "web2 "]
+
+
+def test_short_options_are_shown() -> None:
+    assert "  -f, --follow" in helptext.topic("net") and "net NAME [-f] [--json]" in helptext.topic("net")
+    assert "-l, --login USER" in helptext.topic("ssh")
+    assert "\\fB\\-f\\fR, \\fB\\-\\-follow\\fR" in helptext.man_sections()
 
 
 def test_greetings() -> None:

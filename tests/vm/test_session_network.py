@@ -1,4 +1,4 @@
-"""Session mode's way out: a guest behind passt gets an address, is reached by its forward and by `connect`, and not the loopback."""
+"""Session mode's way out: a guest behind passt is reached by its forward and by `connect`, and reaches no loopback of ours."""
 
 from __future__ import annotations
 

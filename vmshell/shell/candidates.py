@@ -1,4 +1,4 @@
-"""What TAB offers: verbs, options, own VMs, images, from the table of verbs and the broker.
+"""What TAB offers: verbs, options, own VMs, images, networks, published ports, from the table of verbs and the broker.
 
 Runs in: the shell.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 from .. import messages
 from ..errors import VmshellError
 from . import verbs
-from .show import rows
+from .show import number, rows
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .context import Context
-    from .verbs import Verb
+    from .grammar import Verb
 
 
 def complete(context: Context, before: str) -> tuple[int, list[str]]:
@@ -33,31 +33,54 @@ def _for_verb(context: Context, words: list[str], word: str) -> list[str]:
     verb = verbs.BY_WORD.get(words[0])
     if verb is None or verb.hidden:
         return []
-    last = words[-1].removeprefix("--") if words[-1].startswith("--") else ""
     for option in verb.options:
-        if option.name == last and option.kind != "flag":
-            return image_names(context) if option.kind == "image" else []
-    if word.startswith("-"):
-        return [f"--{option.name}" for option in verb.options if f"--{option.name}" not in words]
-    if _arguments_given(verb, words[1:]) < len(verb.arguments):
-        kind = verb.arguments[0].kind
-        if verb.name == "help":
-            return [each.name for each in verbs.visible()]
-        return vm_names(context) if kind == "vm" else []
-    return [f"--{option.name}" for option in verb.options if f"--{option.name}" not in words]
+        if words[-1] in option.spellings() and option.kind != "flag":
+            return _of_kind(context, option.kind, [], word)
+    options = [f"--{option.name}" for option in verb.options if not set(option.spellings()) & set(words)]
+    given = _arguments_given(verb, words[1:])
+    if word.startswith("-") or (len(given) >= len(verb.arguments) and not (verb.arguments and verb.arguments[-1].many)):
+        return options
+    if verb.name == "help":
+        return [each.name for each in verbs.visible()]
+    return _of_kind(context, verb.arguments[min(len(given), len(verb.arguments) - 1)].kind, given, word)
 
 
-def _arguments_given(verb: Verb, words: list[str]) -> int:
-    takes_value = {f"--{option.name}" for option in verb.options if option.kind != "flag"}
-    count, skip = 0, False
+def _of_kind(context: Context, kind: str, given: list[str], word: str) -> list[str]:
+    """The values there are of a kind of `checks.CHECKS`; *given*: the arguments before."""
+    if kind in ("vm", "place", "login-at"):
+        return vm_names(context)
+    if kind == "image":
+        return image_names(context)
+    if kind == "grantee":
+        return ["world"]
+    if kind in ("port", "tcp-port") and given:
+        return _published_ports(context, given[0], with_proto=kind == "port")
+    key, equals, _ = word.partition("=")
+    if kind == "assignment" and equals and key.startswith("net") and (key.endswith(".network") or "." not in key):
+        return [f"{key}={name}" for name in _names(context, messages.Networks(), "networks")]
+    return []
+
+
+def _published_ports(context: Context, vm: str, *, with_proto: bool) -> list[str]:
+    try:
+        answer, _ = context.broker.call(messages.Net(vm=vm))
+    except VmshellError:
+        return []
+    found = [(str(number(row.get("port"))), str(row.get("proto"))) for row in rows(answer.get("published"))]
+    return [f"{port}/{proto}" if with_proto else port for port, proto in found if with_proto or proto == "tcp"]
+
+
+def _arguments_given(verb: Verb, words: list[str]) -> list[str]:
+    takes_value = {text for option in verb.options if option.kind != "flag" for text in option.spellings()}
+    found, skip = [], False
     for word in words:
         if skip:
             skip = False
         elif word in takes_value:
             skip = True
-        elif not word.startswith("--"):
-            count += 1
-    return count
+        elif not word.startswith("-"):
+            found.append(word)
+    return found
 
 
 def vm_names(context: Context) -> list[str]:

@@ -102,7 +102,7 @@ def _dash(text: str, name: str) -> str:
 
 def _in_range(text: str, name: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65535):
-        raise BadValue(field=name, value=safe(text, 40), rule="a port from 1 to 65535")
+        raise BadValue(field=name, value=safe(text, 40), rule="a port is a number from 1 to 65535")
     return int(text)
 
 
@@ -110,12 +110,12 @@ def split_port(text: str, name: str = "PORT") -> tuple[int, str]:
     """`80`, `80/tcp` or `53/udp` as number and protocol."""
     number, slash, proto = text.partition("/")
     if slash and proto not in ("tcp", "udp"):
-        raise BadValue(field=name, value=safe(text, 40), rule="a port like 80, 80/tcp or 53/udp")
+        raise BadValue(field=name, value=safe(text, 40), rule="a port is written 80, 80/tcp or 53/udp")
     return _in_range(number, name), proto or "tcp"
 
 
 def _port(text: str, name: str) -> str:
-    split_port(text, name)
+    split_port(text)
     return text
 
 
@@ -132,13 +132,17 @@ def _place(text: str, name: str) -> str:
     return text
 
 
+def _tcp_port(text: str, name: str) -> int:
+    return _in_range(text, "PORT")
+
+
 def split_grantee(text: str) -> tuple[str, int]:
     """`bob`, `@staff`, `world` or `world:8080` as whom a port is for and the host's port, 0 if none was said."""
     to, colon, port = text.partition(":")
     account = to.removeprefix("@")
     good = 0 < len(account) <= 64 and account.isascii() and account.isprintable() and not set(" /@") & set(account)
     if not good or account.startswith("-"):
-        raise BadValue(field="--to", value=safe(text, 60), rule="a user, @GROUP, or world[:HOSTPORT]")
+        raise BadValue(field="--to", value=safe(text, 60), rule="USER, @GROUP or world[:HOSTPORT] is what it may be")
     if colon and to != "world":
         raise BadValue(field="--to", value=safe(text, 60), rule="only the world comes by a port of the host, as in world:8080")
     return to, _in_range(port, "HOSTPORT") if colon else 0
@@ -152,8 +156,7 @@ def _grantee(text: str, name: str) -> str:
 def _login(text: str, name: str) -> str:
     # It becomes an argument of ssh: nothing in it may look like an option, nor mean anything to a shell (A38).
     if not (0 < len(text) <= 64 and text[0] in LETTERS | DIGITS | {"_"} and LOGIN_CHARS.issuperset(text)):
-        rule = "a login name of letters, digits and . _ -, not beginning with . or -"
-        raise BadValue(field=name, value=safe(text, 40), rule=rule)
+        raise BadValue(field="USER", value=safe(text, 40), rule="a login has letters, digits and . _ -, no . or - first")
     return text
 
 
@@ -184,6 +187,7 @@ CHECKS: dict[str, Callable[[str, str], object]] = {
     "dash": _dash,
     "text": _text,
     "port": _port,
+    "tcp-port": _tcp_port,
     "place": _place,
     "grantee": _grantee,
     "login": _login,

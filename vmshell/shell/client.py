@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .progress import Progress
 
 # Verbs that change nothing: asked again when the broker went away before it answered.
-REPEATABLE = frozenset(("list", "info", "images", "whoami", "version", "console"))
+REPEATABLE = frozenset(("list", "info", "images", "whoami", "version", "console", "networks", "net"))
 RESTART_PATIENCE = 3.0  # seconds in which a broker that was just there may come back
 
 

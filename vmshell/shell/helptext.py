@@ -11,7 +11,7 @@ from . import verbs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .verbs import Verb
+    from .grammar import Verb
 
 EXIT_STATUSES: tuple[tuple[int, str], ...] = (
     (0, "done"),
@@ -92,7 +92,7 @@ def about(verb: Verb, width: int = 80) -> str:
     if verb.aliases:
         lines.append(f"Also: {', '.join(verb.aliases)}.")
     if verb.options:
-        left = {option.name: f"--{option.name} {option.metavar}".rstrip() for option in verb.options}
+        left = {option.name: f"{', '.join(option.spellings())} {option.metavar}".rstrip() for option in verb.options}
         column = max(len(text) for text in left.values())
         lines.append("")
         for option in verb.options:
@@ -162,7 +162,8 @@ def man_sections() -> str:
             lines.append(".RS")
             for option in verb.options:
                 value = f" \\fI{_man(option.metavar)}\\fR" if option.metavar else ""
-                lines += [".TP", f"\\fB{_man('--' + option.name)}\\fR{value}", _man(_sentence(option.help))]
+                spelled = ", ".join(f"\\fB{_man(text)}\\fR" for text in option.spellings())
+                lines += [".TP", f"{spelled}{value}", _man(_sentence(option.help))]
             lines.append(".RE")
     lines += _man_definition()
     lines += [".SH CONSOLE KEYS", "After the escape key (^], or what --escape says):".replace("-", "\\-")]
@@ -191,7 +192,7 @@ def _man_usage(verb: Verb) -> str:
         words.append(f"[\\fI{metavar}\\fR]" if argument.optional else f"\\fI{metavar}\\fR")
     for option in sorted(verb.options, key=lambda option: not option.required):
         value = f" \\fI{_man(option.metavar)}\\fR" if option.metavar else ""
-        text = f"\\fB{_man('--' + option.name)}\\fR{value}"
+        text = f"\\fB{_man(option.spellings()[0])}\\fR{value}"
         words.append(text if option.required else f"[{text}]")
     return " ".join(words)
 

@@ -196,7 +196,7 @@ def dispatch(context: Context, words: list[Word]) -> int:
         first = "help"
     verb = verbs.BY_WORD.get(first)
     if verb is not None:
-        if verbs.wants_help(words[1:2] if verb.raw else words[1:]):
+        if verbs.wants_help(words[1:], verb):
             return actions.help(context, grammar.Values({"topic": verb.name}))
         request = grammar.parse(words, verb)
         return request.verb.run(context, request.values)

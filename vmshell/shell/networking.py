@@ -1,26 +1,22 @@
 """The verbs about networks: which there are, a VM's cards and what they carry, what is published, and bytes to a guest's port.
 
-Runs in: the shell. Touches standard input and output, and the descriptors that come with answers.
+Runs in: the shell. Touches standard input and output, and the descriptor that comes with `connect`'s answer.
 """
 
 from __future__ import annotations
 
-import os
-
 from .. import messages
-from ..errors import EX_DONE, BadValue, NotConnected, Usage, safe
-from ..names import check_vm_ref, format_size
+from ..errors import EX_DONE, NotConnected, ProtocolError, Usage, safe
+from ..names import format_size
+from .checks import split_grantee, split_place, split_port
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
-
     from .context import Context
     from .grammar import Values
     from .show import Row
 
-CHUNK = 1 << 17  # bytes read at a time
-WORLD = "world"
+PACE = 1.0  # seconds between two lines of --follow
 
 
 # --- looking ---------------------------------------------------------------------------------------------------------
@@ -34,99 +30,112 @@ def networks(context: Context, values: Values) -> int:
     if values.flag("json"):
         show.document(context, answer)
     elif rows:
-        show.table(context, ["NAME", "KIND", "SUBNET", "OUTSIDE", "ROLE", "CARDS"], [_network(row) for row in rows])
+        show.table(context, ["NAME", "KIND", "SUBNET", "OUTSIDE", "ROLE", "CARDS"], [_network_cells(row) for row in rows])
     else:
         context.note("no network is allowed to you; the administrator's policy says which are")
     return EX_DONE
 
 
-def _network(row: Row) -> dict[str, str]:
-    cells = {heading: safe(row.get(heading.lower()) or "", 64) for heading in ("NAME", "KIND", "SUBNET", "OUTSIDE", "ROLE")}
-    if row.get("isolated") is True:
-        cells["ROLE"] = f"{cells['ROLE']}, isolated"
-    return {**cells, "CARDS": str(row.get("cards") or "")}
+def _network_cells(row: Row) -> dict[str, str]:
+    from . import show
+
+    isolated = ", isolated" if row.get("isolated") is True else ""
+    return {
+        "NAME": safe(row.get("name"), 40),
+        "KIND": safe(row.get("kind"), 20),
+        "SUBNET": safe(row.get("subnet") or "", 50),
+        "OUTSIDE": safe(row.get("outside") or "", 20),
+        "ROLE": safe(row.get("role") or "", 20) + isolated,
+        "CARDS": str(show.number(row.get("cards")) or ""),
+    }
 
 
 def net(context: Context, values: Values) -> int:
     from . import show
 
     request = messages.Net(vm=values.text("vm"))
+    if values.flag("follow"):
+        return _follow(context, request, json=values.flag("json"))
     answer = context.ask(request)
     if values.flag("json"):
         show.document(context, answer)
-    elif values.flag("follow"):
-        _follow(context, request, answer)
-    else:
-        _say_cards(context, show.rows(answer.get("cards")))
-        _say_published(context, show.rows(answer.get("published")))
+        return EX_DONE
+    cards = show.rows(answer.get("cards"))
+    published = show.rows(answer.get("published"))
+    facts = [fact for card in cards for fact in _card(card)]
+    show.pairs(context, [*facts, *(("published", show.published(row)) for row in published)])
+    if not cards:
+        context.note("no network cards: `set NAME net0=NETWORK` adds one, `networks` shows what there is")
     return EX_DONE
 
 
-def _say_cards(context: Context, cards: list[Row]) -> None:
+def _card(card: Row) -> list[tuple[str, str]]:
+    """What a person reads of a card, its name first."""
     from . import show
 
-    if not cards:
-        context.note("no network cards: `set NAME net0=NETWORK` adds one, `networks` shows what there is")
-        return
-    headings = ["CARD", "NETWORK", "ADDRESS", "MAC", "LINK", "RATE", "RECEIVED", "SENT"]
-    cells = [
-        {
-            "CARD": safe(card.get("name"), 20),
-            "NETWORK": f"{safe(card.get('network'), 64)} ({safe(card.get('kind'), 20)})",
-            "ADDRESS": safe(card.get("address") or "", 40),
-            "MAC": safe(card.get("mac") or "", 20),
-            "LINK": safe(card.get("link") or "", 10),
-            "RATE": f"{_number(card, 'rate')} kbit/s" if _number(card, "rate") else "",
-            "RECEIVED": format_size(_number(card, "rx_bytes")),
-            "SENT": format_size(_number(card, "tx_bytes")),
-        }
-        for card in cards
+    name, rate = safe(card.get("name"), 20), show.number(card.get("rate"))
+    forwards = card.get("forward")
+    carried = [
+        f"{what} {format_size(show.number(card.get(f'{way}_bytes')))} in {show.number(card.get(f'{way}_packets'))} packets"
+        for what, way in (("received", "rx"), ("sent", "tx"))
+        if card.get(f"{way}_packets")
     ]
-    if not any(cell["RATE"] for cell in cells):
-        headings.remove("RATE")
-    show.table(context, headings, cells)
-    for card in cards:
-        names = [safe(card.get(key), 160) for key in ("dns", "address6") if card.get(key)]
-        forwards = card.get("forward")
-        names += [f"forwards {safe(text, 40)}" for text in forwards] if isinstance(forwards, list) else []
-        if names:
-            context.say(f"{safe(card.get('name'), 20)}: {', '.join(names)}")
+    return [
+        (name, f"{safe(card.get('network'), 40)} ({safe(card.get('kind'), 20)}), link {safe(card.get('link'), 10)}"),
+        ("address", ", ".join(safe(card.get(key), 50) for key in ("address", "address6") if card.get(key))),
+        ("name", safe(card.get("dns") or "", 160)),
+        ("mac", f"{safe(card.get('mac'), 20)} ({safe(card.get('model'), 20)})"),
+        ("rate", f"at most {rate} kbit/s each way" if rate else ""),
+        ("traffic", ", ".join(carried)),
+        *(("forwards", safe(text, 40)) for text in (forwards if isinstance(forwards, list) else [])),
+    ]
 
 
-def _say_published(context: Context, rows: list[Row]) -> None:
-    for row in rows:
-        to = safe(row.get("to"), 65)
-        place = f" at port {_number(row, 'host_port')} of this host" if to == WORLD and _number(row, "host_port") else ""
-        context.say(f"published: {_number(row, 'port')}/{safe(row.get('proto'), 4)} to {to}{place}")
-
-
-def _follow(context: Context, request: messages.Net, answer: Row) -> None:
-    """A line for each card and second, until Ctrl-C or the VM's end."""
+def _follow(context: Context, request: messages.Net, *, json: bool) -> int:
+    """A line every second until Ctrl-C or the VM's end: drawn over the last one where the terminal can do that."""
     import sys
-    import time
+    from time import monotonic, sleep
 
-    from . import show
-
-    before = {str(card.get("name")): card for card in show.rows(answer.get("cards"))}
+    terminal = context.terminal
+    redraws = terminal.stdout_tty and not terminal.dumb and not json
+    answer, before = context.ask(request), monotonic()
     try:
         while answer.get("state") in messages.ALIVE:
-            time.sleep(1)
-            answer = context.ask(request)
-            for card in show.rows(answer.get("cards")):
-                old = before.get(str(card.get("name")), card)
-                seen = {key: max(0, _number(card, key) - _number(old, key)) for key in ("rx_bytes", "tx_bytes")}
-                speeds = f"received {format_size(seen['rx_bytes'])}/s, sent {format_size(seen['tx_bytes'])}/s"
-                context.say(f"{safe(card.get('name'), 20)}: {speeds}")
-                before[str(card.get("name"))] = card
+            sleep(max(0.0, before + PACE - monotonic()))
+            old, then = answer, before
+            answer, before = context.ask(request), monotonic()
+            line = _as_line(answer) if json else _speeds(old, answer, before - then)
+            sys.stdout.write(f"\r{line[: terminal.size()[0] - 1]}\x1b[K" if redraws else f"{line}\n")
             sys.stdout.flush()
-        context.note(f"{safe(answer.get('name'), 100)} is {safe(answer.get('state'), 20)}")
     except KeyboardInterrupt:
-        return
+        return EX_DONE
+    finally:
+        if redraws:
+            sys.stdout.write("\n")
+    context.note(f"{safe(answer.get('name'), 100)} is {safe(answer.get('state'), 20)}")
+    return EX_DONE
 
 
-def _number(row: Row, key: str) -> int:
-    value = row.get(key)
-    return value if type(value) is int else 0
+def _as_line(answer: Row) -> str:
+    import json
+
+    return json.dumps(answer, sort_keys=True, ensure_ascii=True)
+
+
+def _speeds(old: Row, new: Row, seconds: float) -> str:
+    """What each card carried from one answer to the next, as its guest sees it."""
+    from . import show
+
+    before = {str(card.get("name")): card for card in show.rows(old.get("cards"))}
+    parts = []
+    for card in show.rows(new.get("cards")):
+        last = before.get(str(card.get("name")), card)
+        rx, tx = (
+            format_size(int(max(0, show.number(card.get(key)) - show.number(last.get(key))) / seconds))
+            for key in ("rx_bytes", "tx_bytes")
+        )
+        parts.append(f"{safe(card.get('name'), 20)}: received {rx}/s, sent {tx}/s")
+    return "; ".join(parts) or "no network cards"
 
 
 # --- publishing ------------------------------------------------------------------------------------------------------
@@ -136,128 +145,77 @@ def publish(context: Context, values: Values) -> int:
     from . import show
 
     vm, port, to = values.text("vm"), values.optional("port"), values.optional("to")
-    if port is None:
-        answer = context.ask(messages.Net(vm=vm))
-        rows = show.rows(answer.get("published"))
-        _say_published(context, rows)
-        if not rows:
-            context.note(f"nothing is published: `publish {vm} 80 --to USER`, @GROUP or world")
+    if port is not None and to is not None:
+        answer = context.ask(_message(vm, port, to, remove=False))
+        rows = [answer]
+    elif port is None and to is None:
+        everything = context.ask(messages.Net(vm=vm))
+        answer = {"published": everything.get("published", [])}
+        rows = show.rows(answer["published"])
+    else:
+        missing = "a port" if port is None else "--to, and whom"
+        raise Usage(problem=f"publish needs {missing}", usage="publish NAME PORT[/udp] --to USER|@GROUP|world[:HOSTPORT]")
+    if values.flag("json"):
+        show.document(context, answer)
         return EX_DONE
-    if to is None:
-        raise Usage(problem="publish needs --to, and whom", usage="publish NAME PORT --to USER|@GROUP|world[:HOSTPORT]")
-    answer = context.ask(publishing(vm, port, to, remove=False))
-    _say_published(context, [answer])
+    for row in rows:
+        context.say(f"published: {show.published(row)}")
+    if not rows:
+        context.note(f"nothing is published: `publish {safe(vm)} 80 --to USER`, @GROUP or world")
     return EX_DONE
 
 
 def unpublish(context: Context, values: Values) -> int:
-    vm, port = values.text("vm"), values.text("port")
-    context.ask(publishing(vm, port, values.optional("to") or "", remove=True))
-    context.say(f"{safe(vm)}: {safe(port, 20)} is no longer published")
+    vm, port, to = values.text("vm"), values.text("port"), values.optional("to")
+    context.ask(_message(vm, port, to, remove=True))
+    whom = f" to {safe(to)}" if to else ""
+    context.say(f"{safe(vm)}: {'/'.join(map(str, split_port(port)))} is no longer published{whom}")
     return EX_DONE
 
 
-def publishing(vm: str, port: str, to: str, *, remove: bool) -> messages.Publish:
-    """The message of `80`, `53/udp` and `bob`, `@staff`, `world`, `world:8080`; raises BadValue."""
-    number, slash, proto = port.partition("/")
-    who, colon, host_port = to.partition(":")
-    if colon and who != WORLD:
-        rule = "a user, @GROUP, world, or world and a port of this host, like world:8080"
-        raise BadValue(field="--to", value=safe(to, 80), rule=rule)
-    return messages.Publish(
-        vm=vm,
-        port=port_number(number),
-        proto=proto if slash else "tcp",
-        to=who,
-        host_port=port_number(host_port) if colon else 0,
-        remove=remove,
-    )
-
-
-def port_number(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65535):
-        raise BadValue(field="PORT", value=safe(text, 40), rule="a port from 1 to 65535, like 22; with /udp behind it for UDP")
-    return int(text)
+def _message(vm: str, port: str, to: str | None, *, remove: bool) -> messages.Publish:
+    number, proto = split_port(port)
+    whom, host_port = split_grantee(to) if to is not None else ("", 0)
+    return messages.Publish(vm=vm, port=number, proto=proto, to=whom, host_port=host_port, remove=remove)
 
 
 # --- bytes to a port -------------------------------------------------------------------------------------------------
 
 
 def connect(context: Context, values: Values) -> int:
-    """Standard input and output and a TCP connection to a guest, until the guest closes."""
+    """Standard input and output and a TCP connection to a guest, until the guest closes. Nothing of ours goes in between."""
     import socket
 
-    from .storing import must_own_stdin
+    from . import pump
 
-    vm, port = target(values.text("target"), values.optional("port"))
+    vm, port = split_place(values.text("place"))
+    given = values.number("port", 0)
+    if bool(port) == bool(given):
+        problem = "connect was given two ports" if port else "connect needs a port"
+        raise Usage(problem=problem, usage="connect NAME:PORT")
     must_own_stdin(context, "connect")
-    _, fd = context.ask_fd(messages.Connect(vm=vm, port=port))
+    # No progress line: standard error belongs to whoever uses this as a ProxyCommand.
+    _, fd = context.broker.call(messages.Connect(vm=vm, port=port or given))
     if fd is None:
-        raise NotConnected(vm=vm, problem="the answer brought no connection")
-    with socket.socket(fileno=fd) as stream:
-        pump(stream)
+        raise ProtocolError(problem="it should bring a connection and brings none")
+    terminal = context.terminal
+    terminal.cooked()
+    try:
+        with socket.socket(fileno=fd) as sock:
+            pump.run(terminal, sock, context.take_typed_ahead())
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise NotConnected(vm=vm, problem=f"the connection broke ({(error.strerror or str(error)).lower()})") from error
+    finally:
+        terminal.restore()
+        if context.interactive:
+            terminal.quiet()
     return EX_DONE
 
 
-def target(text: str, port: str | None) -> tuple[str, int]:
-    """`web1:22`, or `web1` and `22`."""
-    name, colon, behind = text.rpartition(":") if port is None else (text, ":", port)
-    if not colon:
-        raise Usage(problem="connect needs a port", usage="connect NAME:PORT")
-    return check_vm_ref(name), port_number(behind)
-
-
-def pump(stream: socket.socket) -> None:
-    """Both ways, each as fast as its slower side. An end of input is passed on; the guest's end is ours."""
-    stream.setblocking(False)
-    os.set_blocking(1, False)
-    try:
-        _pump(stream)
-    finally:
-        os.set_blocking(1, True)
-
-
-def _pump(stream: socket.socket) -> None:
-    import select
-
-    to_guest, to_us = b"", b""
-    open_input, open_guest, shut = True, True, False
-    poll = select.poll()
-    while open_guest or to_us:
-        if not open_input and not to_guest and not shut:
-            shut = True
-            stream.shutdown(1)  # SHUT_WR
-        _register(poll, 0, select.POLLIN if open_input and not to_guest else 0)
-        reads = select.POLLIN if open_guest and not to_us else 0
-        _register(poll, stream.fileno(), reads | (select.POLLOUT if to_guest else 0))
-        _register(poll, 1, select.POLLOUT if to_us else 0)
-        ready = dict(poll.poll())
-        try:
-            if 0 in ready:
-                to_guest = os.read(0, CHUNK)
-                open_input = bool(to_guest)
-            if to_guest and ready.get(stream.fileno(), 0) & select.POLLOUT:
-                to_guest = to_guest[stream.send(to_guest) :]
-            if reads and ready.get(stream.fileno(), 0) & ~select.POLLOUT:
-                to_us = stream.recv(CHUNK)
-                open_guest = bool(to_us)
-            if to_us and 1 in ready:
-                to_us = to_us[os.write(1, to_us) :]
-        except BlockingIOError:
-            continue
-        except OSError:
-            return  # one of the two is gone
-
-
-def _register(poll: object, fd: int, events: int) -> None:
-    """What nobody wants to hear of is not watched: a hang-up would be heard for ever."""
-    import select
-
-    assert isinstance(poll, select.poll)
-    if events:
-        poll.register(fd, events)
-        return
-    try:
-        poll.unregister(fd)
-    except KeyError:
-        pass
+def must_own_stdin(context: Context, verb: str) -> None:
+    """Where requests come line by line from a pipe, standard input is not the verb's; at a prompt the person's keys are."""
+    if not (context.single or context.terminal.stdin_tty):
+        problem = f"{verb} reads standard input, which is where your requests come from"
+        raise Usage(problem=problem, usage=f"ssh HOST {verb} …")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .. import messages
 from ..errors import Usage
-from . import grammar
+from .checks import split_object
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _disk(values: Values) -> messages.Request:
 def _rm(values: Values) -> messages.Request:
     name = values.text("vm")
     if "." in name:
-        where, object_name = grammar.split_object(name)
+        where, object_name = split_object(name)
         return messages.Drop(vm=where, object=object_name)
     return messages.Rm(vm=name)
 

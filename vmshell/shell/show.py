@@ -62,12 +62,12 @@ def _vm_cells(vm: Row) -> dict[str, str]:
         "OWNER": safe(vm.get("owner"), 40),
         "NAME": safe(vm.get("name"), 40),
         "STATE": safe(vm.get("state"), 20),
-        "CPUS": str(_number(vm.get("cpus"))),
-        "MEMORY": format_size(_number(vm.get("memory")) * MIB),
+        "CPUS": str(number(vm.get("cpus"))),
+        "MEMORY": format_size(number(vm.get("memory")) * MIB),
         "IMAGE": safe(vm.get("image") or "", 40),
         "ADDRESS": safe(vm.get("address") or "", 40),
         "UPTIME": duration(vm.get("uptime")),
-        "VIEWERS": str(_number(vm.get("viewers")) or ""),
+        "VIEWERS": str(number(vm.get("viewers")) or ""),
         "NOTE": safe(vm.get("note") or "", 200),
     }
 
@@ -77,8 +77,8 @@ def image_table(context: Context, images: list[Row]) -> None:
         {
             "NAME": safe(image.get("name"), 40),
             "BOOTS": safe(image.get("boot") or "", 10),
-            "DISK": format_size(_number(image.get("disk"))) if image.get("disk") else "",
-            "MEMORY": format_size(_number(image.get("memory_min")) * MIB) + "+" if image.get("memory_min") else "",
+            "DISK": format_size(number(image.get("disk"))) if image.get("disk") else "",
+            "MEMORY": format_size(number(image.get("memory_min")) * MIB) + "+" if image.get("memory_min") else "",
             "DESCRIPTION": safe(image.get("description") or "", 200),
         }
         for image in images
@@ -87,33 +87,36 @@ def image_table(context: Context, images: list[Row]) -> None:
 
 
 def vm_details(context: Context, vm: Row) -> None:
-    seconds = _number(vm.get("cpu_time")) / 1000
-    resident = format_size(_number(vm.get("rss")))
-    pairs: list[tuple[str, str]] = [
+    seconds = number(vm.get("cpu_time")) / 1000
+    resident = format_size(number(vm.get("rss")))
+    facts: list[tuple[str, str]] = [
         ("name", f"{safe(vm.get('owner'), 64)}/{safe(vm.get('name'), 40)}"),
         ("state", _paint(context, safe(vm.get("state"), 20)) + (f" ({safe(vm['note'], 200)})" if vm.get("note") else "")),
         ("uptime", duration(vm.get("uptime"))),
-        ("processors", f"{_number(vm.get('cpus'))}" + (f", {seconds:.1f} s used" if vm.get("pid") else "")),
-        ("memory", format_size(_number(vm.get("memory")) * MIB) + (f", {resident} resident" if vm.get("rss") else "")),
+        ("processors", f"{number(vm.get('cpus'))}" + (f", {seconds:.1f} s used" if vm.get("pid") else "")),
+        ("memory", format_size(number(vm.get("memory")) * MIB) + (f", {resident} resident" if vm.get("rss") else "")),
         ("image", safe(vm.get("image") or "", 40)),
         ("boots from", safe(vm.get("boot") or "", 20)),
         ("machine", f"{safe(vm.get('machine') or '', 20)} {safe(vm.get('accel') or '', 10)}".strip()),
         ("address", safe(vm.get("address") or "", 60)),
         ("description", safe(vm.get("description") or "", 200)),
     ]
-    pairs += [(safe(device.get("name"), 20), _device(device)) for device in rows(vm.get("devices"))]
-    pairs += [
+    facts += [(safe(device.get("name"), 20), _device(device)) for device in rows(vm.get("devices"))]
+    keys = vm.get("host_keys")
+    facts += [
+        ("published", ", ".join(published(row) for row in rows(vm.get("published")))),
+        ("host keys", f"{len(keys)} kept" if isinstance(keys, list) and keys else ""),
         ("snapshots", ", ".join(safe(row.get("tag"), 63) for row in rows(vm.get("snapshots")))),
         ("next boot", _names(vm.get("next_boot"))),
         ("missing", _names(vm.get("missing"))),
-        ("viewers", str(_number(vm.get("viewers")))),
-        ("number", str(_number(vm.get("number")))),
+        ("viewers", str(number(vm.get("viewers")))),
+        ("number", str(number(vm.get("number")))),
         ("created", _moment(vm.get("created"))),
     ]
     error = vm.get("last_error")
     if isinstance(error, dict):
-        pairs.append(("last error", f"{safe(error.get('text'))} ({safe(error.get('code'), 40)}, {_moment(error.get('at'))})"))
-    _pairs(context, pairs)
+        facts.append(("last error", f"{safe(error.get('text'))} ({safe(error.get('code'), 40)}, {_moment(error.get('at'))})"))
+    pairs(context, facts)
 
 
 def _device(device: Row) -> str:
@@ -122,9 +125,15 @@ def _device(device: Row) -> str:
         return f"{safe(device.get('network'), 64)} ({safe(device.get('model'), 20)}), {safe(device.get('mac'), 20)}{link}"
     text = f"{safe(device.get('path') or 'empty', 80)} on {safe(device.get('bus'), 10)}"
     if "size" in device:
-        size, used = format_size(_number(device.get("size"))), format_size(_number(device.get("used")))
+        size, used = format_size(number(device.get("size"))), format_size(number(device.get("used")))
         text += f": {size} {safe(device.get('format'), 10)}, {used} used"
     return text
+
+
+def published(row: Row) -> str:
+    """`80/tcp to bob`, `80/tcp to world, by port 8080 of this host`."""
+    place = f", by port {number(row.get('host_port'))} of this host" if row.get("host_port") else ""
+    return f"{number(row.get('port'))}/{safe(row.get('proto'), 4)} to {safe(row.get('to'), 66)}{place}"
 
 
 def _names(value: object) -> str:
@@ -154,8 +163,8 @@ def object_table(context: Context, objects: list[Row]) -> None:
         {
             "NAME": safe(row.get("name"), 64),
             "FORMAT": safe(row.get("format"), 10),
-            "SIZE": format_size(_number(row.get("size"))),
-            "TAKES": format_size(_number(row.get("used"))),
+            "SIZE": format_size(number(row.get("size"))),
+            "TAKES": format_size(number(row.get("used"))),
             "OVER": safe(row.get("base") or "", 40),
             "USED BY": _names(row.get("users")),
         }
@@ -168,7 +177,7 @@ def snapshot_table(context: Context, snapshots: list[Row]) -> None:
     cells = [
         {
             "TAG": safe(row.get("tag"), 63),
-            "MEMORY": format_size(_number(row.get("memory")) * MIB),
+            "MEMORY": format_size(number(row.get("memory")) * MIB),
             "SAVED": _moment(row.get("created")),
         }
         for row in snapshots
@@ -178,7 +187,7 @@ def snapshot_table(context: Context, snapshots: list[Row]) -> None:
 
 def account(context: Context, answer: Row) -> None:
     admin = ", administrator" if answer.get("admin") else ""
-    _pairs(context, [("user", f"{safe(answer.get('user'), 64)} (uid {_number(answer.get('uid'))}{admin})"),
+    pairs(context, [("user", f"{safe(answer.get('user'), 64)} (uid {number(answer.get('uid'))}{admin})"),
                      ("mode", safe(answer.get("mode"), 20))])
     limits, used = answer.get("limits"), answer.get("used")
     if isinstance(limits, dict) and isinstance(used, dict):
@@ -195,7 +204,7 @@ def account(context: Context, answer: Row) -> None:
 
 
 def versions(context: Context, answer: Row) -> None:
-    _pairs(
+    pairs(
         context,
         [
             ("vmshell", safe(answer.get("version"), 40)),
@@ -262,9 +271,9 @@ def _line(headings: list[str], widths: dict[str, int], cell: dict[str, str]) -> 
     return "  ".join(parts).rstrip()
 
 
-def _pairs(context: Context, pairs: list[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in pairs)
-    for name, text in pairs:
+def pairs(context: Context, facts: list[tuple[str, str]]) -> None:
+    width = max((len(name) for name, _ in facts), default=0)
+    for name, text in facts:
         if text:
             context.say(f"{name.ljust(width)}  {text}")
 
@@ -291,7 +300,7 @@ def _moment(value: object) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(value)) if isinstance(value, int) and 0 < value < 1 << 33 else ""
 
 
-def _number(value: object) -> int:
+def number(value: object) -> int:
     return value if isinstance(value, int) else 0
 
 

@@ -1,177 +1,227 @@
 """`ssh web1`: the OpenSSH client, told exactly what it may do, and the guest's host keys as they were first seen.
 
-Nothing of the user's configures it: no file, no agent, no proxy, no forwarding, no escape key behind which it would open a command
-line of its own (R20, A38). The broker keeps a VM's keys, so they are the same wherever one logs in from.
-Runs in: the shell. Starts ssh as the user; touches a folder of its own for the known keys.
+Nothing of the user's configures it: no file, no agent, no proxy, no forwarding, and no escape key behind which it would open a
+command line of its own (R20, A38). The broker keeps a VM's keys, so they are the same wherever one logs in from.
+Runs in: the shell. Starts ssh as the user; touches a folder of its own for the known keys and ssh's messages.
 """
 
 from __future__ import annotations
 
 import os
+import select
+import shutil
+import signal
+import tempfile
 
 from .. import messages
-from ..errors import BadValue, NotConnected, ProgramFailed, Usage, VmshellError, safe
-from ..names import DIGITS, LOWER, check_vm_ref
+from ..errors import EX_DONE, NotConnected, ProgramFailed, StorageFailed, Usage, VmshellError, WrongState, safe
+from .checks import split_login
+from .networking import must_own_stdin
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .context import Context
     from .grammar import Values
-    from .show import Row
 
-SSH = "/usr/bin/ssh"
+PROGRAM = "/usr/bin/ssh"
 PORT = 22
 USER = "root"
-USER_CHARS = LOWER | DIGITS | frozenset("_-.")
-FORGET = "--forget-key"
+FOLDER_CHARS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/_-")  # no blank, no % (ssh expands it)
 OPTIONS = (
     *("EscapeChar=none", "ClearAllForwardings=yes", "ForwardAgent=no", "ForwardX11=no", "Tunnel=no", "GatewayPorts=no"),
-    *("ControlMaster=no", "ControlPath=none", "ControlPersist=no", "PermitLocalCommand=no", "ProxyCommand=none", "ProxyJump=none"),
-    *("KnownHostsCommand=none", "PKCS11Provider=none", "IdentityAgent=none", "CanonicalizeHostname=no", "VerifyHostKeyDNS=no"),
-    *("GlobalKnownHostsFile=/dev/null", "UpdateHostKeys=no", "HashKnownHosts=no", "CheckHostIP=no", "AddKeysToAgent=no"),
-    *("ConnectTimeout=20", "ServerAliveInterval=30", "LogLevel=ERROR"),
+    *("ControlMaster=no", "ControlPath=none", "ControlPersist=no", "PermitLocalCommand=no", "ProxyCommand=none"),
+    *("ProxyJump=none", "KnownHostsCommand=none", "PKCS11Provider=none", "SecurityKeyProvider=internal", "IdentityAgent=none"),
+    *("AddKeysToAgent=no", "EnableSSHKeysign=no", "ForkAfterAuthentication=no", "CanonicalizeHostname=no"),
+    *("VerifyHostKeyDNS=no", "CheckHostIP=no", "UpdateHostKeys=no", "HashKnownHosts=no", "GlobalKnownHostsFile=/dev/null"),
+    *("LogLevel=INFO", "ConnectTimeout=20"),
+    # Without an escape key a guest that no longer answers would hold the terminal for ever.
+    *("ServerAliveInterval=20", "ServerAliveCountMax=6"),
 )
-FAILED = 255  # ssh's own exit status for what was not the remote command's
-USAGE = f"ssh [USER@]NAME [COMMAND…], ssh -l USER NAME, ssh {FORGET} NAME"
+
+
+class HostKeyChanged(VmshellError):
+    """{vm} shows another host key than the one that was kept: it was installed anew, or something else answers in its place"""
+
+    hint = "if you know why: `ssh --forget-key {vm}`, then once more"
 
 
 def ssh(context: Context, values: Values) -> int:
-    user, vm, command, forget = parse(values.words("words"))
-    if forget:
+    user, vm = split_login(values.text("target"))
+    command, login = values.words("command"), values.optional("login")
+    if values.flag("forget-key"):
         context.ask(messages.HostKey(vm=vm, forget=True))
-        context.say(f"{safe(vm)}: its host keys are forgotten; the next `ssh {safe(vm)}` takes those it then finds")
-        return 0
+        context.say(f"{safe(vm)}: its host keys are forgotten; the next `ssh {safe(vm)}` keeps those it then finds")
+        return EX_DONE
+    if user and login:
+        raise Usage(problem="ssh was given two users", usage="ssh [USER@]NAME [COMMAND…]")
+    must_own_stdin(context, "ssh")
     address, port = place(context, vm)
-    info = context.ask(messages.Info(vm=vm))
-    stored = info.get("host_keys")
-    keys = [str(key) for key in stored] if isinstance(stored, list) else []
-    with _Folder(context) as folder:
-        known = f"{folder}/known_hosts"
-        _write(known, [f"{alias(vm)} {key}" for key in keys])
-        status = run(context, arguments(user, address, port, alias(vm), known, pinned=bool(keys)), command)
-        found = [line.partition(" ")[2] for line in _lines(known)]
-    if not keys and found:
-        context.ask(messages.HostKey(vm=vm, keys=found))
-    if status == FAILED and keys:
-        context.note(f"(if {safe(vm)} was installed anew, its host key is another: `ssh {FORGET} {safe(vm)}` forgets the old one)")
-    return status
-
-
-def parse(words: list[str]) -> tuple[str, str, list[str], bool]:
-    """User, VM, command, and whether its keys are to be forgotten; raises Usage, BadValue or BadName."""
-    user, forget = USER, False
-    words = list(words)
-    while words and words[0].startswith("-"):
-        option = words.pop(0)
-        if option == "-l" and words:
-            user = words.pop(0)
-        elif option == FORGET:
-            forget = True
-        else:
-            raise Usage(problem=f"ssh takes no {safe(option, 20)} here", usage=USAGE)
-    if not words:
-        raise Usage(problem="ssh needs the name of a VM", usage=USAGE)
-    name = words.pop(0)
-    if "@" in name:
-        user, _, name = name.rpartition("@")
-    if not 0 < len(user) <= 32 or not USER_CHARS.issuperset(user) or user[0] in "-.":
-        rule = "an account of the guest: a-z, 0-9, _ . and -, not beginning with - or ."
-        raise BadValue(field="USER", value=safe(user, 40), rule=rule)
-    return user, check_vm_ref(name), words, forget
+    pinned = context.ask(messages.Info(vm=vm)).get("host_keys")
+    keys = [str(key) for key in pinned] if isinstance(pinned, list) else []
+    session = Session(context, vm, keys)
+    return session.run(user or login or USER, address, port, command, tty=values.flag("tty"))
 
 
 def place(context: Context, vm: str) -> tuple[str, int]:
-    """Address and port of the guest's sshd; raises NotConnected."""
+    """Address and port of the guest's sshd; raises WrongState or NotConnected."""
     from .show import rows
 
     answer = context.ask(messages.Net(vm=vm))
-    if answer.get("state") not in (messages.RUNNING, messages.PAUSED):
-        raise NotConnected(vm=vm, problem=f"it is {safe(answer.get('state'), 20)}; `boot {safe(vm)}` starts it")
-    for card in rows(answer.get("cards")):
-        if card.get("address"):
-            return safe(card["address"], 64), PORT
-        port = forwarded(card)
-        if port:
-            return "127.0.0.1", port
-    raise NotConnected(vm=vm, problem=f"it has no address, and no port of this host leads to its port {PORT}")
+    state = safe(answer.get("state"), 20)
+    if state != messages.RUNNING:
+        raise WrongState(vm=vm, state=state, verb="ssh", needed="running")
+    cards = rows(answer.get("cards"))
+    if not context.layout.embedded:
+        addresses = [safe(card["address"], 50) for card in cards if card.get("address")]
+        if not addresses:
+            raise NotConnected(vm=vm, problem="it has no card on a network with addresses")
+        return addresses[0], PORT
+    # In session mode a guest is reached by the ports of ours that lead to it, written tcp:HOST:GUEST.
+    for card in cards:
+        forwards = card.get("forward")
+        for text in forwards if isinstance(forwards, list) else []:
+            proto, host, guest = (str(text).split(":") + ["", ""])[:3]
+            if (proto, guest) == ("tcp", str(PORT)) and host.isdigit():
+                return "127.0.0.1", int(host)
+    problem = f"no port leads to its sshd: set {vm} net0.forward=tcp:{PORT + 10_000}:{PORT}, then boot it again"
+    raise NotConnected(vm=vm, problem=problem)
 
 
-def forwarded(card: Row) -> int:
-    """The port of this host that a session's card leads to the guest's sshd, or 0."""
-    forwards = card.get("forward")
-    for text in forwards if isinstance(forwards, list) else []:
-        proto, host, guest = (str(text).split(":") + ["", ""])[:3]
-        if proto == "tcp" and guest == str(PORT) and host.isdigit():
-            return int(host)
-    return 0
-
-
-def alias(vm: str) -> str:
-    """Under what name ssh knows the keys: addresses may be given to others."""
-    return vm.replace("/", ".")
-
-
-def arguments(user: str, address: str, port: int, known_as: str, known_hosts: str, *, pinned: bool) -> list[str]:
-    strict = "yes" if pinned else "accept-new"
-    options = (*OPTIONS, f"HostKeyAlias={known_as}", f"UserKnownHostsFile={known_hosts}", f"StrictHostKeyChecking={strict}")
-    words = [SSH, "-F", "/dev/null", *(word for option in options for word in ("-o", option))]
+def arguments(folder: str, vm: str, user: str, address: str, port: int, *, pinned: bool, tty: bool) -> list[str]:
+    """The command line up to the remote command. Every word is ours but *user* and *address*, and `--` ends the options."""
+    options = [
+        *OPTIONS,
+        f"HostKeyAlias={alias(vm)}",
+        f"UserKnownHostsFile={folder}/known_hosts",
+        f"StrictHostKeyChecking={'yes' if pinned else 'accept-new'}",
+        f"RequestTTY={'force' if tty else 'auto'}",
+    ]
+    words = [PROGRAM, "-F", "/dev/null", "-E", f"{folder}/said"]
+    for option in options:
+        words += ["-o", option]
     return [*words, "-p", str(port), "-l", user, "--", address]
 
 
-def run(context: Context, argv: list[str], command: list[str]) -> int:
-    """Start ssh on our own terminal and wait for it; returns its exit status."""
-    from signal import SIG_DFL, SIGINT, SIGQUIT, signal
-
-    terminal = context.terminal
-    # As OpenSSH does: the words with blanks between them are for the guest's shell to read.
-    argv = [*argv, *([" ".join(command)] if command else [])]
-    environment = {"PATH": "/usr/bin:/bin", "TERM": os.environ.get("TERM", "dumb"), "LANG": "C.UTF-8", "HOME": "/nonexistent"}
-    terminal.cooked()
-    try:
-        pid = os.posix_spawn(argv[0], argv, environment, setsigdef=[SIGINT, SIGQUIT])
-    except OSError as exc:
-        raise ProgramFailed(program="ssh", problem=exc.strerror or "it cannot be started") from exc
-    # Ctrl-C is ssh's while it asks for a password, and the guest's afterwards.
-    ours = signal(SIGINT, lambda number, frame: None)
-    try:
-        _, status = os.waitpid(pid, 0)
-    finally:
-        signal(SIGINT, ours or SIG_DFL)
-        if context.interactive:
-            terminal.quiet()
-    return os.waitstatus_to_exitcode(status) if not os.WIFSIGNALED(status) else FAILED
+def alias(vm: str) -> str:
+    """Under what name ssh knows the keys (addresses may be given to others): one of a-z, 0-9 and '-'."""
+    return vm.rpartition("/")[2]
 
 
-class _Folder:
-    """A fresh folder that nobody else can enter, deleted afterwards."""
+class Session:
+    """One run of ssh, with a folder of its own that is gone afterwards."""
 
-    def __init__(self, context: Context) -> None:
-        self._under = os.environ.get("XDG_RUNTIME_DIR") or "/tmp"  # noqa: S108 - mkdtemp makes its own in it
-        self.path = ""
+    def __init__(self, context: Context, vm: str, keys: list[str]) -> None:
+        self._context = context
+        self._vm = vm
+        self._keys = keys
+        self._kept = bool(keys)
+        self._problem: VmshellError | None = None
+        self._changed = False
+        self._said = b""
+        self._pid = 0
+        self._folder = ""
 
-    def __enter__(self) -> str:
-        import tempfile
+    def run(self, user: str, address: str, port: int, command: list[str], *, tty: bool) -> int:
+        """Returns ssh's exit status, which is the remote command's; raises HostKeyChanged."""
+        context, terminal, signals = self._context, self._context.terminal, self._context.signals
+        at_end, interruptible = signals.at_end, signals.interruptible
 
+        def end() -> None:
+            self._close()
+            if at_end is not None:
+                at_end()
+
+        signals.at_end = end
+        signals.interruptible = False  # Ctrl-C is ssh's while it asks for a password, and the guest's afterwards
         try:
-            self.path = tempfile.mkdtemp(prefix="vmshell-", dir=self._under)
-        except OSError as exc:
-            raise VmshellError() from exc
-        return self.path
+            self._make_folder()
+            said = os.open(f"{self._folder}/said", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            terminal.cooked()
+            try:
+                argv = arguments(self._folder, self._vm, user, address, port, pinned=bool(self._keys), tty=tty)
+                # As OpenSSH does: the words, with blanks between them, are for the guest's shell to read.
+                status = self._start_and_wait([*argv, *command], said)
+            finally:
+                os.close(said)
+                if context.interactive:
+                    # What the guest's last bytes made the terminal type must not reach our prompt (E03).
+                    terminal.quiet()
+                    terminal.drain_answers()
+        finally:
+            self._close()
+            signals.at_end, signals.interruptible = at_end, interruptible
+        if self._changed:
+            raise HostKeyChanged(vm=self._vm)
+        if self._problem is not None:
+            context.note(f"(the host key of {safe(self._vm)} was not kept: {self._problem.sentence()})")
+        return status if status >= 0 else 128 - status
 
-    def __exit__(self, *_: object) -> None:
-        import shutil
+    def _make_folder(self) -> None:
+        under = os.environ.get("XDG_RUNTIME_DIR", "")
+        if not (under and FOLDER_CHARS.issuperset(under) and os.access(under, os.W_OK)):
+            under = "/tmp"  # noqa: S108 - what is made in it is new and nobody else's
+        try:
+            self._folder = tempfile.mkdtemp(prefix="vmshell-", dir=under)
+            os.mkfifo(f"{self._folder}/said", 0o600)
+            with open(f"{self._folder}/known_hosts", "x", encoding="ascii", errors="replace") as file:
+                file.write("".join(f"{alias(self._vm)} {key}\n" for key in self._keys))
+        except OSError as error:
+            raise StorageFailed(problem=f"no folder in {under} ({(error.strerror or str(error)).lower()})") from error
 
-        shutil.rmtree(self.path, ignore_errors=True)
+    def _start_and_wait(self, argv: list[str], said: int) -> int:
+        environment = {"TERM": os.environ.get("TERM", "dumb"), "LANG": "C.UTF-8"}
+        try:
+            self._pid = os.posix_spawn(PROGRAM, argv, environment, setsigdef=[signal.SIGPIPE, signal.SIGINT])
+        except OSError as error:
+            raise ProgramFailed(program="ssh", problem=(error.strerror or str(error)).lower()) from error
+        ended = os.pidfd_open(self._pid)
+        try:
+            poll = select.poll()
+            poll.register(said, select.POLLIN)
+            poll.register(ended, select.POLLIN)
+            while True:
+                ready = dict(poll.poll())
+                if said in ready:
+                    self._hear(os.read(said, 65536))
+                elif ended in ready:
+                    break
+        finally:
+            os.close(ended)
+        self._hear(b"\n" if self._said else b"")
+        self._keep()
+        pid, self._pid = self._pid, 0
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
+    def _hear(self, data: bytes) -> None:
+        """What ssh itself has to say goes on to the person, but for what we say better."""
+        *lines, self._said = (self._said + data).split(b"\n")
+        for line in lines:
+            text = line.decode("utf-8", "replace").strip()
+            if text.startswith("Warning: Permanently added"):
+                self._keep()
+            elif text.startswith("@@@@") or "host key is known for" in text or text == "Host key verification failed.":
+                self._changed = True  # half a page follows that names files of ours
+            elif not self._changed:
+                # The terminal may be raw by now: a line break needs its carriage return.
+                self._context.note(safe(text, 1000) + ("\r" if self._context.terminal.stderr_tty else ""))
 
-def _write(path: str, lines: list[str]) -> None:
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w", encoding="ascii") as file:
-        file.write("".join(f"{line}\n" for line in lines))
+    def _keep(self) -> None:
+        """Have the broker keep the keys that ssh has just accepted, once."""
+        if self._kept:
+            return
+        with open(f"{self._folder}/known_hosts", encoding="ascii", errors="replace") as file:
+            keys = [line.strip().partition(" ")[2] for line in file]
+        if keys:
+            self._kept = True
+            try:
+                self._context.broker.call(messages.HostKey(vm=self._vm, keys=keys))
+            except VmshellError as error:
+                self._problem = error
 
-
-def _lines(path: str) -> list[str]:
-    try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            return file.read(16384).splitlines()
-    except OSError:
-        return []
+    def _close(self) -> None:
+        """End ssh if it still runs (we are to end), and leave nothing behind."""
+        if self._pid:
+            os.kill(self._pid, signal.SIGHUP)
+            self._pid = 0
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)

@@ -5,16 +5,12 @@ Runs in: the shell. Touches standard input and output, and the descriptors that 
 
 from __future__ import annotations
 
-import os
-
 from .. import messages
 from ..errors import EX_DONE, EX_REFUSED, BadValue, Usage, VmshellError, safe
-from .grammar import split_object
+from .checks import split_object
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
-
     from .context import Context
     from .grammar import Values
 
@@ -157,6 +153,8 @@ def display(context: Context, values: Values) -> int:
     """Bytes between standard input and output and QEMU's VNC server, until either side closes."""
     import socket
 
+    from . import pump
+
     if context.terminal.stdin_tty or context.terminal.stdout_tty:
         raise Usage(
             problem="display speaks RFB on standard input and output, which is for a viewer and not for a terminal",
@@ -167,28 +165,8 @@ def display(context: Context, values: Values) -> int:
     if fd is None:
         raise VmshellError()
     with socket.socket(fileno=fd) as stream:
-        _pump(stream)
+        try:
+            pump.run(context.terminal, stream)
+        except OSError:
+            pass  # the viewer or the VM is gone
     return EX_DONE
-
-
-def _pump(stream: socket.socket) -> None:
-    """Both ways, blocking on the slower side: what one side does not take, the other is not asked for."""
-    import select
-
-    from .terminal import write_all
-
-    poll = select.poll()
-    poll.register(0, select.POLLIN)
-    poll.register(stream, select.POLLIN)
-    while True:
-        for fd, _ in poll.poll():
-            try:
-                data = os.read(fd, 65536)
-                if not data:
-                    return
-                if fd == 0:
-                    stream.sendall(data)
-                else:
-                    write_all(1, data)
-            except OSError:
-                return

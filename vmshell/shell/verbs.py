@@ -185,39 +185,49 @@ TABLE: tuple[Verb, ...] = (
     ),
     Verb("networks", "", (), (JSON,), "the networks that VMs may be on", "", later.networks),
     Verb(
-        "net", "", (NAME,), (flag("follow", "what each card carries, every second until Ctrl-C"), JSON),
+        "net", "", (NAME,), (flag("follow", "what each card carries, every second until Ctrl-C", short="f"), JSON),
         "a VM's network cards, their addresses and traffic, and what is published",
         "`set NAME net0=NETWORK` changes a card's network at the next boot, `set NAME net0.link=down` pulls its cable at once; "
         "the last card comes and goes while the VM runs where the machine can do that.",
         later.net,
     ),
     Verb(
-        "connect", "nc", (Argument("target", "text", metavar="NAME:PORT"), Argument("port", "text", metavar="PORT", optional=True)),
-        (),
+        "connect", "nc",
+        (Argument("place", "place", metavar="NAME:PORT"), Argument("port", "tcp-port", metavar="PORT", optional=True)), (),
         "standard input and output to a TCP port of a guest",
-        "For other programs: `ssh -o ProxyCommand='ssh HOST connect web1:22' root@web1`, and scp the same way.",
+        "For other programs: `ssh -o ProxyCommand='ssh HOST connect web1:22' root@web1`, and scp the same way. The end of the "
+        "input is passed on to the guest; it is over when the guest closes.",
         later.connect,
     ),
     Verb(
-        "ssh", "", (Argument("words", "text", metavar="[USER@]NAME [COMMAND]", many=True),), (),
+        "ssh", "",
+        (
+            Argument("target", "login-at", metavar="[USER@]NAME"),
+            Argument("command", "text", metavar="COMMAND", optional=True, many=True),
+        ),
+        (
+            Option("login", "login", "USER", "as whom, if not root", short="l"),
+            flag("tty", "give the command a terminal", short="t"),
+            flag("forget-key", "forget the guest's host keys: it was installed anew"),
+        ),
         "log in to a guest by ssh, or run a command there",
-        "As root if no user is named (`ssh bob@web1`, `ssh -l bob web1`). The guest's host keys are kept from the first time on; "
-        "after it was installed anew `ssh --forget-key web1` forgets them. Only passwords and keyboard questions work from here; "
-        "with keys of your own go through `connect`.",
-        later.ssh, raw=True,
+        "As root if no user is named. The guest's host keys are kept from the first time on and compared ever after. Your own "
+        "key stays with you, so a password is asked for; to use the key go through `connect`. The exit status is the command's, "
+        "or 255 when ssh could not log in.",
+        later.ssh, hands_on=True,
     ),
     Verb(
-        "publish", "", (NAME, Argument("port", "text", metavar="PORT[/udp]", optional=True)),
-        (Option("to", "text", "WHOM", "USER, @GROUP, world, or world:PORT for another port of this host"),),
+        "publish", "", (NAME, Argument("port", "port", metavar="PORT[/udp]", optional=True)),
+        (Option("to", "grantee", "WHOM", "USER, @GROUP, world, or world:PORT for another port of this host"), JSON),
         "let others reach a port of a VM; without a port, list what is published",
-        "`publish web1 80 --to bob`: the VMs on bob's private network reach web1 there. `--to world:8080`: port 8080 of this host "
+        "`publish web1 80 --to bob`: the VMs on bob's private network reach web1 there. `--to world:8080`: port 8080 of the host "
         "leads there, if your limits allow it. On a service network its members reach what providers publish.",
         later.publish,
     ),
     Verb(
-        "unpublish", "", (NAME, Argument("port", "text", metavar="PORT[/udp]")),
-        (Option("to", "text", "WHOM", "only for these"),),
-        "no longer let others reach a port",
+        "unpublish", "", (NAME, Argument("port", "port", metavar="PORT[/udp]")),
+        (Option("to", "grantee", "WHOM", "only for these; else for all"),),
+        "no longer let others reach a port of a VM",
         "",
         later.unpublish,
     ),
@@ -243,7 +253,7 @@ def visible() -> list[Verb]:
 
 
 def wants_help(words: list[Word], verb: Verb) -> bool:
-    """`boot --help` and `--help` are asked everywhere; here they mean `help boot`. A command for a guest keeps its own."""
-    if verb.hands_on:
+    """`boot --help` and `--help` are asked everywhere; here they mean `help boot`. Another program's words keep theirs."""
+    if verb.raw or verb.hands_on:
         words = words[:1]
     return any(word.text in ("--help", "-h") for word in words)

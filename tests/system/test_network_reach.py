@@ -1,0 +1,168 @@
+"""Into a guest from elsewhere: ssh, scp and the shell's own ssh, published ports, and sshd's forwarding where it is opened."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pexpect
+import pytest
+
+from tests.host.guest import PATIENCE
+from tests.host.machine import Host
+from tests.host.world import World, outside, wait_for, world
+
+__all__ = ["outside", "world"]
+
+# The first test of a machine makes the hosts' image, as fast as the package mirror is.
+pytestmark = [pytest.mark.system, pytest.mark.root, pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(900)]
+
+FORWARDING = "/etc/ssh/sshd_config.d/40-vmshell-forwarding.conf"
+
+
+# --- into a guest -----------------------------------------------------------------------------------------------------
+
+
+def through(world: World, program: str, command: str = "connect web1:22") -> list[str]:
+    """ssh or scp to a guest, by way of `ssh alice@host connect`."""
+    proxy = shlex.join([*world.host.ssh(), f"alice@{world.host.name}", command])
+    return [*world.host.ssh(program), "-o", f"ProxyCommand={proxy}", "-o", "HostKeyAlias=web1"]
+
+
+def said(argv: list[str], stdin: str = "") -> tuple[int, str]:
+    done = subprocess.run(argv, input=stdin, capture_output=True, text=True, errors="replace", timeout=PATIENCE)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_ssh_and_scp_through_connect(world: World, tmp_path: Path) -> None:
+    assert said([*through(world, "ssh"), "root@web1", "hostname; exit 7"]) == (7, "web1\n")
+    sent, back = tmp_path / "sent", tmp_path / "back"
+    sent.write_bytes(os.urandom(1 << 20))
+    for options in ([], ["-O"]):
+        assert said([*through(world, "scp"), *options, str(sent), "root@web1:/tmp/file"])[0] == 0
+        assert said([*through(world, "scp"), *options, "root@web1:/tmp/file", str(back)])[0] == 0
+        assert back.read_bytes() == sent.read_bytes()
+        back.unlink()
+
+
+def test_connect_says_why_not(world: World) -> None:
+    status, text = said([*world.host.ssh(), f"alice@{world.host.name}", "connect web1:4711"])
+    assert status == 4 and "refused" in text.lower(), text
+    there = world.host.run("bob", "connect alice/web1:22")
+    absent = world.host.run("bob", "connect alice/nothing:22")
+    assert there[0] == absent[0] == 3 and there[2].replace("web1", "nothing") == absent[2]
+
+
+def test_ssh_inside_the_shell_pins_the_host_key(world: World) -> None:
+    def log_in() -> str:
+        terminal = world.host.spawn("alice", "ssh web1 'echo it is $(hostname)'", timeout=PATIENCE)
+        if terminal.expect(["assword: ", pexpect.EOF]) == 0:
+            terminal.sendline("demo")
+            terminal.expect(pexpect.EOF)
+        terminal.close()
+        return str(terminal.before)
+
+    assert "it is web1" in log_in()
+    world.web1.sh("rm /etc/dropbear/*; killall dropbear; sh /etc/rc.ssh >/dev/null 2>&1 &")
+    wait_for(lambda: world.web1.run("netstat -ltn | grep ':22 '")[0] == 0)
+    assert "it is" not in log_in()
+    world.web1.vmshell("ssh --forget-key web1")
+    assert "it is web1" in log_in()
+
+
+def test_published_to_another_user(world: World) -> None:
+    web1, evil = world.web1, world.evil
+    for port in (80, 81):
+        web1.sh(f"nc -ll -p {port} -e echo answer {port} >/dev/null 2>&1 &")
+    asked = f"nc -w 5 {web1.address} 80 </dev/null"
+    assert "answer" not in evil.run(asked)[1]
+    web1.vmshell("publish web1 80 --to bob")
+    assert evil.sh(asked) == "answer 80\n"
+    assert "answer" not in evil.run(f"nc -w 3 {web1.address} 81 </dev/null")[1] and not evil.reaches(web1.address)
+    web1.vmshell("unpublish web1 80")
+    assert "answer" not in evil.run(asked)[1]
+
+
+def test_published_to_the_world(world: World) -> None:
+    host, web1 = world.host, world.web1
+    web1.sh("netstat -ltn | grep -q ':80 ' || nc -ll -p 80 -e echo answer 80 >/dev/null 2>&1 &")
+    asked = host.outside("socat", "-T", "10", "-", f"TCP:203.0.113.{host.number()}:20001,connect-timeout=5")
+    assert said(asked)[0] != 0
+    status, _, err = host.run("alice", "publish web1 80 --to world:80")
+    assert status == 1 and "20000-20009" in err
+    web1.vmshell("publish web1 80 --to world:20001")
+    assert said(asked) == (0, "answer 80\n")
+    assert host.run("bob", "publish evil 80 --to world:20002")[0] == 1
+    web1.vmshell("unpublish web1 80")
+    assert said(asked)[0] != 0
+
+
+# --- sshd's own forwarding, where the administrator opens it ----------------------------------------------------------
+
+
+@pytest.fixture
+def forwarding(world: World) -> Iterator[World]:
+    host = world.host
+    host.sh(f"cp /usr/local/share/vmshell/examples/{FORWARDING.rpartition('/')[2]} {FORWARDING}; sshd -t && systemctl reload ssh")
+    host.sh("sed -i 's/^.host.$/[host]\\nssh_forwarding = true/' /etc/vmshell/policy.toml; systemctl restart vmshell-broker")
+    wait_for(lambda: "elements" in host.sh("nft list set inet vmshell confined"))
+    yield world
+    host.sh(f"rm {FORWARDING}; systemctl reload ssh; sed -i /ssh_forwarding/d /etc/vmshell/policy.toml")
+    host.sh("systemctl restart vmshell-broker")
+
+
+def asked_by(host: Host, user: str, target: str) -> str:
+    """What comes from *target* through sshd's forwarding."""
+    return said([*host.ssh(), "-W", target, f"{user}@{host.name}"])[1]
+
+
+def test_sshd_does_not_forward(world: World) -> None:
+    assert "SSH-2.0" not in asked_by(world.host, "alice", f"{world.web1.address}:22")
+
+
+def test_forwarding_reaches_own_vms_and_nothing_else(forwarding: World) -> None:
+    """A06, A07."""
+    host, web1, evil = forwarding.host, forwarding.web1, forwarding.evil
+    assert "SSH-2.0-dropbear" in asked_by(host, "alice", f"{web1.address}:22")
+    assert "SSH-2.0-dropbear" in asked_by(host, "bob", f"{evil.address}:22")
+    elsewhere = [evil.address, forwarding.db.address, "127.0.0.1", "127.77.0.53", "::1", f"203.0.113.{host.number()}"]
+    elsewhere += [".".join([*address.split(".")[:3], "1"]) for address in (web1.address, evil.address)]
+    for address in elsewhere:
+        host.exec("nc", "-z", "-w", "5", address, "22")  # there is something to reach
+        assert "SSH-2.0" not in asked_by(host, "alice", f"[{address}]:22"), address
+    assert said([*host.ssh(), "-W", f"{forwarding.outside}:7", f"alice@{host.name}"], "hello\n")[1] != "hello\n"
+    assert "SSH-2.0" not in asked_by(host, "bob", f"{web1.address}:22")
+    for options in (["-R", "20005:127.0.0.1:22"], ["-w", "0:0"]):
+        assert said([*host.ssh(), "-N", "-o", "ExitOnForwardFailure=yes", *options, f"alice@{host.name}"])[0] == 255, options
+
+
+def test_forwarding_opens_no_unix_socket(forwarding: World, tmp_path: Path) -> None:
+    host, here = forwarding.host, tmp_path / "here"
+    options = ["-N", "-v", "-o", "LogLevel=VERBOSE", "-L", f"{here}:/run/systemd/journal/stdout"]
+    argv = [*options, f"alice@{host.name}"]
+    with subprocess.Popen([*host.ssh(), *argv], stderr=subprocess.PIPE, text=True) as client:
+        wait_for(here.exists)
+        assert said(["socat", "-", f"UNIX-CONNECT:{here}"], "x\n") == (0, "")
+        client.terminate()
+        assert client.stderr and "open failed" in client.stderr.read()
+
+
+def test_a_jump_by_name(forwarding: World) -> None:
+    host = forwarding.host
+    host.sh("cp /etc/resolv.conf /root/; echo nameserver 127.77.0.53 >/etc/resolv.conf")
+    try:
+        options = ["-o", "HostName=web1.alice.vm", "-o", "HostKeyAlias=jumped", "-J", f"alice@{host.name}"]
+        assert said([*host.ssh(), *options, "root@web1.alice.vm", "hostname"]) == (0, "web1\n")
+    finally:
+        host.sh("cp /root/resolv.conf /etc/")
+
+
+def test_doctor_wants_both_or_none(forwarding: World) -> None:
+    host = forwarding.host
+    assert "OK    sshd          alice" in host.admin("doctor", check=False).stdout
+    host.sh("sed -i /ssh_forwarding/d /etc/vmshell/policy.toml")
+    done = host.admin("doctor", check=False)
+    assert done.returncode == 1 and "disableforwarding no" in done.stdout
