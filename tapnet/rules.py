@@ -57,7 +57,7 @@ def _port_elements(port: Port, segment: Segment) -> tuple[Elements, Elements]:
     if segment.kind == "bridged":
         link["loose"] = [name]
     elif segment.kind == "service":
-        link["consumers" if port.isolated else "providers"] = [name]
+        link["consumers" if port.isolated else "providers"] = link["serving"] = [name]
     if port.address4:
         address = ipaddress.IPv4Address(port.address4)
         link["source4"] = [f"{name} . {address}"]
@@ -169,6 +169,7 @@ BRIDGE_SETS = {
     "targets": "typeof iifname . @th,64,128",  # the same for what neighbour discovery is about
     "six": "type ifname",
     "loose": "type ifname",
+    "serving": "type ifname",  # consumers and providers: everybody else pays for one look
     "consumers": "type ifname",
     "providers": "type ifname",
     "ways4": WAYS["4"],
@@ -214,26 +215,24 @@ BRIDGE_CHAINS = f"""
     arp operation != {{ request, reply }} drop
     iifname . arp saddr ether != @macs drop
     arp operation request arp saddr ip 0.0.0.0 accept
-    iifname @loose accept
     iifname . arp saddr ip @source4 accept
+    iifname @loose accept
     drop
   }}
   chain ip_in {{
     udp sport 67 drop
-    iifname @loose accept
-    ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept
     iifname . ip saddr @source4 accept
+    ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept
+    iifname @loose accept
     drop
   }}
   chain ip6_in {{
     ip6 nexthdr != {{ tcp, udp, icmpv6 }} drop
     udp sport 547 drop
-    icmpv6 type {{ nd-router-advert, nd-redirect, 138, 139, 140 }} drop
-    icmpv6 type nd-router-solicit jump rs_in
-    icmpv6 type nd-neighbor-solicit jump ns_in
-    icmpv6 type nd-neighbor-advert jump na_in
-    iifname @loose accept
+    icmpv6 type vmap {{ nd-router-advert : drop, nd-redirect : drop, 138 : drop, 139 : drop, 140 : drop,
+      nd-router-solicit : jump rs_in, nd-neighbor-solicit : jump ns_in, nd-neighbor-advert : jump na_in }}
     iifname . ip6 saddr @source6 accept
+    iifname @loose accept
     drop
   }}
   chain rs_in {{
@@ -257,9 +256,12 @@ BRIDGE_CHAINS = f"""
   }}
   chain forward {{
     type filter hook forward priority -300; policy accept;
+    iifname @serving jump service
+    iifname "vt*" meta mark set {BRIDGED}
+  }}
+  chain service {{
     iifname @consumers oifname @providers jump asked
     iifname @providers oifname @consumers jump answered
-    iifname "vt*" meta mark set {BRIDGED}
   }}
   chain asked {{
     ether type arp accept

@@ -93,6 +93,7 @@ def handle_info(context: Context, call: Call, request: Info, vm: Vm) -> None:
             "missing": defining.missing(context, vm, definition)[:20],
             "last_error": vm.last_error,
             "host_keys": vm.host_keys,
+            "published": [vars(item) for item in vm.published],
             **({"toml": context.registry.text(vm)} if request.toml else {}),
         }
     )
