@@ -21,6 +21,7 @@ class Tapnet:
         self.seen: list[dict[str, Any]] = []
         self.connections = 0
         self.refuse_nic = -1
+        self.silent = False
         self._thread = threading.Thread(target=self._serve, daemon=True)
 
     def __enter__(self) -> Tapnet:
@@ -67,6 +68,8 @@ class Tapnet:
 
     def _answer(self, sock: socket.socket, body: dict[str, Any]) -> None:
         self.seen.append(body)
+        if self.silent:
+            return
         if body.get("create") and body["nic"] == self.refuse_nic:
             wire.send(sock, {"id": body["id"], "error": NetworkFailed(problem="it is that card").to_wire()})
         elif body.get("create"):

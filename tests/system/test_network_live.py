@@ -137,6 +137,10 @@ def test_a_network_that_the_policy_no_longer_has(web1: Guest) -> None:
     other = Guest(web1.host, "alice", "web3").make("net0.network=lan").boot().ready()
     load(web1.host, POLICY.replace("networks.lan", "networks.lan2"))
     assert other.reaches(other.address.rpartition(".")[0] + ".1")
+    web1.host.sh("systemctl kill -s KILL vmshell-broker; systemctl kill -s KILL vmshell-tapnet")
+    wait_for(lambda: web1.host.run("alice", "list", timeout=60)[0] == 0)
+    web1.host.sh("sleep 2")
+    assert other.reaches(other.address.rpartition(".")[0] + ".1"), "also with another broker and another tapnet"
     other.detach()
     other.vmshell("kill web3")
     assert "lan" in refusal(other, "boot web3")

@@ -260,7 +260,8 @@ def test_cables_come_from_tapnet_and_all_of_it_is_told_again(context: Context) -
         assert tapnet.verbs()[:1] == ["settings"] and "settle" in tapnet.verbs() and tapnet.verbs().count("port") == 2
         tapnet.hang_up()
         tapnet.turn(context.loop, lambda: tapnet.verbs()[-1:] == ["settle"] and tapnet.connections == 2)
-        again = [body for body in tapnet.seen[-9:] if body["verb"] == "port"]
+        second = len(tapnet.verbs()) - tapnet.verbs()[::-1].index("settings")
+        again = [body for body in tapnet.seen[second:] if body["verb"] == "port"]
         assert [body.get("create", False) for body in again] == [False, False]
         context.networks.ended(vm)
         tapnet.turn(context.loop, lambda: tapnet.verbs().count("unplug") == 2)
@@ -274,6 +275,35 @@ def test_one_bad_card_and_the_start_has_none(context: Context) -> None:
         error, cables = found[0]
         assert error is not None and error.code == "network" and not cables
         assert tapnet.verbs().count("unplug") == 2
+
+
+def test_a_tapnet_that_says_nothing_is_not_waited_for(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks_module, "ANSWER_TIMEOUT", 0.1)
+    with Tapnet(context.layout.tapnet_socket) as tapnet:
+        tapnet.silent = True
+        found = plug(context, machine(context, 1, "alice", Nic()))
+        tapnet.turn(context.loop, lambda: found)
+        error, cables = found[0]
+        assert error is not None and error.code == "tapnet-down" and not cables
+
+
+def test_a_vm_keeps_its_cables_over_a_broker_and_a_policy(context: Context) -> None:
+    with Tapnet(context.layout.tapnet_socket) as tapnet:
+        vm = machine(context, 1, "alice", Nic("lan"), Nic())
+        found = plug(context, vm)
+        tapnet.turn(context.loop, lambda: found)
+        networks_module.close(found[0][1])
+        rows = json.loads(json.dumps(vm.cables))
+        before = context.networks.plugged(vm)
+        context.networks.ended(vm)
+        assert vm.cables == [] and context.networks.plugged(vm) == []
+        gone = machine(context, 1, "alice", Nic("gone"), Nic())
+        context.networks.adopt(gone, rows)
+        after = context.networks.plugged(gone)
+        assert [port_message(context, gone, card, create=False).to_body() for card in after] == [
+            port_message(context, vm, card, create=False).to_body() for card in before
+        ]
+        context.networks.adopt(gone, [{"index": "x"}])  # a damaged record costs this VM its cables, and nobody else anything
 
 
 def test_saved_as_json(tmp_path: Path) -> None:

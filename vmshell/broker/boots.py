@@ -143,16 +143,26 @@ class Boots:
         scratch.make(self._context, live.vm, self._booted(live), made)
 
     def _plug(self, live: Live, images: dict[str, Image], overlays: dict[int, int]) -> None:
+        """The cables take a while; the overlays are only lent to us for as long as this call."""
+        held = {index: os.dup(fd) for index, fd in overlays.items()}
+
         def plugged(error: VmshellError | None, cables: Cables) -> None:
             try:
-                if error:
+                if not self._fleet.is_current(live):
+                    self._context.networks.ended(live.vm)  # its plug was pulled while the cables were made
+                elif error:
                     self._fail(live, error)
                 else:
-                    self._step(live, lambda live: self._launch(live, images, overlays, cables))
+                    self._step(live, lambda live: self._launch(live, images, held, cables))
             finally:
                 close(cables)
+                close(held)
 
-        self._context.networks.plug(live.vm, plugged)
+        try:
+            self._context.networks.plug(live.vm, plugged)
+        except VmshellError:
+            close(held)
+            raise
 
     def _launch(self, live: Live, images: dict[str, Image], overlays: dict[int, int], cables: Cables) -> None:
         vm, context = live.vm, self._context

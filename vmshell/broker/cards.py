@@ -6,16 +6,16 @@ Runs in: the broker.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BadValue, NetworkFailed
 from ..messages import Port, Segment
 from ..model.addressing import label
+from ..model.catalogues import Network
 from ..model.definition import Nic
 from ..names import mac_address, tap_name
 
 if TYPE_CHECKING:
-    from ..model.catalogues import Network
     from ..model.definition import Definition
     from .context import Context
     from .vms import Vm
@@ -40,6 +40,24 @@ class Card:
     @property
     def name(self) -> str:
         return f"net{self.index}"
+
+
+# What is kept of a network for as long as a VM runs on it, whatever becomes of it in the policy.
+KEPT = ("kind", "outside", "isolated", "bridge", "parent", "vlan")
+
+
+def saved(card: Card) -> dict[str, object]:
+    """A card that is plugged in, for a broker that comes after us."""
+    network = {name: getattr(card.network, name) for name in KEPT}
+    nic = {"network": card.nic.network, "model": card.nic.model, "mac": card.nic.mac}
+    own = {name: getattr(card, name) for name in ("index", "mac", "segment", "address4", "address6", "provides")}
+    return {**own, "nic": nic, "on": network}
+
+
+def restored(row: dict[str, Any]) -> Card:
+    """What `saved` has written; raises KeyError or TypeError if it has not."""
+    own = {name: row[name] for name in ("index", "mac", "segment", "address4", "address6", "provides")}
+    return Card(nic=Nic(**row["nic"]), network=Network(**row["on"]), **own)
 
 
 def cards_of(context: Context, vm: Vm, definition: Definition, *, give: bool) -> list[Card]:

@@ -223,7 +223,7 @@ class Machines:
         started = saved.get("started")
         vm.started = float(started) if isinstance(started, (int, float)) else time.time()
         self._fleet.add(live)
-        self._context.networks.adopt(vm)
+        self._context.networks.adopt(vm, saved.get("cables"))
         if outer is not None:
             self._fleet.hold_outer(live, outer)
         if qemu is not None:

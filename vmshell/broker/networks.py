@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .. import wire
-from ..errors import BadValue, NetworkFailed, VmshellError
+from ..errors import BadValue, NetworkFailed, TapnetDown, VmshellError
 from ..messages import Dial, Health, Open, Settings, Settle, Unplug
 from . import passt
-from .cards import ADDRESSED, WITH_TAP, cards_of, port_message, segment_message
+from .cards import ADDRESSED, WITH_TAP, cards_of, port_message, restored, saved, segment_message
 from .journal import note
 from .publishing import openings
 from .tapnetlink import TapnetLink
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Cables = dict[int, int]  # by the card's index: a tap, or the stream that passt serves
 Plugged = Callable[[VmshellError | None, Cables], None]
 DNSMASQ = "/usr/sbin/dnsmasq"
+ANSWER_TIMEOUT = 20.0  # seconds; five hundred taps at once take one
 
 
 class Networks:
@@ -34,6 +35,7 @@ class Networks:
         self._context = context
         self._tapnet = TapnetLink(context.loop, context.layout.tapnet_socket, self._tell_all)
         self._plugged: dict[int, tuple[Vm, list[Card]]] = {}  # what tapnet was told to make and to keep
+        self._opened: dict[tuple[int, int], list[dict[str, object]]] = {}  # what it was told last about each port
 
     def connect(self) -> None:
         """In session mode there is nobody to connect to."""
@@ -81,7 +83,7 @@ class Networks:
                 self.remove(vm, {card.index for card in wanted})
             else:
                 # Not before: a new connection is told what exists, and these were still to be made.
-                self._plugged[vm.number] = (vm, [*self.plugged(vm), *wanted])
+                self._keep(vm, [*self.plugged(vm), *wanted])
                 self.open_ports()
             done(error, cables)
 
@@ -90,6 +92,14 @@ class Networks:
         for card in wanted:
             self._ask(segment_message(self._context, card), batch.failed)
             self._tapnet.request(port_message(self._context, vm, card, create=True), batch.taker(card.index))
+        self._context.loop.after(ANSWER_TIMEOUT, batch.too_late)
+
+    def _keep(self, vm: Vm, cards: list[Card]) -> None:
+        """These are plugged in; written with the VM's next state."""
+        self._plugged.pop(vm.number, None)
+        if cards:
+            self._plugged[vm.number] = (vm, cards)
+        vm.cables = [saved(card) for card in cards]
 
     def _must_be_unique(self, wanted: list[Card]) -> None:
         """Two cards with one MAC on one segment would take each other's frames (E33)."""
@@ -106,21 +116,22 @@ class Networks:
         """Take these cards' taps and their filter away."""
         if not indexes:
             return
-        left = [card for card in self.plugged(vm) if card.index not in indexes]
-        self._plugged.pop(vm.number, None)
-        if left:
-            self._plugged[vm.number] = (vm, left)
+        self._keep(vm, [card for card in self.plugged(vm) if card.index not in indexes])
         for index in sorted(indexes):
+            self._opened.pop((vm.number, index), None)
             self._ask(Unplug(number=vm.number, nic=index))
         self.open_ports()
 
-    def adopt(self, vm: Vm) -> None:
-        """A VM that went on while there was no broker: its cables are there."""
-        cards = [card for card in cards_of(self._context, vm, vm.booted or vm.definition, give=True) if card.segment >= 0]
-        if cards:
-            self._plugged[vm.number] = (vm, cards)
-            if any(card.address4 for card in cards):
-                self._context.resolving.write(vm, cards)
+    def adopt(self, vm: Vm, cables: object) -> None:
+        """A VM that went on while there was no broker keeps its cables, also on a network that the policy no longer has."""
+        try:
+            cards = [restored(row) for row in cables] if isinstance(cables, list) else []
+        except (KeyError, TypeError) as exc:
+            note("cables-unreadable", number=vm.number, problem=exc)
+            return
+        self._keep(vm, cards)
+        if any(card.address4 for card in cards):
+            self._context.resolving.write(vm, cards)
 
     # --- what is open between VMs -------------------------------------------------------------------------------------
 
@@ -130,8 +141,10 @@ class Networks:
         for vm, cards in running:
             for card in cards:
                 if card.network.kind in ADDRESSED:
-                    found = openings(self._context, vm, card, running)
-                    self._ask(Open(number=vm.number, nic=card.index, openings=found))
+                    found, key = openings(self._context, vm, card, running), (vm.number, card.index)
+                    if found != self._opened.get(key, []):
+                        self._opened[key] = found
+                        self._ask(Open(number=vm.number, nic=card.index, openings=found))
 
     def plugged(self, vm: Vm) -> list[Card]:
         """The cards that are plugged in."""
@@ -155,6 +168,7 @@ class Networks:
         context, host = self._context, self._context.policy.host
         confined = context.host.members(host.group) if host.ssh_forwarding else []
         self._ask(Settings(pool4=host.ipv4_pool, pool6=host.ipv6_pool, confined=confined))
+        self._opened.clear()
         told: set[int] = set()
         for vm, cards in self._plugged.values():
             for card in cards:
@@ -183,12 +197,15 @@ class _Batch:
         self._error: VmshellError | None = None
         self._done = done
         self._cables: Cables = {}
+        self._finished = False
 
     def failed(self, error: VmshellError) -> None:
         self._error = self._error or error
 
     def taker(self, index: int) -> Callable[[VmshellError | None, wire.Packet], None]:
         def answered(error: VmshellError | None, packet: wire.Packet) -> None:
+            if self._finished:
+                return
             if error:
                 self.failed(error)
             elif packet.fds:
@@ -201,7 +218,14 @@ class _Batch:
 
         return answered
 
+    def too_late(self) -> None:
+        """tapnet is there and says nothing."""
+        if not self._finished:
+            self.failed(TapnetDown())
+            self._finish()
+
     def _finish(self) -> None:
+        self._finished = True
         cables, self._cables = self._cables, {}
         if self._error:
             close(cables)

@@ -67,6 +67,7 @@ class Vm:
         self.defining = False  # its definition is being changed
         self.booted: Definition | None = None  # what it runs with
         self.added: set[int] = set()  # cards that came while it ran, into ports that they can leave again
+        self.cables: list[dict[str, object]] = []  # the cards that are plugged in, as `cards.saved` writes them
         self.balloon = 0  # MiB that the balloon was told to leave to the guest; 0: never told
         self.note = ""
         self.accel = ""
@@ -107,6 +108,7 @@ class Vm:
         """Forget what was true of the last run."""
         self.booted = None
         self.added = set()
+        self.cables = []
         self.balloon = 0
         self.note = ""
         self.accel = ""
@@ -377,5 +379,6 @@ def _run(vm: Vm, state: str) -> dict[str, object]:
         "accel": vm.accel,
         "balloon": vm.balloon,
         "added": sorted(vm.added),
+        "cables": vm.cables,
         "boot_id": boot_id(),
     }
