@@ -24,6 +24,7 @@ from vmshell.broker.resolving import configuration, entries
 from vmshell.broker.vms import Vm
 from vmshell.errors import NetworkFailed, NoAddress, StorageFailed, VmshellError
 from vmshell.layout import Layout
+from vmshell.messages import OPENINGS_MAX
 from vmshell.model.addressing import Plan
 from vmshell.model.definition import Definition, Nic
 from vmshell.model.policy import parse
@@ -275,6 +276,17 @@ def test_one_bad_card_and_the_start_has_none(context: Context) -> None:
         error, cables = found[0]
         assert error is not None and error.code == "network" and not cables
         assert tapnet.verbs().count("unplug") == 2
+
+
+def test_more_openings_than_a_message_holds_hurt_nobody(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = [{"source": "", "proto": "tcp", "port": 80, "host_port": port} for port in range(1, 1000)]
+    monkeypatch.setattr(networks_module, "openings", lambda context, vm, card, running: many)
+    with Tapnet(context.layout.tapnet_socket) as tapnet:
+        found = plug(context, machine(context, 1, "alice", Nic()))
+        tapnet.turn(context.loop, lambda: found and "open" in tapnet.verbs())
+        assert found[0][0] is None
+        networks_module.close(found[0][1])
+        assert len(tapnet.seen[-1]["openings"]) == OPENINGS_MAX
 
 
 def test_a_tapnet_that_says_nothing_is_not_waited_for(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:

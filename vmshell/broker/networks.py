@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .. import wire
 from ..errors import BadValue, NetworkFailed, TapnetDown, VmshellError
-from ..messages import Dial, Health, Open, Settings, Settle, Unplug
+from ..messages import OPENINGS_MAX, Dial, Health, Open, Settings, Settle, Unplug
 from . import passt
 from .cards import ADDRESSED, WITH_TAP, cards_of, port_message, restored, saved, segment_message
 from .journal import note
@@ -144,6 +144,10 @@ class Networks:
                     found, key = openings(self._context, vm, card, running), (vm.number, card.index)
                     if found != self._opened.get(key, []):
                         self._opened[key] = found
+                        if len(found) > OPENINGS_MAX:
+                            # A group that has grown: who is behind the last place waits, and everybody else goes on.
+                            note("too-many-openings", number=vm.number, owner=vm.owner, vm=vm.name, count=len(found))
+                            found = found[:OPENINGS_MAX]
                         self._ask(Open(number=vm.number, nic=card.index, openings=found))
 
     def plugged(self, vm: Vm) -> list[Card]:
