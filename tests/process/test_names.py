@@ -1,0 +1,165 @@
+"""dnsmasq as the broker configures it, beside a real tapnet: who gets which address, which names there are, who is the router."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import select
+import shutil
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.frames import BROADCAST, ethernet, icmp6, ip4, ip6, udp
+from tests.process.tapnets import VNET_HEADER, Namespace, Tapnet, mac, segment, unable
+from vmshell.broker.cards import cards_of
+from vmshell.broker.context import Context
+from vmshell.broker.host import Host
+from vmshell.broker.loop import Loop
+from vmshell.broker.objects import Store
+from vmshell.broker.resolving import configuration, entries
+from vmshell.broker.vms import Vm
+from vmshell.layout import Layout
+from vmshell.messages import Port
+from vmshell.model.definition import Definition, Nic
+from vmshell.model.policy import parse
+
+DNSMASQ = shutil.which("dnsmasq", path="/usr/sbin:/usr/bin")
+REASON = unable() or ("" if DNSMASQ else "dnsmasq-base is not installed")
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.skipif(bool(REASON), reason=REASON or "-")]
+
+POLICY = '[host]\nipv6_pool = "fd77::/48"\ndns_servers = ["192.0.2.1"]\n'
+
+
+class Net:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("vmshell.broker.host._relay_gid", os.getgid)
+        self.space = Namespace()
+        self.tapnet = Tapnet(self.space, folder / "tapnet")
+        rules = parse(POLICY, "policy.toml")
+        roots = {name: str(folder / name) for name in ("etc", "state", "run", "log")}
+        for root in roots.values():
+            os.makedirs(root)
+        host = Host(rules.host, embedded=False)
+        host.systemd = False
+        self.context = Context(Layout(**roots, embedded=False), rules, Loop(print), host)
+        self.context.resolving.begin()
+        definition = Definition("web1", nics=(Nic(),))
+        vm = Vm(1, 1001, "alice", definition, 0, Store(f"{folder}/none", "web1"))
+        cards = cards_of(self.context, vm, definition, give=True)
+        self.card = cards[0]
+        self.context.resolving.write(vm, cards)
+        assert entries(self.context, vm, cards)["hosts"].count("web1.alice.vm") == 2
+        plan = self.context.addresses.plan
+        self.gateway = plan.gateway4(0).partition("/")[0]
+        self.tapnet.settle(segment(0, gateway4=plan.gateway4(0), gateway6=plan.gateway6(0)))
+        addresses = {"address4": self.card.address4, "address6": self.card.address6}
+        self.tap = self.tapnet.plug(Port(number=1, nic=0, segment=0, mac=mac(1), create=True, **addresses))
+        os.set_blocking(self.tap, False)
+        self.space.run("ip", "addr", "add", "127.77.0.53/32", "dev", "lo")
+        conf = f"{folder}/conf"
+        # As it is written, but for the uid: the namespace has one.
+        Path(conf).write_text(configuration(self.context) + "user=root\n")
+        os.chmod(folder, 0o755)
+        command = self.space.command(str(DNSMASQ), "--keep-in-foreground", f"--conf-file={conf}", "--pid-file=")
+        self.server = subprocess.Popen([*command, "--log-facility=-"], stderr=subprocess.DEVNULL)
+        time.sleep(0.5)
+
+    def close(self) -> None:
+        self.server.kill()
+        self.server.wait()
+        os.close(self.tap)
+        self.tapnet.close()
+        self.space.close()
+
+    def answer(self, frame: bytes, wanted: Callable[[bytes], bool], seconds: float = 5.0) -> bytes:
+        """Send *frame* again and again until something *wanted* comes; empty if nothing does."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            os.write(self.tap, VNET_HEADER + frame)
+            while select.select([self.tap], [], [], 0.5)[0]:
+                got = os.read(self.tap, 1 << 16)[len(VNET_HEADER) :]
+                if wanted(got):
+                    return got
+        return b""
+
+
+@pytest.fixture
+def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Net]:
+    made = Net(tmp_path, monkeypatch)
+    yield made
+    made.close()
+
+
+def discover(hardware: str) -> bytes:
+    client = bytes.fromhex(hardware.replace(":", "")).ljust(16, b"\0")
+    head = struct.pack("!BBBBIHH16s", 1, 1, 6, 0, 0x1234, 0, 0, bytes(16)) + client
+    options = b"\x63\x82\x53\x63\x35\x01\x01\x37\x06\x01\x03\x06\x0c\x0f\x1c\x0c\x04evil\xff"
+    return ip4("0.0.0.0", "255.255.255.255", 17, udp(68, 67, head.ljust(236, b"\0") + options))
+
+
+def options_of(offer: bytes) -> dict[int, bytes]:
+    found, rest = {}, offer[14 + 20 + 8 + 240 :]
+    while rest and rest[0] != 255:
+        if rest[0]:
+            found[rest[0]], rest = rest[2 : 2 + rest[1]], rest[2 + rest[1] :]
+        else:
+            rest = rest[1:]
+    return found
+
+
+def test_a_card_gets_its_own_address_and_names(net: Net) -> None:
+    offer = net.answer(ethernet(BROADCAST, mac(1), 0x0800, discover(mac(1))), lambda frame: frame[34:38] == b"\0\x43\0\x44")
+    assert offer, "no offer"
+    assert str(ipaddress.IPv4Address(offer[58:62])) == net.card.address4
+    options, gateway = options_of(offer), ipaddress.IPv4Address(net.gateway).packed
+    assert (options[1], options[3], options[6]) == (b"\xff\xff\xff\x00", gateway, gateway)
+    assert (options[12], options[15].rstrip(b"\0")) == (b"web1", b"alice.vm") and 28 not in options
+
+
+def test_nobody_else_gets_an_answer(net: Net) -> None:
+    """Its client's address says another MAC than the frame's: the filter lets it by, dnsmasq knows nobody of that name."""
+    frame = ethernet(BROADCAST, mac(1), 0x0800, discover("06:00:00:00:00:99"))
+    assert net.answer(frame, lambda frame: frame[34:38] == b"\0\x43\0\x44", 2.0) == b""
+
+
+def question(name: str, kind: int = 1) -> bytes:
+    labels = b"".join(bytes([len(part)]) + part.encode() for part in name.split("."))
+    return struct.pack("!HHHHHH", 7, 0x0100, 1, 0, 0, 0) + labels + b"\0" + struct.pack("!HH", kind, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "found"),
+    [("web1.alice.vm", 1, True), ("web1.alice.vm", 28, True), ("evil.alice.vm", 1, False), ("evil", 1, False)],
+)
+def test_names_are_the_brokers_and_nobody_elses(net: Net, name: str, kind: int, found: bool) -> None:
+    """What a guest calls itself (`evil`, in its DHCP request) is nobody's name."""
+    net.answer(ethernet(BROADCAST, mac(1), 0x0800, discover(mac(1))), lambda frame: frame[34:38] == b"\0\x43\0\x44")
+    net.space.run("ip", "neigh", "replace", net.card.address4, "lladdr", mac(1), "dev", "vtb000000")
+    to = net.space.run("cat", "/sys/class/net/vtb000000/address").strip()
+    packet = ip4(net.card.address4, net.gateway, 17, udp(4000, 53, question(name, kind)))
+    got = net.answer(ethernet(to, mac(1), 0x0800, packet), lambda frame: frame[34:36] == b"\0\x35", 4.0)
+    assert got, "no answer at all"
+    answers = int.from_bytes(got[48:50], "big")
+    own = ipaddress.ip_address(net.card.address4 if kind == 1 else net.card.address6).packed
+    assert (answers == 1 and got.endswith(own)) is found
+
+
+def test_the_router_is_us_and_gives_addresses_by_dhcp_only(net: Net) -> None:
+    link = "fe80::400:ff:fe00:1"
+    body = b"\0\0\0\0\x01\x01" + bytes.fromhex(mac(1).replace(":", ""))
+    message = icmp6(133, body)
+    pseudo = ipaddress.IPv6Address(link).packed + ipaddress.IPv6Address("ff02::2").packed + struct.pack("!II", len(message), 58)
+    total = sum(struct.unpack(f"!{len(pseudo + message) // 2}H", pseudo + message))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    message = message[:2] + struct.pack("!H", ~total & 0xFFFF) + message[4:]
+    frame = ethernet("33:33:00:00:00:02", mac(1), 0x86DD, ip6(link, "ff02::2", 58, message))
+    advert = net.answer(frame, lambda got: got[12:14] == b"\x86\xdd" and got[54:55] == b"\x86", 10.0)
+    assert advert, "no router advertisement"
+    assert ipaddress.IPv6Address(advert[22:38]) == ipaddress.IPv6Address("fe80::1")
+    assert advert[59] & 0x80, "managed: addresses are given by DHCP"
