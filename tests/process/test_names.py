@@ -57,8 +57,9 @@ class Net:
         plan = self.context.addresses.plan
         self.gateway = plan.gateway4(0).partition("/")[0]
         self.tapnet.settle(segment(0, gateway4=plan.gateway4(0), gateway6=plan.gateway6(0)))
-        addresses = {"address4": self.card.address4, "address6": self.card.address6}
-        self.tap = self.tapnet.plug(Port(number=1, nic=0, segment=0, mac=mac(1), create=True, **addresses))
+        card = self.card
+        port = Port(number=1, nic=0, segment=0, mac=mac(1), address4=card.address4, address6=card.address6, create=True)
+        self.tap = self.tapnet.plug(port)
         os.set_blocking(self.tap, False)
         self.space.run("ip", "addr", "add", "127.77.0.53/32", "dev", "lo")
         conf = f"{folder}/conf"
