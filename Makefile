@@ -19,8 +19,9 @@ TEST_PROGRAMS := busybox:busybox-static cpio:cpio ssh:openssh-client rsync:rsync
 demo: setup
 	@$(PY) etc/demo.py
 
+# Two at a time, a file staying together: most of them wait, for guests and for time to pass.
 test: setup-all
-	$(PYTEST)
+	$(PYTEST) -n 2 --dist loadfile
 
 check: setup
 	$(PYTEST) -m "not slow and not vm and not system" -q

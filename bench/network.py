@@ -70,7 +70,6 @@ def _ours(folder: Path, ports: list[Port]) -> float:
 
 
 def _other(folder: Path, ports: list[Port]) -> float:
-    namespace = Namespace()
     bridge = "vtb000001"
     lines = [f"link add {bridge} address 06:ff:00:00:00:01 type bridge stp_state 0 ageing_time 0 mcast_snooping 0"]
     lines += [f"address add 10.77.0.1/20 dev {bridge}", f"link set {bridge} up"]
@@ -82,6 +81,7 @@ def _other(folder: Path, ports: list[Port]) -> float:
     (folder / "links").write_text("\n".join(lines) + "\n", encoding="ascii")
     (folder / "filter").write_text(rules.everything(state), encoding="ascii")
     (folder / "tables").write_text(rules.everything(State(SETTINGS)), encoding="ascii")
+    namespace = Namespace()
     try:
         namespace.run("sh", "-c", f"echo 1 > {QUIET}; nft -f {folder}/tables")
         # Inside the namespace already: entering it is no part of the work.
