@@ -686,7 +686,7 @@ BAD: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("bad", BAD, ids=str)
+@pytest.mark.parametrize("bad", BAD, ids=[f"{number}-{'-'.join(bad)}" for number, bad in enumerate(BAD)])
 def test_a_plan_refuses(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"."):
         plan(**bad)
