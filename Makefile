@@ -24,7 +24,7 @@ test: setup-all
 	$(PYTEST) -n 2 --dist loadfile
 
 check: setup
-	$(PYTEST) -m "not slow and not vm and not system" -q
+	$(PYTEST) -m "not slow and not vm and not system" -q -n 2 --dist loadfile
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -301,6 +301,25 @@ def test_a_network_for_others_is_refused_with_those_one_has() -> None:
     assert found == {"alice": ("users",), "bob": ("users", "lan"), "carol": ("users", "lan")}
 
 
+def test_a_service_is_for_its_providers_too() -> None:
+    text = "[networks.db]\nkind = 'service'\nproviders = ['dba', '@ops']\n"
+    rules = policy.parse(text + "members = ['bob']\n", "/etc/vmshell/policy.toml")
+    assert rules.has_groups, "or nobody's groups would be looked up"
+    people = {"bob": (), "dba": (), "carol": ("ops",), "alice": ("users",)}
+    assert [user for user, groups in people.items() if "db" in rules.networks_for(user, groups)] == ["bob", "dba", "carol"]
+    everybody = policy.parse(text, "/etc/vmshell/policy.toml")
+    assert all("db" in everybody.networks_for(user, groups) for user, groups in people.items())
+
+
+def test_a_member_still_needs_the_limit_networks() -> None:
+    text = "[networks.lan]\nkind = 'shared'\nmembers = ['alice', 'bob']\n[user.bob]\nnetworks = ['users']\n"
+    rules = policy.parse(text, "/etc/vmshell/policy.toml")
+    assert rules.effective("alice", ()).choices()["networks"] == ["users", "lan"]
+    assert rules.effective("bob", ()).choices()["networks"] == ["users"]
+    assert rules.effective("carol", ()).choices()["networks"] == ["users"]
+    assert rules.effective("carol", ()).choices()["machines"] == ["q35", "pc"]
+
+
 # --- fixed keys -------------------------------------------------------------------------------------------------------
 
 FIXED = D + "fixed = { 'memory.size' = '196M', 'cpu.count' = 1, 'machine.type' = 'pc', 'console.serial' = true }"

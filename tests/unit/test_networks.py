@@ -115,7 +115,7 @@ def test_a_segment_without_cards_is_given_back(tmp_path: Path) -> None:
     segment = addresses.segment("users", 1001, subnet=True)
     addresses.host("users", segment, 1, 0)
     addresses.release(1)
-    assert addresses.known("users", 1001) is None and addresses.private() == {}
+    assert addresses.known("users", 1001, subnet=True) is None and addresses.private() == {}
 
 
 def test_a_pool_that_is_exhausted_says_so(tmp_path: Path) -> None:
@@ -129,6 +129,27 @@ def test_a_pool_that_is_exhausted_says_so(tmp_path: Path) -> None:
         addresses.host("users", segments[0], number, 0)
     with pytest.raises(NoAddress, match=f"{addresses.plan.hosts} addresses"):
         addresses.host("users", segments[0], 100, 0)
+
+
+def test_no_address_is_outside_of_a_pool_that_has_become_another(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.json")
+    wide = Addresses(path, Plan("10.77.0.0/16", "", 24))
+    for uid in range(20):
+        wide.host("users", wide.segment("users", uid, subnet=True), uid + 1, 0)
+    office = wide.segment("office", None, subnet=False)
+    for number in range(30, 60):
+        wide.host("users", wide.segment("users", 0, subnet=True), number, 0)
+    narrow = Addresses(path, Plan("10.99.0.0/20", "", 28))
+    narrow.load()
+    with pytest.raises(NoAddress):
+        for uid in range(300):
+            assert narrow.segment("users", uid, subnet=True) < narrow.plan.segments
+    small = narrow.segment("users", 0, subnet=True)
+    assert narrow.known_host(small, 59, 0) is None and narrow.known_host(small, 1, 0) == 2
+    with pytest.raises(NoAddress):
+        narrow.host("users", small, 59, 0)
+    # The same name, another kind: neither has the other's number.
+    assert wide.known("office", None, subnet=True) is None and wide.segment("office", None, subnet=True) < 256 <= office
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 2}', '{"version": 1, "segments": 3, "cards": {}}'])

@@ -19,7 +19,7 @@ from tests.images import admin_command
 from vmshell.errors import BadPolicy
 from vmshell.layout import Layout
 from vmshell.model import policy
-from vmshell.model.catalogues import OVMF
+from vmshell.model.catalogues import NETWORK_KINDS, OVMF
 from vmshell.model.limits import HOST_KEYS, LIMIT_KEYS, PolicyKey, shown
 from vmshell.model.policy import SESSION_LIMITS, Catalogues, Firmware, HostPolicy, Limits, Network, Policy
 from vmshell.model.values import Int, Size
@@ -155,14 +155,21 @@ BAD_VALUES = {
     "accel": [*ALWAYS_BAD, "true", '""', '"hvf"', '"KVM"', "[]"],
     "group": [*ALWAYS_BAD, "true", "5", '""', '"a/b"', '"a:b"', '"a\\nb"', f'"{"x" * 65}"'],
     "ipv4_pool": [
-        *ALWAYS_BAD, "true", '""', '"10.77.0.0"', '"10.77.0.1/16"', '"10.0.0.0/7"', '"10.0.0.0/29"', '"8.8.0.0/16"',
-        '"127.0.0.0/8"', '"169.254.0.0/16"', '"fd00::/48"', '"١٠.0.0.0/8"', '"10.77.0.0/16; drop"',
+        *ALWAYS_BAD, "true", '""', '"10.77.0.0"', '"10.77.0.1/16"', '"10.0.0.0/7"', '"10.0.0.0/29"', '"0.0.0.0/8"',
+        '"127.0.0.0/8"', '"169.254.0.0/16"', '"169.254.9.0/24"', '"224.0.0.0/8"', '"240.0.0.0/8"',
+        '"fd00::/48"', '"١٠.0.0.0/8"', '"10.77.0.0/16; drop"',
     ],
     "ipv6_pool": [
         *ALWAYS_BAD, '"fd00::"', '"fd00::/64"', '"fd00::/31"', '"fe80::/48"', '"ff00::/48"', '"10.77.0.0/16"', '"fd00::1/48"',
+        '"::/48"', '"fec0::/48"', '"fd00::%eth0/48"', '"fd00::/57"',
     ],
-    "dns_domain": [*ALWAYS_BAD, "true", '""', '"."', '".vm"', '"a..b"', '"VM"', '"-vm"', '"v m"', '"vm\\n"', '"vm/x"', "[]"],
-    "dns_servers": [*ALWAYS_BAD, "true", '"192.0.2.1"', '["dns"]', '["192.0.2"]', '["192.0.2.1#53"]', '["::1", "::1"]', "[1]"],
+    "dns_domain": [
+        *ALWAYS_BAD, "true", '""', '"."', '".vm"', '"a..b"', '"VM"', '"-vm"', '"vm-"', '"v m"', '"vm\\n"', '"vm/x"', "[]",
+    ],
+    "dns_servers": [
+        *ALWAYS_BAD, "true", '"192.0.2.1"', '["dns"]', '["192.0.2"]', '["192.0.2.1#53"]', '["::1", "::1"]', "[1]",
+        '["0.0.0.0"]', '["::"]', '["224.0.0.251"]', '["fe80::1%eth0"]', '["fe80::1%x\\nlog-queries"]',
+    ],
     "ssh_forwarding": BAD_BOOLS,
 }  # fmt: skip
 GOOD_VALUES: dict[str, list[tuple[str, object]]] = {
@@ -181,8 +188,9 @@ GOOD_VALUES: dict[str, list[tuple[str, object]]] = {
     "wrapper_options": [('["*"]', None), ("[]", ()), ('["-hda", "cdrom", "-no-acpi"]', ("-hda", "-cdrom", "-no-acpi"))],
     "accel": [('"kvm"', "kvm"), ('"tcg"', "tcg"), ('"auto"', "auto")],
     "group": [('"vmusers"', "vmusers"), ('"domain users"', "domain users"), ('"DOM\\\\vm"', "DOM\\vm")],
-    "ipv4_pool": [('"10.0.0.0/8"', "10.0.0.0/8"), ('"192.168.0.0/23"', "192.168.0.0/23"), ('"172.16.0.0/12"', "172.16.0.0/12")],
-    "ipv6_pool": [('""', ""), ('"fd12:3456:789A::/48"', "fd12:3456:789a::/48")],
+    "ipv4_pool": [('"10.0.0.0/8"', "10.0.0.0/8"), ('"192.168.0.0/23"', "192.168.0.0/23"), ('"172.16.0.0/12"', "172.16.0.0/12"),
+                  ('"100.64.0.0/10"', "100.64.0.0/10"), ('"198.18.0.0/23"', "198.18.0.0/23")],
+    "ipv6_pool": [('""', ""), ('"fd12:3456:789A::/48"', "fd12:3456:789a::/48"), ('"2001:db8::/32"', "2001:db8::/32")],
     "dns_domain": [('"vm"', "vm"), ('"vm.example.org"', "vm.example.org")],
     "dns_servers": [("[]", ()), ('["192.0.2.53", "2001:DB8::53"]', ("192.0.2.53", "2001:db8::53"))],
     "ssh_forwarding": [("true", True), ("false", False)],
@@ -334,6 +342,9 @@ def test_catalogues_are_added_to_what_is_built_in() -> None:
     assert found.names_for(Limits(networks=("users",), machines=()))["machines"] == []
 
 
+VLAN_TWICE = "".join(f'[networks.{name}]\nkind = "bridged"\nparent = "eth0"\nvlan = 5\n' for name in "ab")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -366,6 +377,12 @@ def test_catalogues_are_added_to_what_is_built_in() -> None:
         ('[networks.lan]\nkind = "bridged"\nparent = "eth0"', "[networks.lan] kind bridged needs either"),
         ('[networks.lan]\nkind = "bridged"\nbridge = "sixteen-chars-xx"', "[networks.lan] bridge is sixteen-chars-xx: a network"),
         ('[networks.lan]\nkind = "bridged"\nbridge = "br%d"', "[networks.lan] bridge is br%d: a network interface's name"),
+        ('[networks.lan]\nkind = "bridged"\nbridge = "br0"\nparent = "eth0"', "[networks.lan] kind bridged needs either"),
+        ('[networks.lan]\nkind = "bridged"\nbridge = "br0"\nvlan = 5', "[networks.lan] kind bridged needs either"),
+        ('[networks.lan]\nkind = "bridged"\nbridge = "br0"\nparent = "eth0"\nvlan = 5', "[networks.lan] kind bridged needs"),
+        ('[networks.lan]\nkind = "bridged"\nbridge = "vtb000001"', "[networks.lan] bridge is vtb000001: an interface of the"),
+        (VLAN_TWICE, "[networks.b] is the VLAN of [networks.a] again; it can have one name only"),
+        ('[networks.lan]\nkind = "bridged"\nparent = "eth0"\nvlan = 0', "[networks.lan] vlan is 0"),
         ('[networks.lan]\nkind = "bridged"\nparent = "eth0"\nvlan = 4095', "[networks.lan] vlan is 4095"),
         ('[networks.lan]\nkind = "shared"\nmembers = ["a b:c"]', "[networks.lan] members"),
         ('[networks.lan]\nkind = "shared"\nmembers = ["@"]', "[networks.lan] members"),
@@ -379,6 +396,36 @@ def test_catalogues_are_added_to_what_is_built_in() -> None:
 )  # fmt: skip
 def test_a_wrong_catalogue_says_where(text: str, words: str) -> None:
     assert words in refusal(text)
+
+
+USEFUL = {"bridge": '"br0"', "parent": '"eth0"', "vlan": "7", "outside": '"all"', "isolated": "true", "providers": '["bob"]'}
+
+
+@pytest.mark.parametrize("kind", NETWORK_KINDS)
+@pytest.mark.parametrize("key", USEFUL)
+def test_a_key_that_a_kind_of_network_has_no_use_for_is_refused(kind: str, key: str) -> None:
+    text = f'[networks.lan]\nkind = "{kind}"\n{key} = {USEFUL[key]}\n'
+    if key in NETWORK_KINDS[kind]:
+        # A network without it has another of the keys that a bridged one needs.
+        text += {"parent": "vlan = 7\n", "vlan": 'parent = "eth0"\n'}.get(key, "")
+        made = parse(text).catalogues.networks["lan"]
+        assert made != Network(kind) and made.kind == kind
+    else:
+        assert f"[networks.lan] {key} means nothing to a network of kind {kind}" in refusal(text)
+
+
+def test_the_vlans_of_two_interfaces_and_two_vlans_of_one_are_no_twins() -> None:
+    rows = [("a", "eth0", 5), ("b", "eth0", 6), ("c", "eth1", 5)]
+    text = "".join(f'[networks.{name}]\nkind = "bridged"\nparent = "{parent}"\nvlan = {vlan}\n' for name, parent, vlan in rows)
+    found = parse(text + '[networks.d]\nkind = "bridged"\nbridge = "br0"\n[networks.e]\nkind = "bridged"\nbridge = "br0"\n')
+    assert {(each.parent, each.vlan) for each in found.catalogues.networks.values()} == {("", 0), *((p, v) for _, p, v in rows)}
+
+
+def test_what_is_built_in_is_ones_own_segment_or_ones_own_sockets() -> None:
+    text = '[networks.users]\nmembers = ["@staff"]\n'
+    for session, kind in ((False, "private"), (True, "user")):
+        assert policy.built_in(session=session).catalogues.networks == {"users": Network(kind)}
+        assert policy.parse(text, "p", session=session).catalogues.networks == {"users": Network(kind, members=("@staff",))}
 
 
 # --- which section wins -----------------------------------------------------------------------------------------------
@@ -583,6 +630,36 @@ def test_check_says_that_a_file_is_fine_and_what_is_odd_about_it(layout: Layout,
         f"{path}: warning: [group.none-such]: memory_max is 2G, which user_memory = 1G never lets anybody reach",
         f"{path}: warning: [user.{me}]: running_max is 500, which vms_max = 1 never lets anybody reach",
     ]
+
+
+def test_check_says_whom_and_what_of_networks_the_host_lacks(layout: Layout, tmp_path: Path) -> None:
+    me = getpass.getuser()
+    path = write(
+        tmp_path,
+        f"[networks.lan]\nkind = 'shared'\nmembers = ['{me}', 'nobody-there', '@none-such', '@root']\n"
+        "[networks.db]\nkind = 'service'\nproviders = ['nobody-else']\n[networks.empty]\nkind = 'service'\n"
+        "[networks.office]\nkind = 'bridged'\nbridge = 'br-none'\n[networks.loop]\nkind = 'bridged'\nparent = 'lo'\nvlan = 5\n",
+    )
+    done = admin(layout, "policy", "check", path)
+    assert (done.returncode, done.stdout) == (0, f"{path}: fine: 0 users, 0 groups\n")
+    assert done.stderr.splitlines() == [
+        f"{path}: warning: [networks.lan]: this host has no account nobody-there",
+        f"{path}: warning: [networks.lan]: this host has no group @none-such",
+        f"{path}: warning: [networks.db]: this host has no account nobody-else",
+        f"{path}: warning: [networks.empty]: without providers nobody can offer anything there",
+        f"{path}: warning: [networks.office]: this host has no interface br-none",
+    ]
+
+
+def test_show_leaves_out_the_networks_of_others(layout: Layout) -> None:
+    me = getpass.getuser()
+    group = subprocess.run(["id", "-gn"], capture_output=True, text=True, check=True).stdout.strip()
+    Path(layout.policy).write_text(
+        f"[networks.mine]\nkind = 'none'\nmembers = ['{me}']\n[networks.ours]\nkind = 'none'\nmembers = ['@{group}']\n"
+        "[networks.theirs]\nkind = 'none'\nmembers = ['somebody', '@none-such']\n"
+    )
+    rows = [re.split(r"  +", line) for line in admin(layout, "policy", "show", me).stdout.splitlines()]
+    assert ["networks", "users, mine, ours", "built in"] in rows
 
 
 def test_check_lists_every_problem(layout: Layout, tmp_path: Path) -> None:

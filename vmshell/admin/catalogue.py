@@ -18,6 +18,7 @@ import os
 import pwd
 import shutil
 import tempfile
+import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -181,7 +182,12 @@ class Catalogue:
         try:
             yield path
         finally:
-            shutil.rmtree(path, ignore_errors=True)
+            # A program that was killed in the middle of its work may be at its last write still.
+            for _ in range(50):
+                shutil.rmtree(path, ignore_errors=True)
+                if not os.path.lexists(path):
+                    break
+                time.sleep(0.1)
 
     def publish(self, folder: str, image: Image, origin: str) -> None:
         """Put *folder* (in a workspace) in the place of *image* with an image.toml that pins every file in it."""

@@ -41,7 +41,7 @@ def check(context: Context, args: Arguments) -> int:
         context.say(f"{path}: {problem}")
     if problems:
         return BadPolicy.exit_status
-    for doubt in (*_strangers(context, found), *_missing_files(found), *_doubts(found)):
+    for doubt in (*_strangers(context, found), *_missing(found), *_doubts(found)):
         context.say(f"{path}: warning: {doubt}")
     print(f"{safe(path)}: fine: {_count(len(found.users), 'user')}, {_count(len(found.groups), 'group')}")
     return 0
@@ -84,15 +84,27 @@ def _groups_of(user: str) -> list[str]:
 
 def _strangers(context: Context, found: Policy) -> Iterator[str]:
     for user in found.users:
-        try:
-            pwd.getpwnam(user)
-        except KeyError:
+        if not _is_account(user):
             yield f"{policy.header('user', user)}: this host has no such account"
     for group in found.groups:
         if not _is_group(group):
             yield f"{policy.header('group', group)}: this host has no such group"
+    for name, network in found.catalogues.networks.items():
+        for one in network.people:
+            if not (_is_group(one[1:]) if one.startswith("@") else _is_account(one)):
+                yield f"{policy.header('networks', name)}: this host has no {'group' if one[0] == '@' else 'account'} {one}"
+        if network.kind == "service" and not network.providers:
+            yield f"{policy.header('networks', name)}: without providers nobody can offer anything there"
     if not context.layout.embedded and not _is_group(found.host.group):
         yield f"[host] group: this host has no group {found.host.group}, so nobody may use the service"
+
+
+def _is_account(name: str) -> bool:
+    try:
+        pwd.getpwnam(name)
+    except KeyError:
+        return False
+    return True
 
 
 def _is_group(name: str) -> bool:
@@ -103,7 +115,7 @@ def _is_group(name: str) -> bool:
     return True
 
 
-def _missing_files(found: Policy) -> Iterator[str]:
+def _missing(found: Policy) -> Iterator[str]:
     built_in = policy.Catalogues()
     for name, firmware in found.catalogues.firmware.items():
         for path in (firmware.code, firmware.vars):
@@ -113,6 +125,10 @@ def _missing_files(found: Policy) -> Iterator[str]:
     for folder in found.library:
         if not os.path.isdir(folder):
             yield f"[library] directories: there is no directory {folder}"
+    for name, network in found.catalogues.networks.items():
+        interface = network.bridge or network.parent
+        if interface and not os.path.exists(f"/sys/class/net/{interface}"):
+            yield f"{policy.header('networks', name)}: this host has no interface {interface}"
 
 
 def _doubts(found: Policy) -> Iterator[str]:

@@ -11,6 +11,7 @@ import json
 from typing import TYPE_CHECKING
 
 from ..errors import NoAddress, StorageFailed
+from ..model.addressing import FIRST_HOST
 from ..names import NUMBER_MAX
 from .disk import read_text, storage, write_text
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from ..model.addressing import Plan
 
 VERSION = 1
-FIRST_HOST = 2  # 1 is the gateway
 WITHOUT_SUBNET = 1 << 23  # segments from here on stand for bridges whose addresses are somebody else's
 
 
@@ -46,8 +46,8 @@ class Addresses:
 
     def segment(self, network: str, uid: int | None, *, subnet: bool) -> int:
         """The number of the segment, given now if it has none; raises NoAddress."""
-        key = network if uid is None else f"{network}/{uid}"
-        if key not in self._segments:
+        key = _key(network, uid)
+        if self.known(network, uid, subnet=subnet) is None:
             taken = set(self._segments.values())
             numbers = range(self.plan.segments) if subnet else range(WITHOUT_SUBNET, NUMBER_MAX + 1)
             number = next((number for number in numbers if number not in taken), None)
@@ -57,8 +57,12 @@ class Addresses:
             self._save()
         return self._segments[key]
 
-    def known(self, network: str, uid: int | None) -> int | None:
-        return self._segments.get(network if uid is None else f"{network}/{uid}")
+    def known(self, network: str, uid: int | None, *, subnet: bool) -> int | None:
+        """None also where the policy has become another since: for a pool too small for it, or a network of another kind."""
+        number = self._segments.get(_key(network, uid))
+        if number is None or (number < self.plan.segments if subnet else number >= WITHOUT_SUBNET):
+            return number
+        return None
 
     def private(self) -> dict[int, list[int]]:
         """The segments of each uid's own."""
@@ -72,7 +76,7 @@ class Addresses:
     def host(self, network: str, segment: int, number: int, nic: int) -> int:
         """The number of the card's address in its segment, given now if it has none; raises NoAddress."""
         cards, card = self._cards.setdefault(segment, {}), f"{number}/{nic}"
-        if card not in cards:
+        if self.known_host(segment, number, nic) is None:
             taken = set(cards.values())
             host = next((host for host in itertools.count(FIRST_HOST) if host not in taken), FIRST_HOST)
             if host >= FIRST_HOST + self.plan.hosts:
@@ -82,7 +86,8 @@ class Addresses:
         return cards[card]
 
     def known_host(self, segment: int, number: int, nic: int) -> int | None:
-        return self._cards.get(segment, {}).get(f"{number}/{nic}")
+        host = self._cards.get(segment, {}).get(f"{number}/{nic}")
+        return host if host is not None and host < FIRST_HOST + self.plan.hosts else None
 
     def release(self, number: int, keep: frozenset[tuple[int, int]] = frozenset()) -> None:
         """Give back what VM *number* has, but for the (segment, nic) in *keep*; segments without cards go, too."""
@@ -103,3 +108,7 @@ class Addresses:
         saved = {"version": VERSION, "segments": self._segments, "cards": self._cards}
         with storage():
             write_text(self._path, json.dumps(saved, indent=1) + "\n")
+
+
+def _key(network: str, uid: int | None) -> str:
+    return network if uid is None else f"{network}/{uid}"

@@ -79,7 +79,7 @@ def _card(context: Context, vm: Vm, index: int, nic: Nic, *, give: bool) -> Card
     addresses, plan = context.addresses, context.addresses.plan
     uid = vm.uid if network.kind == "private" else None
     subnet = network.kind in ADDRESSED
-    segment = addresses.segment(nic.network, uid, subnet=subnet) if give else addresses.known(nic.network, uid)
+    segment = addresses.segment(nic.network, uid, subnet=subnet) if give else addresses.known(nic.network, uid, subnet=subnet)
     if segment is None:
         return Card(index, nic, network, mac)
     if not subnet:

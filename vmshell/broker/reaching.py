@@ -34,8 +34,9 @@ def handle_networks(context: Context, call: Call, request: Networks) -> None:
     rows = []
     for name in context.policy.networks_for(peer.user, context.host.groups_of(peer.user)):
         network = context.policy.catalogues.networks[name]
-        segment = context.addresses.known(name, peer.uid if network.kind == "private" else None)
-        subnet = context.addresses.plan.subnet4(segment) if segment is not None and network.kind in ADDRESSED else ""
+        addressed = network.kind in ADDRESSED
+        segment = context.addresses.known(name, peer.uid if network.kind == "private" else None, subnet=addressed)
+        subnet = context.addresses.plan.subnet4(segment) if segment is not None and addressed else ""
         six = context.addresses.plan.gateway6(segment) if subnet and segment is not None else ""
         role = "member"
         if network.kind == "service":

@@ -156,7 +156,7 @@ def handle_whoami(context: Context, call: Call, request: Whoami) -> None:
             "admin": peer.admin,
             "mode": _mode(context),
             "limits": effective.numbers(),
-            "catalogue": context.policy.names_for(effective.limits),
+            "catalogue": effective.choices(),
             "wrapper_options": effective.limits.wrapper_options and sorted(effective.limits.wrapper_options),
             "used": vars(used),
         }

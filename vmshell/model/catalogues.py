@@ -40,6 +40,7 @@ class Firmware:
 class Network:
     """*members* and *providers* are accounts and `@groups`; without members everybody is one whom the policy allows it.
 
+    A provider needs not be named as a member, too. A kind has no use for some of the keys (NETWORK_KINDS).
     *outside* says where cards get beyond their segment: nowhere, everywhere but private networks, or everywhere.
     """
 
@@ -52,8 +53,13 @@ class Network:
     parent: str = ""
     vlan: int = 0
 
+    @property
+    def people(self) -> tuple[str, ...]:
+        """Everybody who is named."""
+        return self.members + self.providers
+
     def is_for(self, user: str, groups: Collection[str]) -> bool:
-        return not self.members or any(one == user or (one[:1] == "@" and one[1:] in groups) for one in self.members)
+        return not self.members or any(one == user or (one[:1] == "@" and one[1:] in groups) for one in self.people)
 
 
 OVMF = Firmware("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd")
@@ -147,7 +153,7 @@ class Reading:
         return found
 
     def _networks(self, built_in: Catalogues) -> dict[str, Network]:
-        found = {}
+        found: dict[str, Network] = {}
         for name, table in self._tables("networks"):
             known = built_in.networks.get(name)
             section = f"[networks.{name}]"
@@ -156,6 +162,9 @@ class Reading:
                 self._problems.append(f"{section} kind is missing: one of {', '.join(NETWORK_KINDS)}")
             network = replace(known or Network("none"), **fields)
             self._problems += [f"{section} {problem}" for problem in _contradictions(network, fields)]
+            vlan = (network.parent, network.vlan)
+            twins = [other for other, each in found.items() if network.vlan and (each.parent, each.vlan) == vlan]
+            self._problems += [f"{section} is the VLAN of [networks.{twin}] again; it can have one name only" for twin in twins]
             found[name] = network
         return found
 
@@ -214,6 +223,7 @@ def _contradictions(network: Network, said: Collection[str]) -> list[str]:
         for key in said
         if key != "kind" and key not in useful
     ]
-    if network.kind == "bridged" and bool(network.bridge) == bool(network.parent and network.vlan):
+    host = (bool(network.bridge), bool(network.parent), bool(network.vlan))
+    if network.kind == "bridged" and host not in ((True, False, False), (False, True, True)):
         problems.append("kind bridged needs either bridge, or parent and vlan")
     return problems

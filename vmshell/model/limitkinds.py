@@ -33,6 +33,10 @@ FEATURES = {
     "geometry": ("a geometry of one's own", "geometry left out"),
 }
 
+# Addresses that no card can have: this network, loopback, link-local, multicast and beyond.
+NO_POOL4 = tuple(ipaddress.IPv4Network(net) for net in ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3"))
+POOL6 = (ipaddress.IPv6Network("fc00::/7"), ipaddress.IPv6Network("2000::/3"))  # unique local, and global
+
 FIRST_UID = 65_537  # below it are people, services and `nobody`
 HEX = DIGITS | frozenset("abcdef")
 
@@ -184,8 +188,8 @@ class Pool4(Kind):
             pool = ipaddress.IPv4Network(value if isinstance(value, str) else "")
         except ValueError:
             pool = None
-        if pool is None or not 8 <= pool.prefixlen <= 28 or not pool.is_private or pool.is_loopback or pool.is_link_local:
-            raise bad(key, value, 'a private network of /8 to /28, like "10.77.0.0/16", with nothing behind the prefix')
+        if pool is None or not 8 <= pool.prefixlen <= 28 or any(map(pool.overlaps, NO_POOL4)):
+            raise bad(key, value, 'a network of hosts, /8 to /28, like "10.77.0.0/16", with nothing behind the prefix')
         return str(pool)
 
 
@@ -198,11 +202,11 @@ class Pool6(Kind):
         if value == "":
             return ""
         try:
-            pool = ipaddress.IPv6Network(value if isinstance(value, str) else "")
+            pool = ipaddress.IPv6Network(value if isinstance(value, str) and "%" not in value else "")
         except ValueError:
             pool = None
-        if pool is None or not 32 <= pool.prefixlen <= 56 or pool.is_link_local or pool.is_multicast or pool.is_loopback:
-            raise bad(key, value, 'a network of /32 to /56, like "fd12:3456:789a::/48"; "" is no IPv6')
+        if pool is None or not 32 <= pool.prefixlen <= 56 or not any(map(pool.subnet_of, POOL6)):
+            raise bad(key, value, 'a unique local or global network of /32 to /56, like "fd12:3456:789a::/48"; "" is no IPv6')
         return str(pool)
 
 
@@ -211,7 +215,8 @@ class Domain(Kind):
 
     def check(self, value: object, key: str) -> str:
         labels = value.split(".") if isinstance(value, str) and len(value) <= 100 else []
-        if not labels or not all(0 < len(label) <= 63 and NAME_CHARS.issuperset(label) and label[0] != "-" for label in labels):
+        fine = (0 < len(part) <= 63 and NAME_CHARS.issuperset(part) and part == part.strip("-") for part in labels)
+        if not labels or not all(fine):
             raise bad(key, value, 'a domain in lower case, like "vm" or "vm.example.org"')
         return str(value)
 
@@ -221,19 +226,24 @@ class Address(Kind):
 
     def check(self, value: object, key: str) -> str:
         try:
-            return str(ipaddress.ip_address(value if isinstance(value, str) else ""))
+            address = ipaddress.ip_address(value if isinstance(value, str) and "%" not in value else "")
         except ValueError:
-            raise bad(key, value, 'a list of IP addresses, like ["192.0.2.53"]') from None
+            address = None
+        if address is None or address.is_unspecified or address.is_multicast:
+            raise bad(key, value, 'a list of IP addresses of one host each, like ["192.0.2.53"]')
+        return str(address)
 
 
 class Interface(Kind):
-    """A network interface of the host."""
+    """A network interface of the host, not one that we make."""
 
     metavar = "INTERFACE"
 
     def check(self, value: object, key: str) -> str:
         if not isinstance(value, str) or not is_interface(value):
             raise bad(key, value, INTERFACE_RULE)
+        if value.startswith("vtb"):
+            raise bad(key, value, "an interface of the host's; names that begin with vtb are those of vmshell's own bridges")
         return value
 
 

@@ -77,6 +77,10 @@ class Effective:
         names = [name for name in self.catalogues.names(catalogue) if name not in closed]
         return tuple(name for name in names if "*" in allowed or name in allowed)
 
+    def choices(self) -> dict[str, list[str]]:
+        """What this user may choose from, by catalogue."""
+        return {catalogue: list(self.names(catalogue)) for catalogue in ALLOW_LISTS}
+
     def numbers(self) -> dict[str, int]:
         """The limits that are numbers, sizes in MiB."""
         return {name: value for name, value in vars(self.limits).items() if type(value) is int}
@@ -100,7 +104,7 @@ class Policy:
     def has_groups(self) -> bool:
         """Is any group named, so that somebody's groups matter?"""
         networks = self.catalogues.networks.values()
-        return bool(self.groups) or any(name[:1] == "@" for network in networks for name in network.members)
+        return bool(self.groups) or any(name[:1] == "@" for network in networks for name in network.people)
 
     @property
     def library(self) -> tuple[str, ...]:
@@ -109,8 +113,7 @@ class Policy:
 
     def names_for(self, limits: Limits) -> dict[str, list[str]]:
         """What somebody with these limits may choose from, by catalogue."""
-        effective = Effective(limits, {}, self.catalogues)
-        return {catalogue: list(effective.names(catalogue)) for catalogue in ALLOW_LISTS}
+        return Effective(limits, {}, self.catalogues).choices()
 
     def effective(self, user: str, groups: Collection[str]) -> Effective:
         """What holds for *user*, a member of *groups*. Cheap: remembered for each set of sections that concern somebody."""
