@@ -46,10 +46,10 @@ def _check(text: str, kind: Callable[[str], object]) -> None:
         raise NetworkFailed(problem=str(error)) from error
 
 
-def orphans(found: dict[str, Link], wanted: State, used: set[int]) -> list[str]:
+def orphans(found: dict[str, Link], wanted: State) -> list[str]:
     """What we or one before us made and nobody wants: taps of root's with a name of ours, bridges, VLANs of segments not used."""
-    named = {tap(port) for port in wanted.ports.values()}
-    kept = {name for number in used for name in (bridge(wanted.segments[number]), uplink(wanted.segments[number]))}
+    named = {tap(port) for port in wanted.ports.values()} | wanted.refused
+    kept = {name for number in wanted.used() for name in (bridge(wanted.segments[number]), uplink(wanted.segments[number]))}
     gone = []
     for name, link in found.items():
         if name not in named and name not in kept and _is_ours(link):
@@ -63,9 +63,12 @@ def _is_ours(link: Link) -> bool:
         return link.kind == "vlan"
     if link.name.startswith("vtb") and _hex(link.name[3:], 6):
         return link.kind == "bridge" and link.mac == bridge_mac(int(link.name[3:], 16))
-    if link.name.startswith("vt") and _hex(link.name[2:8], 6) and link.name[8:9] == "n" and _hex(link.name[9:], 1):
-        return link.root_only
-    return False
+    return is_our_tap(link)
+
+
+def is_our_tap(link: Link) -> bool:
+    name = link.name
+    return link.root_only and name.startswith("vt") and _hex(name[2:8], 6) and name[8:9] == "n" and _hex(name[9:], 1)
 
 
 def _hex(text: str, length: int) -> bool:

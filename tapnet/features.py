@@ -13,6 +13,7 @@ from pyroute2 import NetlinkError
 
 from vmshell.errors import VmshellError
 from vmshell.messages import Port, Segment, Settings
+from vmshell.names import NUMBER_MAX
 
 from . import rules, taps
 from .links import Links, held_to
@@ -21,8 +22,8 @@ from .state import State, tap
 from .sysctl import has_ipv6, read
 
 # A number that no VM has: the broker counts from 1 and would need years to get here.
-_NUMBER = 0xFFFFFF
-_SAMPLE = Port(number=_NUMBER, nic=15, segment=_NUMBER, mac="06:0f:00:ff:ff:ff", isolated=True, rate=1000)
+_NUMBER = NUMBER_MAX
+_SAMPLE = Port(number=_NUMBER, nic=15, segment=_NUMBER, mac="06:0f:00:af:ff:ff", isolated=True, rate=1000)
 
 
 class Features:
@@ -50,11 +51,10 @@ class Features:
         settings = Settings(pool4="10.255.0.0/16", pool6="fd00:ff:ff::/48")
         state = State(settings, {_NUMBER: segment}, {(_NUMBER, 15): port})
         try:
-            nft.run(rules.everything(state), check=True)
+            nft.run(rules.everything(state, counts=False), check=True)
         except VmshellError as error:
             self._need(error)
-        self.found["bridge-conntrack"] = _accepts(nft, "ct state established accept")
-        self.found["bridge-meta-ibrname"] = _accepts(nft, 'meta ibrname "vtb000000" accept')
+        self.found["ct-count"] = nft.accepts(rules.COUNTING)
 
     def _probe_links(self, links: Links) -> None:
         segment = Segment(segment=_NUMBER)
@@ -72,24 +72,13 @@ class Features:
             link = links.link(name)
             if link is None or link.held != held_to(_SAMPLE):
                 self.problems.append("this kernel's bridges cannot isolate a port; Linux 4.18 and later can")
-            for feature, attempt in (("bridge-vlan-filtering", links.try_vlan_filtering), ("vlan", links.try_vlan)):
-                self.found[feature] = _works(attempt, segment)
+            self.found["vlan"] = _works(links.try_vlan, segment)
         except VmshellError as error:
             self._need(error)
         finally:
             if fd >= 0:
                 os.close(fd)
             links.remove_bridge(segment)
-
-
-def _accepts(nft: Nft, rule: str) -> bool:
-    """Would the kernel take this rule in family bridge?"""
-    table = "add table bridge vmshellprobe\nadd chain bridge vmshellprobe c { type filter hook prerouting priority 0; }\n"
-    try:
-        nft.run(f"{table}add rule bridge vmshellprobe c {rule}\n", check=True)
-    except VmshellError:
-        return False
-    return True
 
 
 def _works(attempt: Callable[[Segment], None], segment: Segment) -> bool:

@@ -111,12 +111,9 @@ class Links:
                 quiet = {"br_stp_state": 0, "br_ageing_time": 0, "br_mcast_snooping": 0}
                 self._ip.link("add", ifname=name, kind="bridge", address=bridge_mac(segment.segment), **quiet)
             index = found.index if found else socket.if_nametoindex(name)
-            if found is None or not found.up:
-                sysctl.bridge(name, bool(segment.gateway4), bool(segment.gateway6))
+            sysctl.bridge(name, bool(segment.gateway4), bool(segment.gateway6))
             wanted = _addresses(segment)
             there = {(a.get_attr("IFA_ADDRESS"), a["prefixlen"]) for a in self._ip.get_addr(index=index)}
-            if there != wanted and found is not None:
-                sysctl.bridge(name, bool(segment.gateway4), bool(segment.gateway6))
             for address, length in there - wanted:
                 self._ip.addr("del", index=index, address=address, prefixlen=length)
             for address, length in wanted - there:
@@ -158,10 +155,6 @@ class Links:
         if not segment.bridge:
             self.remove([uplink(segment), bridge(segment)])
 
-    def try_vlan_filtering(self, segment: Segment) -> None:
-        """Raise NetlinkError if the kernel has no such bridges."""
-        self._ip.link("set", index=_index(bridge(segment)), kind="bridge", br_vlan_filtering=1)
-
     def try_vlan(self, segment: Segment) -> None:
         """Raise NetlinkError if the kernel has no VLAN interfaces."""
         self._ip.link("add", ifname=f"vmshell{segment.segment:06x}", kind="vlan", link=_index(bridge(segment)), vlan_id=2)
@@ -186,9 +179,10 @@ class Links:
             if code:
                 raise _failed(f"the tap {name} cannot be put into its bridge", code)
 
-    def unlimit(self, port: Port) -> None:
-        """Take away the rate limit towards the guest; none there is no error."""
-        self._channel.run([message(_DELQDISC, 0, _TRAFFIC.pack(0, _index(tap(port)), 0, _ROOT, 0))])
+    def unlimit(self, ports: list[Port]) -> None:
+        """Take away the rate limits towards the guests; none there is no error."""
+        indexes = [index for port in ports if (index := _index(tap(port), missing=0))]
+        self._channel.run([message(_DELQDISC, 0, _TRAFFIC.pack(0, index, 0, _ROOT, 0)) for index in indexes])
 
     def set_up(self, names: list[str], up: bool) -> None:
         """Switch interfaces on or off; those that are gone are no error."""

@@ -43,8 +43,9 @@ def main(argv: list[str]) -> int:
     except PermissionError as error:
         report(f"it cannot start without CAP_NET_ADMIN: {error.strerror}")
         return 1
+    network.begin()
     features.probe(network.links, network.nft)
-    for problem in features.problems:
+    for problem in (*network.problems, *features.problems):
         report(problem)
     service = Service(listener, network, features)
     _end_on_signals(service)

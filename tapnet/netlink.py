@@ -10,7 +10,9 @@ import socket
 import struct
 
 REQUEST, ACK, EXCL, CREATE, REPLACE = 0x1, 0x4, 0x200, 0x400, 0x100
+DUMP = 0x300
 ERROR = 2  # NLMSG_ERROR, which is also how "done" is said: errno 0
+DONE = 3  # NLMSG_DONE, of a dump
 NESTED = 0x8000
 PACKED = 64  # messages sent before their answers are read: those must fit into the receive buffer
 SECONDS = 10.0  # the kernel answers within microseconds; should it not, we say so rather than hang
@@ -95,6 +97,17 @@ class Channel:
                     return answer
                 if sequence == self._sequence:
                     answer = body
+
+    def count(self, request: bytes) -> int:
+        """How many messages answer *request*, a dump (0 also if it was refused)."""
+        self._sequence += 1
+        self._sock.send(_numbered(request, self._sequence))
+        found = 0
+        while True:
+            for kind, sequence, _ in split(self._sock.recv(1 << 16)):
+                if sequence == self._sequence and kind in (ERROR, DONE):
+                    return found
+                found += sequence == self._sequence
 
     def _exchange(self, messages: list[bytes]) -> list[int]:
         first = self._sequence + 1

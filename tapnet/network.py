@@ -8,16 +8,19 @@ Runs in: tapnet.
 from __future__ import annotations
 
 import os
+from time import monotonic
 
 from vmshell.errors import NetworkFailed, VmshellError
 from vmshell.messages import Open, Opening, Port, Segment, Settings, ToTapnet, Unplug
 
 from . import rules, sysctl, taps
-from .checks import check_port, check_segment, check_settings, orphans
-from .links import Link, Links, held_to
+from .checks import check_port, check_segment, check_settings, is_our_tap, orphans
+from .links import Link, Links
 from .nft import Nft
-from .state import Key, State, bridge, is_ours, key, same, tap
-from .watch import Watch
+from .state import Key, State, bridge, is_ours, key, same, tap, uplink
+from .watch import Departures, Watch
+
+RETRY_SECONDS = 5.0  # between two tries to put right what could not be
 
 
 class Answer:
@@ -41,19 +44,33 @@ class Plan:
         self.segments: dict[int, Segment] = {}
         self.everything = False  # replace both tables, not only elements
         self.openings = False
+        # Who has a MAC where: of two with the same, one would take the other's frames (E33).
+        self.macs = {(bridge(state.segments[port.segment]), port.mac): key(port) for port in state.ports.values()}
         self.fds: dict[Key, int] = {}
 
 
 class Network:
-    """`state` is what the kernel is to be. `failing` says why the tables are not; if they may be wrong, every tap is `down`."""
+    """`state` is what the kernel is to be. `failing` says why the tables are not; if they may be wrong, every tap is `down`.
+
+    `amiss` says what else is not as it is to be, and is tried again every RETRY_SECONDS.
+    """
 
     def __init__(self) -> None:
-        self.state = State(uid=os.geteuid())
+        self.state = State()
         self.failing = ""
+        self.amiss = ""
         self.down = False
         self.links = Links()
         self.nft = Nft()
         self.watch = Watch()
+        self.counts = True
+        self.departures = Departures()
+        self._retry_at = 0.0
+        self._postponed = False  # links are to be looked at once the tables are loaded
+
+    @property
+    def problems(self) -> list[str]:
+        return [problem for problem in (self.failing, self.amiss) if problem]
 
     # --- what the broker asks ---
 
@@ -69,22 +86,43 @@ class Network:
             return [answer for one in messages for answer in self.change([one])]
 
     def settle(self, wanted: State) -> None:
-        """Make the kernel what *wanted* says, whoever left it however: put back what is missing, remove what nobody wants."""
+        """From now on *wanted* is what there is to be; then as `reconcile`."""
         found = self.links.survey()
         # A VM may have ended since it was named.
         wanted.ports = {key: port for key, port in wanted.ports.items() if tap(port) in found}
-        used = {port.segment for port in wanted.ports.values()}
         self.state = wanted
+        self.reconcile()
+
+    def reconcile(self) -> None:
+        """Make the kernel what it is to be, whoever left it however: put back what is missing, remove what nobody wants.
+
+        What cannot be put right stops nothing else. Raises NetworkFailed for the first of it; until then it stays as closed as it
+        is: a tap without a bridge leads nowhere.
+        """
+        self._retry_at = monotonic() + RETRY_SECONDS
+        found = self.links.survey()
         self.restore(touched=False)
-        if self.failing:
-            raise NetworkFailed(problem=self.failing)
-        for number in used:
-            self._bridge(wanted, wanted.segments[number])
-        amiss = [port for port in wanted.ports.values() if not self._in_order(port, found)]
-        for port in amiss:
-            sysctl.no_ipv6(tap(port))
-        self.links.plug(amiss, wanted.segments)
-        self.links.remove(orphans(found, wanted, used))
+        self._postponed = bool(self.failing)
+        problems = []
+        self._route(self.state)
+        for number in sorted(self.state.used()) if not self.failing else ():
+            try:
+                self._put_right(number, found)
+            except VmshellError as error:
+                problems.append(_problem(error))
+        self.links.remove(orphans(found, self.state))
+        self.amiss = problems[0] if problems else ""
+        if self.problems:
+            raise NetworkFailed(problem=self.problems[0])
+
+    def _put_right(self, number: int, found: dict[str, Link]) -> None:
+        """A segment's bridge, and in it the taps of its ports."""
+        self.links.make_bridge(self.state.segments[number])
+        ports = [port for port in self.state.ports.values() if port.segment == number and tap(port) in found]
+        for port in ports:
+            sysctl.tap(tap(port))
+        self.links.plug(ports, self.state.segments)
+        self.links.unlimit([port for port in ports if not port.rate])
 
     def require(self, port: Port) -> None:
         """Raise NetworkFailed if there is no tap for *port*, or one that somebody else made."""
@@ -97,27 +135,49 @@ class Network:
             raise NetworkFailed(problem=f"there is an interface {found.name} already, and it is not ours; remove it")
         return found is not None
 
-    def has_address(self, text: str) -> bool:
-        """Is this the address of a port? Nothing else is ever dialled."""
-        return bool(text) and any(text in (port.address4, port.address6) for port in self.state.ports.values())
-
     # --- watching over it ---
+
+    def begin(self) -> None:
+        """Nobody has said yet what there is to be: tables that are there stay as they are, without them every tap is mute."""
+        self.counts = self.nft.accepts(rules.COUNTING)
+        if not self.watch.has_tables():
+            self.restore(touched=True)
+
+    def look_after(self, touched: bool) -> None:
+        """Put right what somebody else has undone; *touched* says that it was our tables, or may have been."""
+        if touched or self.failing:
+            self.restore(touched)
+        again = self.amiss and monotonic() >= self._retry_at
+        if self.departures.any(self._misses) or again or (self._postponed and not self.failing):
+            try:
+                self.reconcile()
+            except VmshellError:
+                pass  # `amiss` says it
+
+    def _misses(self, name: str) -> bool:
+        """Is *name*, which has gone or has left its bridge, one that is wanted where it was?"""
+        segments = [self.state.segments[number] for number in self.state.used()]
+        if any(name in (bridge(segment), uplink(segment)) for segment in segments):
+            return True
+        return any(name == tap(port) for port in self.state.ports.values()) and self.links.link(name) is not None
 
     def restore(self, touched: bool) -> None:
         """Load our tables again. If that fails, and they were touched or are gone, no tap stays up until it succeeds."""
-        names = [tap(port) for port in self.state.ports.values()]
         try:
-            self._load(rules.everything(self.state))
+            self._load(rules.everything(self.state, self.counts))
         except VmshellError as error:
-            self.failing = str(error.fields.get("problem", error))
+            self.failing = _problem(error)
             if touched or self.down or not self.watch.has_tables():
                 self.down = True
-                self.links.set_up(names, False)
+                self._switch_taps(False)
             return
         self.failing = ""
         if self.down:
-            self.links.set_up(names, True)
+            self._switch_taps(True)
         self.down = False
+
+    def _switch_taps(self, up: bool) -> None:
+        self.links.set_up([name for name, link in self.links.survey().items() if is_our_tap(link)], up)
 
     # --- one batch ---
 
@@ -160,6 +220,9 @@ class Network:
                     raise NetworkFailed(problem=f"the tap {tap(message)} was handed over already and is still held")
                 if self.failing:
                     raise NetworkFailed(problem=self.failing)
+                place = bridge(state.segments[message.segment]), message.mac
+                if plan.macs.setdefault(place, key(message)) != key(message):
+                    raise NetworkFailed(problem=f"another card on this network has the MAC {message.mac}")
                 if not is_ours(state.segments[message.segment]):
                     self.links.check(state.segments[message.segment])
                 plan.fds[key(message)] = taps.create(tap(message))
@@ -182,6 +245,7 @@ class Network:
             plan.openings = plan.openings or [vars(way) for way in ways] != [vars(way) for way in before_ways]
         elif isinstance(message, Unplug):
             gone = state.ports.pop(key(message), None)
+            state.refused.discard(tap(message))
             plan.openings = state.openings.pop(key(message), None) is not None or plan.openings
             if gone is not None:
                 plan.removed[key(message)] = gone
@@ -190,7 +254,7 @@ class Network:
         created = list(plan.created.values())
         changed = [after for _, after in plan.changed.values()]
         for name in map(tap, created):
-            sysctl.no_ipv6(name)
+            sysctl.tap(name)
         before = [*plan.removed.values(), *(port for port, _ in plan.changed.values())]
         elements = rules.removing(self.state, before) if before else ""
         elements += rules.adding(plan.state, [*created, *changed]) if created or changed else ""
@@ -198,16 +262,14 @@ class Network:
         if self.failing:
             pass  # when they can be loaded again, it is from the state
         elif plan.everything:
-            self._load(rules.everything(plan.state))
+            self._load(rules.everything(plan.state, self.counts))
         elif elements:
-            self._load(elements)
-        used = {port.segment for port in plan.state.ports.values()}
-        for number in {port.segment for port in created} | (set(plan.segments) & used):
-            self._bridge(plan.state, plan.state.segments[number])
+            self._change(elements, plan.state)
+        for number in {port.segment for port in created} | (set(plan.segments) & plan.state.used()):
+            self.links.make_bridge(plan.state.segments[number])
+        self._route(plan.state)
         self.links.plug([*created, *changed], plan.state.segments)
-        for old, new in plan.changed.values():
-            if old.rate and not new.rate:
-                self.links.unlimit(new)
+        self.links.unlimit([new for old, new in plan.changed.values() if old.rate and not new.rate])
         # Only now, when nothing can fail any more. QEMU has mostly closed its taps by itself.
         gone = [port for port in plan.removed.values() if key(port) not in plan.created]
         self.links.remove([tap(port) for port in gone])
@@ -232,25 +294,33 @@ class Network:
         self.nft.run(text)
         self.watch.own(number)
 
+    def _change(self, elements: str, state: State) -> None:
+        """Add and remove elements; if somebody else's hand in our tables is in the way, load all of *state*."""
+        try:
+            self._load(elements)
+        except NetworkFailed:
+            self._load(rules.everything(state, self.counts))
+
     def check_segment(self, segment: Segment) -> None:
         """Raise VmshellError if *segment* cannot be, or needs what the host has not."""
         check_segment(segment)
         self.links.check(segment)
 
-    def _bridge(self, state: State, segment: Segment) -> None:
-        self.links.make_bridge(segment)
-        ways = [way for key, ways in state.openings.items() if key in state.ports for way in ways]
-        if segment.gateway4 and (segment.outside != "none" or ways):
+    def _route(self, state: State) -> None:
+        """Have the host route if any guest has a way that leads over it."""
+        segments = [state.segments[number] for number in state.used()]
+        if not state.openings and all(segment.outside == "none" for segment in segments):
+            return
+        if any(segment.gateway4 for segment in segments):
             sysctl.forward4()
-        if segment.gateway6 and (segment.outside != "none" or ways):
+        if any(segment.gateway6 for segment in segments):
             sysctl.forward6()
 
     def _drop_bridges(self, gone: list[Port], named: State, wanted: State | None = None) -> None:
         """Remove bridges of ours that *gone* were on and no port of *wanted* is; *named* knows the segments."""
-        used = {port.segment for port in (wanted or named).ports.values()}
-        for number in {port.segment for port in gone} - used:
+        for number in {port.segment for port in gone} - (wanted or named).used():
             self.links.remove_bridge(named.segments[number])
 
-    def _in_order(self, port: Port, found: dict[str, Link]) -> bool:
-        link, master = found[tap(port)], found.get(bridge(self.state.segments[port.segment]))
-        return link.up and master is not None and link.master == master.index and link.held == held_to(port)
+
+def _problem(error: VmshellError) -> str:
+    return str(error.fields.get("problem", error))

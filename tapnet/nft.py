@@ -31,6 +31,14 @@ class Nft:
             first = said.decode("utf-8", "replace").strip().splitlines() or ["no reason given"]
             raise NetworkFailed(problem=f"nftables refused the filter: {first[0].removeprefix('internal:0:0-0: ')}")
 
+    def accepts(self, text: str) -> bool:
+        """Would the kernel take *text*? Nothing is changed."""
+        try:
+            self.run(text, check=True)
+        except NetworkFailed:
+            return False
+        return True
+
     def listing(self) -> str:
         """Both tables as the kernel has them, without what changes by itself."""
         library = self._open()

@@ -7,9 +7,10 @@ a port comes and goes as elements of sets, and a tap that no set knows is mute.
                      forward      on service networks: consumers to what providers publish, and the answers
                      input        what is on somebody else's bridge never reaches the host
                      postrouting  a guest is handed no frame that is for another
-    inet vmshell     input        of the host, a guest reaches DHCP, DNS and ping at its gateway
+    inet vmshell     prerouting   a tap itself is no way into the host: not without its bridge, nor past it (E18)
+                     input        of the host, a guest reaches DHCP, DNS and ping at its gateway
                      forward      between segments by openings; outside as the segment says
-                     output       of the host's processes, a VM is reached by its owner's, root's and tapnet's
+                     output       of the host's processes, a VM is reached by its owner's and root's
                      nat          one address for all on the way out; published ports on the way in
 
 Runs in: tapnet. Pure: every name, address and number is parsed or made here before it is written.
@@ -33,7 +34,8 @@ BRIDGE, INET = TABLES
 HOST_DNS = "127.77.0.53"  # where dnsmasq answers the host itself
 LINK_GATEWAY = "fe80::1"
 CASTS_PER_SECOND, CASTS_BURST = 200, 400  # broadcast and multicast frames of one guest
-ECHOES_PER_SECOND = 50  # pings that the host answers, of all guests
+ECHOES_PER_SECOND = 50  # pings that the host answers, of the guests of one segment
+CONNECTIONS_MAX = 4096  # of one guest through the host at once: the table of connections is everybody's
 # Where br_netfilter is at work, bridged frames pass the host's forward hook, too. This mark says that the bridge has judged them,
 # until they leave it. What a guest has routed through its gateway, back to its own segment, does not wear it.
 BRIDGED = "0x766d7368"
@@ -41,7 +43,9 @@ NOT_INTERNET = (
     *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24"),
     *("192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/3"),
 )
-NEVER = ("127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")  # not even with outside = "all": metadata services live here
+# Not even with outside = "all": metadata services live here.
+NEVER4 = ("127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")
+NEVER6 = ("fd00:ec2::/32", "fd20:ce::/32", "fe80::/10", "ff00::/8")
 
 Elements = dict[str, list[str]]  # by set, as nft writes them
 
@@ -53,7 +57,7 @@ def _port_elements(port: Port, segment: Segment) -> tuple[Elements, Elements]:
     """What the sets of either table hold of *port*."""
     name, mac = f'"{tap(port)}"', _mac(port.mac)
     link: Elements = {"macs": [f"{name} . {mac}"], "llmacs": [f"{name} . 0x{mac.replace(':', '')}"]}
-    host: Elements = {}
+    host: Elements = {"taps": [name]}
     if segment.kind == "bridged":
         link["loose"] = [name]
     elif segment.kind == "service":
@@ -143,6 +147,7 @@ def _opening_elements(state: State) -> tuple[Elements, Elements]:
                         side.setdefault(f"ways{family}", []).append(_way(way, str(address)))
                     elif way.host_port and family == "4":
                         world.setdefault(f"{_proto(way)} . {int(way.host_port)}", f"{address} . {int(way.port)}")
+                        host.setdefault("opened4", []).append(f"{address} . {_proto(way)} . {int(way.port)}")
     if world:
         host["world4"] = [f"{place} : {target}" for place, target in world.items()]
     return link, host
@@ -177,6 +182,7 @@ BRIDGE_SETS = {
     "rates": "type ifname : limit",
 }
 INET_SETS = {
+    "taps": "type ifname",
     "owner4": "type uid . ipv4_addr",
     "owner6": "type uid . ipv6_addr",
     "confined": "type uid",
@@ -186,9 +192,10 @@ INET_SETS = {
     "outside_all": "type ifname",
     "ways4": WAYS["4"],
     "ways6": WAYS["6"],
+    "opened4": "typeof ip daddr . meta l4proto . th dport",  # whither it leads
     "world4": "type inet_proto . inet_service : ipv4_addr . inet_service",
 }
-OPEN_SETS = {BRIDGE: ("ways4", "ways6"), INET: ("ways4", "ways6", "world4")}
+OPEN_SETS = {BRIDGE: ("ways4", "ways6"), INET: ("ways4", "ways6", "opened4", "world4")}
 MAPS = ("rates", "world4")
 
 BRIDGE_CHAINS = f"""
@@ -214,7 +221,7 @@ BRIDGE_CHAINS = f"""
     arp plen != 4 drop
     arp operation != {{ request, reply }} drop
     iifname . arp saddr ether != @macs drop
-    arp operation request arp saddr ip 0.0.0.0 accept
+    arp operation request arp saddr ip 0.0.0.0 iifname . arp daddr ip @source4 accept
     iifname . arp saddr ip @source4 accept
     iifname @loose accept
     drop
@@ -258,21 +265,13 @@ BRIDGE_CHAINS = f"""
     type filter hook forward priority -300; policy accept;
     iifname @serving jump service
     iifname "vt*" meta mark set {BRIDGED}
+    iifname "vmshell*" meta mark set {BRIDGED}
   }}
   chain service {{
-    iifname @consumers oifname @providers jump asked
-    iifname @providers oifname @consumers jump answered
-  }}
-  chain asked {{
     ether type arp accept
     icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} meta mark set {BRIDGED} accept
     iifname . ip daddr . meta l4proto . th dport @ways4 meta mark set {BRIDGED} accept
     iifname . ip6 daddr . meta l4proto . th dport @ways6 meta mark set {BRIDGED} accept
-    drop
-  }}
-  chain answered {{
-    ether type arp accept
-    icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} meta mark set {BRIDGED} accept
     tcp flags & (syn | ack) == syn drop
     oifname . ip saddr . meta l4proto . th sport @ways4 meta mark set {BRIDGED} accept
     oifname . ip6 saddr . meta l4proto . th sport @ways6 meta mark set {BRIDGED} accept
@@ -289,14 +288,38 @@ BRIDGE_CHAINS = f"""
   }}
 """
 
+COUNTED = (
+    "  set flows4 { type ipv4_addr; flags dynamic; size 65535; }\n  set flows6 { type ipv6_addr; flags dynamic; size 65535; }",
+    f"ct state new add @flows4 {{ ip saddr ct count over {CONNECTIONS_MAX} }} drop\n"
+    f"    ct state new add @flows6 {{ ip6 saddr ct count over {CONNECTIONS_MAX} }} drop",
+)
+
+COUNTING = f"""
+add table inet vmshellprobe
+table inet vmshellprobe {{
+  {COUNTED[0]}
+  chain c {{
+    type filter hook forward priority 0;
+    {COUNTED[1]}
+  }}
+}}
+"""
+
+# Of what crosses by an opening, every packet is held to it, both ways: what is closed is closed for connections that stand, too.
 INET_CHAINS = f"""
+  set echoes {{ type ifname; flags dynamic; size 65535; timeout 10s; }}
+  chain prerouting {{
+    type filter hook prerouting priority -300; policy accept;
+    iifname "vt0*" drop
+    iifname @taps drop
+  }}
   chain input {{
     type filter hook input priority -5; policy accept;
     iifname "vtb*" jump from_guest
   }}
   chain from_guest {{
     ct state established,related accept
-    udp sport 68 udp dport 67 accept
+    ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept
     iifname . ip daddr @gateway4 jump gateway
     icmpv6 type {{ nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert }} accept
     ip6 daddr ff02::1:2 udp sport 546 udp dport 547 accept
@@ -305,9 +328,10 @@ INET_CHAINS = f"""
   }}
   chain gateway {{
     meta l4proto {{ tcp, udp }} th dport 53 accept
-    meta l4proto {{ icmp, icmpv6 }} limit rate over {ECHOES_PER_SECOND}/second drop
+    meta l4proto {{ icmp, icmpv6 }} add @echoes {{ iifname limit rate over {ECHOES_PER_SECOND}/second }} drop
     icmp type echo-request accept
     icmpv6 type echo-request accept
+    udp sport 68 udp dport 67 accept
     udp sport 546 udp dport 547 accept
     drop
   }}
@@ -317,24 +341,36 @@ INET_CHAINS = f"""
     oifname "vtb*" jump inwards
   }}
   chain across {{
-    ct state established,related accept
     meta mark {BRIDGED} accept
     ct state invalid drop
     oifname "vtb*" jump between
-    ip daddr {{ {", ".join(NEVER)} }} drop
+    ct direction reply ct status dnat jump answered
+    ct state established,related accept
+    COUNTED
+    ip daddr {{ {", ".join(NEVER4)} }} drop
+    ip6 daddr {{ {", ".join(NEVER6)} }} drop
     iifname @outside_all accept
     iifname @outside_internet ip daddr != {{ {", ".join(NOT_INTERNET)} }} accept
     iifname @outside_internet ip6 daddr 2000::/3 accept
     reject with icmpx type admin-prohibited
   }}
   chain between {{
-    iifname . ip daddr . meta l4proto . th dport @ways4 accept
-    iifname . ip6 daddr . meta l4proto . th dport @ways6 accept
+    ct direction original iifname . ip daddr . meta l4proto . th dport @ways4 accept
+    ct direction original iifname . ip6 daddr . meta l4proto . th dport @ways6 accept
+    ct direction reply oifname . ip saddr . meta l4proto . th sport @ways4 accept
+    ct direction reply oifname . ip6 saddr . meta l4proto . th sport @ways6 accept
+    drop
+  }}
+  chain answered {{
+    ip saddr . meta l4proto . th sport @opened4 accept
+    ct state related meta l4proto icmp accept
     drop
   }}
   chain inwards {{
+    ct direction original ct status dnat ip daddr . meta l4proto . th dport @opened4 accept
+    ct direction original ct status dnat ct state related meta l4proto icmp accept
+    ct direction original drop
     ct state established,related accept
-    ct status dnat accept
     drop
   }}
   chain output {{
@@ -344,10 +380,10 @@ INET_CHAINS = f"""
   }}
   chain to_guest {{
     ct state established,related accept
-    udp sport 67 udp dport 68 accept
+    ip daddr 255.255.255.255 udp sport 67 udp dport 68 accept
     udp sport 547 udp dport 546 accept
     icmpv6 type {{ nd-router-advert, nd-neighbor-solicit, nd-neighbor-advert }} accept
-    meta skuid {{ 0, UID }} accept
+    meta skuid 0 accept
     jump owned
   }}
   chain owned {{
@@ -389,8 +425,11 @@ def _merged(*parts: Elements) -> Elements:
 # --- what nftables is told --------------------------------------------------------------------------------------------
 
 
-def everything(state: State) -> str:
-    """Both tables with all that is in them, in place of what they are: one transaction, no packet passes unjudged."""
+def everything(state: State, counts: bool = True) -> str:
+    """Both tables with all that is in them, in place of what they are: one transaction, no packet passes unjudged.
+
+    *counts*: the kernel can count the connections of an address.
+    """
     ports = list(state.ports.values())
     link, host = _ours(state, ports)
     open_link, open_host = _opening_elements(state)
@@ -401,7 +440,8 @@ def everything(state: State) -> str:
     lines += [f"table {BRIDGE} {{", *(f"  limit {tap(port)} {{ {_limit(port)} }}" for port in ports if port.rate)]
     lines += [*_sets(BRIDGE_SETS, _merged(link, open_link)), BRIDGE_CHAINS, "}"]
     lines += [f"table {INET} {{", *_sets(INET_SETS, _merged(host, open_host, confined, _segment_elements(state)))]
-    lines += [INET_CHAINS.replace("UID", str(int(state.uid))), *_masquerade(state), "}"]
+    counted = COUNTED if counts else ("", "")
+    lines += [counted[0], INET_CHAINS.replace("COUNTED", counted[1]), *_masquerade(state), "}"]
     return "\n".join(lines) + "\n"
 
 

@@ -2,7 +2,7 @@
 
 One broker at a time: a new connection takes the place of the old one. It begins by naming what there is to be (`settings`,
 `segment`, `port`, `open` without effect), and `settle` makes it so; from then on every message changes the kernel. Answers come
-in the order of the requests, except that `dial` waits for nobody and nobody for it.
+in the order of the requests.
 Runs in: tapnet. Touches its socket.
 """
 
@@ -18,26 +18,12 @@ from time import monotonic
 
 from vmshell import wire
 from vmshell.errors import Internal, ProtocolError, VmshellError, safe
-from vmshell.messages import (
-    Dial,
-    Health,
-    Open,
-    Opening,
-    Port,
-    Segment,
-    Settings,
-    Settle,
-    ToTapnet,
-    Unplug,
-    parse_to_tapnet,
-    request_id,
-)
+from vmshell.messages import Health, Open, Opening, Port, Segment, Settings, Settle, ToTapnet, Unplug, parse_to_tapnet, request_id
 
-from .checks import check_port, check_settings
-from .dial import Dials
+from .checks import check_port, check_segment, check_settings
 from .features import Features
 from .network import Answer, Network
-from .state import State, key
+from .state import State, key, tap
 
 IN, OUT = selectors.EVENT_READ, selectors.EVENT_WRITE
 BATCH = 1024  # requests carried out as one
@@ -57,10 +43,10 @@ class Service:
         self._naming: State | None = None
         self._answers: deque[tuple[dict[str, object], int]] = deque()
         self._selector = selectors.DefaultSelector()
-        self._dials = Dials(self._selector, self._answer)
         listener.setblocking(False)
         self._selector.register(listener, IN, self._on_connect)
-        self._selector.register(network.watch, IN, self._check)
+        for notices in (network.watch, network.departures):
+            self._selector.register(notices, IN, self._check)
 
     def add(self, sock: socket.socket, call: Callable[[], None]) -> None:
         self._selector.register(sock, IN, call)
@@ -69,10 +55,9 @@ class Service:
         """Serve until `stopping` is set."""
         checked = 0.0
         while not self.stopping:
-            for ready, _ in self._selector.select(0.1 if self._dials.waiting else CHECK_SECONDS):
-                if ready.fileobj in self._selector.get_map():  # an earlier one of this round may have ended it
+            for ready, _ in self._selector.select(CHECK_SECONDS):
+                if self._selector.get_map().get(ready.fd) == ready:  # an earlier one of this round may have ended it
                     self._contained(ready.data)
-            self._dials.expire()
             if monotonic() - checked >= CHECK_SECONDS:
                 checked = monotonic()
                 self._contained(self._check)
@@ -90,19 +75,17 @@ class Service:
             if call == self._on_broker:
                 self._hang_up()
 
-    # --- the filter ---
+    # --- the filter, and what it stands on ---
 
     def _check(self) -> None:
         network = self._network
         touched = network.watch.disturbed()
-        if network.state.settings is None or not (touched or network.failing):
-            return
         if touched:
             report("somebody else has changed our nftables tables; loading them again")
-        before = network.failing
-        network.restore(touched)
-        if network.failing != before:
-            report(network.failing or "the tables are loaded again")
+        before = network.problems
+        network.look_after(touched)
+        if network.problems != before:
+            report("; ".join(network.problems) or "everything is as it should be again")
 
     # --- the connection ---
 
@@ -114,7 +97,7 @@ class Service:
             return
         self._hang_up()
         sock.setblocking(False)
-        self._broker, self._naming = sock, State(uid=os.geteuid())
+        self._broker, self._naming = sock, State()
         self._selector.register(sock, IN, self._on_broker)
 
     def _hang_up(self) -> None:
@@ -127,7 +110,6 @@ class Service:
         for _, fd in self._answers:
             _close(fd)
         self._answers.clear()
-        self._dials.clear()
 
     def _on_broker(self) -> None:
         self._flush()
@@ -169,8 +151,6 @@ class Service:
                 batch = []
             if changes:
                 batch.append((ident, message))
-            elif isinstance(message, Dial):
-                self._dials.start(ident, message, self._network.has_address(message.address))
             else:
                 self._single(ident, message)
         if batch:
@@ -206,31 +186,39 @@ class Service:
             check_settings(message)
             state.settings = message
         elif isinstance(message, Segment):
-            self._network.check_segment(message)
+            check_segment(message)
             state.segments[message.segment] = message
         elif isinstance(message, Port):
             if message.create:
                 raise ProtocolError(problem="nothing is made before `settle`")
+            state.refused.add(tap(message))
             check_port(message, state)
             self._network.require(message)
+            state.refused.discard(tap(message))
             state.ports[key(message)] = message
         elif isinstance(message, Open):
             state.openings[key(message)] = [Opening.from_body(item) for item in message.openings]
         elif isinstance(message, Unplug):
             state.ports.pop(key(message), None)
             state.openings.pop(key(message), None)
+            state.refused.discard(tap(message))
 
     def _settle(self) -> None:
-        if self._naming is None:
-            return  # it is settled
-        if self._naming.settings is None:
+        wanted = self._naming
+        if wanted is None:
+            self._network.reconcile()
+            return
+        if wanted.settings is None:
             raise ProtocolError(problem="`settings` come first")
-        self._network.settle(self._naming)
+        # Settled it is even if something cannot be made so: that is tried again, and hinders nobody else.
         self._naming = None
+        self._network.settle(wanted)
 
     def _health(self) -> dict[str, object]:
-        problems = [*self._features.problems, *([self._network.failing] if self._network.failing else [])]
-        return {"features": dict(self._features.found), "problems": problems}
+        if self._features.problems:
+            self._features.probe(self._network.links, self._network.nft)  # perhaps they are gone
+        problems = dict.fromkeys((*self._features.problems, *self._network.problems))
+        return {"features": dict(self._features.found), "problems": list(problems)}
 
     # --- answers ---
 

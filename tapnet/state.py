@@ -21,18 +21,23 @@ class State:
     segments: dict[int, Segment] = field(default_factory=dict)
     ports: dict[Key, Port] = field(default_factory=dict)
     openings: dict[Key, list[Opening]] = field(default_factory=dict)
-    uid: int = 0  # as whom tapnet itself runs
+    refused: set[str] = field(default_factory=set)  # taps named for ports that we could not take: somebody's, no orphans
 
     def copy(self) -> State:
         """Another one that can be changed without this; the messages in it are shared and never changed."""
-        return State(self.settings, dict(self.segments), dict(self.ports), dict(self.openings), self.uid)
+        openings, refused = dict(self.openings), set(self.refused)
+        return State(self.settings, dict(self.segments), dict(self.ports), openings, refused)
+
+    def used(self) -> set[int]:
+        """The segments that a port is on."""
+        return {port.segment for port in self.ports.values()}
 
 
 def key(message: Port | Open | Unplug) -> Key:
     return message.number, message.nic
 
 
-def tap(port: Port) -> str:
+def tap(port: Port | Open | Unplug) -> str:
     """The name of a port's tap."""
     return tap_name(port.number, port.nic)
 

@@ -47,6 +47,12 @@ def no_ipv6(name: str) -> None:
         write(f"ipv6/conf/{name}/disable_ipv6", "1")
 
 
+def tap(name: str) -> None:
+    """The host says nothing on a tap, should it ever be outside of a bridge. Before it is up."""
+    write(f"ipv4/conf/{name}/arp_ignore", "8")
+    no_ipv6(name)
+
+
 def bridge(name: str, router4: bool, router6: bool) -> None:
     """What a bridge of ours may and may not, before it is up."""
     for key, value in BRIDGE4.items():

@@ -1,7 +1,7 @@
-"""Has somebody else changed our tables (`nft flush ruleset`)? The kernel says so at once, and we notice if we missed it.
+"""Has somebody else changed our tables (`nft flush ruleset`), or taken away what taps are in? The kernel says so at once.
 
-Every transaction has a number, one more than the last. Those of ours we know; one that is not ours and names our tables is
-somebody else's. A transaction whose notice never came (the socket's buffer was full) leaves a gap in the numbers.
+Every transaction of nftables has a number, one more than the last. Those of ours we know; one that is not ours and names our
+tables is somebody else's. A transaction whose notice never came (the socket's buffer was full) leaves a gap in the numbers.
 Runs in: tapnet.
 """
 
@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Callable
 
-from .netlink import Channel, attribute, attributes, message, split
+from .netlink import DUMP, Channel, attribute, attributes, message, split
 
 TABLE = b"vmshell\0"
 
 _NETFILTER, _SOL_NETLINK, _ADD_MEMBERSHIP = 12, 270, 1
 _GROUP = 7  # NFNLGRP_NFTABLES
-_GETTABLE, _NEWGEN, _GETGEN = 10 << 8 | 1, 10 << 8 | 15, 10 << 8 | 16
+_GETRULE, _NEWGEN, _GETGEN = 10 << 8 | 7, 10 << 8 | 15, 10 << 8 | 16
 _FAMILIES = (7, 1)  # bridge, inet
 _GEN_ID = 1
 _TABLE_NAME = 1  # the same number in messages about tables, chains, rules, sets, elements and objects
 _HEADER = 4  # struct nfgenmsg
+_LINKS = 1  # RTMGRP_LINK
+_DELLINK = 17  # RTM_DELLINK; of family bridge when a port leaves one
+_IFINFO, _IFNAME = 16, 3  # struct ifinfomsg, IFLA_IFNAME
 
 
 class Watch:
@@ -46,9 +50,9 @@ class Watch:
         return _number(body)
 
     def has_tables(self) -> bool:
-        """Are both of our tables there?"""
+        """Are both of our tables there, with rules in them?"""
         name = attribute(_TABLE_NAME, TABLE)
-        return all(self._channel.ask(message(_GETTABLE, 0, bytes([family, 0, 0, 0]) + name)) for family in _FAMILIES)
+        return all(self._channel.count(message(_GETRULE, DUMP, bytes([family, 0, 0, 0]) + name)) for family in _FAMILIES)
 
     def own(self, before: int) -> None:
         """A transaction of ours has been made since number *before*. With another one beside it we cannot tell which is whose."""
@@ -85,6 +89,35 @@ class Watch:
                 self._seen = _number(body)
                 foreign = foreign or (self._touched and self._seen not in self._own)
                 self._touched = False
+
+
+class Departures:
+    """Interfaces that have gone, or have left their bridge. `fileno()` is readable when there may be any."""
+
+    def __init__(self) -> None:
+        self._notices = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+        self._notices.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        self._notices.bind((0, _LINKS))
+        self._notices.setblocking(False)
+
+    def fileno(self) -> int:
+        return self._notices.fileno()
+
+    def any(self, wanted: Callable[[str], bool]) -> bool:
+        """Is any of those since the last look *wanted*, by its name? Also if notices were lost."""
+        names, lost = set(), False
+        while True:
+            try:
+                data = self._notices.recv(1 << 16)
+            except BlockingIOError:
+                break
+            except OSError:  # ENOBUFS
+                lost = True
+                continue
+            for kind, _, body in split(data):
+                if kind == _DELLINK:
+                    names.add(attributes(body[_IFINFO:]).get(_IFNAME, b"").rstrip(b"\0").decode("ascii", "replace"))
+        return lost or any(map(wanted, names))
 
 
 def _number(body: bytes) -> int:

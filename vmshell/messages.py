@@ -437,7 +437,7 @@ class NetHealth(Request):
 
 
 class Connect(VmRequest):
-    """The reply brings a TCP connection to `port` of the guest."""
+    """The reply says at which `address` and `port` of this host's network the guest's `port` is reached."""
 
     verb = "connect"
     port: int = field(integer(1, 65535))
@@ -680,14 +680,6 @@ class Settle(ToTapnet):
     verb = "settle"
 
 
-class Dial(ToTapnet):
-    """The reply brings a TCP connection to `port` of the guest's `address`."""
-
-    verb = "dial"
-    address: str = field(address)
-    port: int = field(integer(1, 65535))
-
-
 class Health(ToTapnet):
     """Replies with `features` (what this kernel has, by name) and `problems` (sentences)."""
 
@@ -695,7 +687,7 @@ class Health(ToTapnet):
 
 
 TO_TAPNET: dict[str, type[ToTapnet]] = {
-    kind.verb: kind for kind in (Settings, Segment, Port, Open, Unplug, Settle, Dial, Health)
+    kind.verb: kind for kind in (Settings, Segment, Port, Open, Unplug, Settle, Health)
 }
 
 

@@ -28,7 +28,8 @@ INTERFACE_CHARS = LETTERS | DIGITS | frozenset("._-")
 INTERFACE_MAX = 15
 INTERFACE_RULE = f"a network interface's name is 1 to {INTERFACE_MAX} letters, digits and . _ -, starting with a letter or digit"
 
-NUMBER_MAX = 0xFFFFFF  # a VM's number has 24 bits: six hex digits in tap names, three octets in MACs
+# A VM's number has six hex digits in tap names, three octets in MACs; from 0xb00000 on taps would be called like bridges.
+NUMBER_MAX = 0xAFFFFF
 
 MIB = 1 << 20
 # What QEMU ships; its -k also opens a path, so only these ever reach it.

@@ -40,7 +40,7 @@ from tests.frames import (
     tcp,
     udp,
 )
-from tests.process.tapnets import SETTINGS, VNET_HEADER, Namespace, Tapnet, mac, unable
+from tests.process.tapnets import SETTINGS, Namespace, Tapnet, mac, unable
 from vmshell.messages import Open, Port, Segment, Settings
 from vmshell.names import bridge_name, tap_name
 
@@ -73,10 +73,10 @@ class World:
 
     def send(self, number: int, *frames: bytes) -> None:
         for frame in frames:
-            os.write(self.taps[number], VNET_HEADER + frame)
+            os.write(self.taps[number], frame)
 
     def received(self, number: int, seconds: float = 0.15) -> list[bytes]:
-        return list(frames_from(lambda: os.read(self.taps[number], 1 << 16)[len(VNET_HEADER) :], self.taps[number], seconds))
+        return list(frames_from(lambda: os.read(self.taps[number], 1 << 16), self.taps[number], seconds))
 
     def gateway_mac(self, segment: int) -> str:
         return self.space.run("cat", f"/sys/class/net/{bridge_name(segment)}/address").strip()

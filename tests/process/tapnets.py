@@ -23,7 +23,7 @@ from vmshell.messages import Port, Segment, Settings, Settle, ToTapnet
 
 PATIENCE = 60.0
 SETTINGS = Settings(pool4="10.77.0.0/16", pool6="fd77::/48")
-VNET_HEADER = bytes(10)  # as QEMU sends it when it offloads nothing
+
 COUNTER = itertools.count()
 
 
@@ -195,7 +195,7 @@ def datagram(sender: int, receiver: int, payload: bytes, dport: int = 7777) -> b
     total = (total & 0xFFFF) + (total >> 16)
     header = header[:10] + struct.pack("!H", ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF) + header[12:]
     ethernet = bytes.fromhex((mac(receiver) + mac(sender)).replace(":", "")) + b"\x08\x00"
-    return VNET_HEADER + ethernet + header + udp
+    return ethernet + header + udp
 
 
 def payloads(fd: int, seconds: float, wanted: Callable[[], bool] = lambda: False) -> Iterator[bytes]:
@@ -203,7 +203,7 @@ def payloads(fd: int, seconds: float, wanted: Callable[[], bool] = lambda: False
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0 and not wanted():
         if select.select([fd], [], [], min(left, 0.05))[0]:
-            frame = os.read(fd, 1 << 16)[len(VNET_HEADER) :]
+            frame = os.read(fd, 1 << 16)
             if frame[12:14] == b"\x08\x00" and frame[23] == 17 and frame[36:38] == struct.pack("!H", 7777):
                 yield frame[42:]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.frames import BROADCAST, ethernet, icmp6, ip4, ip6, udp
-from tests.process.tapnets import VNET_HEADER, Namespace, Tapnet, mac, segment, unable
+from tests.process.tapnets import Namespace, Tapnet, mac, segment, unable
 from vmshell.broker.cards import cards_of
 from vmshell.broker.context import Context
 from vmshell.broker.host import Host
@@ -81,9 +81,9 @@ class Net:
         """Send *frame* again and again until something *wanted* comes; empty if nothing does."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            os.write(self.tap, VNET_HEADER + frame)
+            os.write(self.tap, frame)
             while select.select([self.tap], [], [], 0.5)[0]:
-                got = os.read(self.tap, 1 << 16)[len(VNET_HEADER) :]
+                got = os.read(self.tap, 1 << 16)
                 if wanted(got):
                     return got
         return b""

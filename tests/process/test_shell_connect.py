@@ -1,4 +1,4 @@
-"""`connect`: a real TCP connection handed over by a fake broker, bytes both ways, ends, breaks and slow sides."""
+"""`connect`: a real TCP connection to where a fake broker says, bytes both ways, ends, breaks and slow sides."""
 
 from __future__ import annotations
 
@@ -33,10 +33,9 @@ class Guest:
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
-    def answer(self, body: dict[str, object]) -> tuple[dict[str, object], int]:
-        """As the broker hands it over; it keeps no copy."""
-        sock = socket.create_connection(self._listener.getsockname())
-        return {"name": body["vm"], "address": "127.0.0.1", "port": body["port"]}, sock.detach()
+    def answer(self, body: dict[str, object]) -> dict[str, object]:
+        address, port = self._listener.getsockname()
+        return {"name": body["vm"], "address": address, "port": port}
 
     def done(self) -> None:
         self._thread.join(LONG)
@@ -218,8 +217,16 @@ def test_what_the_broker_refuses(broker: FakeBroker, short_tmp: Path) -> None:
         broker.answers["connect"] = error
         done = run(short_tmp, broker.layout, "connect", "web1:22", input=b"x")
         assert (done.returncode, done.stdout) == (status, b"") and error.sentence().encode() in done.stderr
-    broker.answers["connect"] = {"name": "web1"}  # and no descriptor
+    broker.answers["connect"] = {"name": "web1"}  # and no address
     assert run(short_tmp, broker.layout, "connect", "web1:22").returncode == 70
+
+
+def test_a_guest_that_does_not_listen(broker: FakeBroker, short_tmp: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address, port = closed.getsockname()
+    broker.answers["connect"] = {"name": "web1", "address": address, "port": port}
+    done = run(short_tmp, broker.layout, "connect", "web1:22")
+    assert done.returncode == 4 and b"web1 cannot be reached: connection refused" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .. import wire
 from ..errors import BadValue, NetworkFailed, TapnetDown, VmshellError
-from ..messages import OPENINGS_MAX, Dial, Health, Open, Settings, Settle, Unplug
+from ..messages import OPENINGS_MAX, Health, Open, Settings, Settle, Unplug
 from . import passt
 from .cards import ADDRESSED, WITH_TAP, cards_of, port_message, restored, saved, segment_message
 from .journal import note
@@ -153,14 +153,6 @@ class Networks:
     def plugged(self, vm: Vm) -> list[Card]:
         """The cards that are plugged in."""
         return self._plugged.get(vm.number, (vm, []))[1]
-
-    def dial(self, address: str, port: int, done: Callable[[VmshellError | None, int], None]) -> None:
-        """Connect to a guest; `done(error, fd)`, the descriptor valid during the call."""
-
-        def answered(error: VmshellError | None, packet: wire.Packet) -> None:
-            done(error, packet.fds[0] if packet.fds else -1)
-
-        self._tapnet.request(Dial(address=address, port=port), answered)
 
     def health(self, done: Callable[[VmshellError | None, dict[str, object]], None]) -> None:
         self._tapnet.request(Health(), lambda error, packet: done(error, packet.body.get("ok", {})))  # type: ignore[arg-type]

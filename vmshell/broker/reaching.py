@@ -1,11 +1,10 @@
-"""The verbs about networks: which there are, a VM's cards with their figures, a connection to a guest, the key its sshd showed.
+"""The verbs about networks: which there are, a VM's cards with their figures, where a guest's port is, the key its sshd showed.
 
 Runs in: the broker.
 """
 
 from __future__ import annotations
 
-import socket
 from typing import TYPE_CHECKING
 
 from ..errors import BadValue, NotAllowed, NotConnected, VmshellError, WrongState
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 FIGURES = ("rx_bytes", "tx_bytes", "rx_packets", "tx_packets")
 HOST_KEY_CHARS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+/=-@. ")
 HOST_KEYS_MAX, HOST_KEY_MAX = 8, 1200  # characters: RSA with 8,192 bits has 1,100
-DIAL_TIMEOUT = 5.0  # seconds
 
 
 def handle_networks(context: Context, call: Call, request: Networks) -> None:
@@ -120,49 +118,28 @@ def handle_net_health(context: Context, call: Call, request: NetHealth) -> None:
 
 
 def handle_connect(context: Context, call: Call, request: Connect, vm: Vm) -> None:
-    """Reply with a TCP connection to the guest. Somebody else makes it: no byte of a guest ever comes here."""
+    """Say where the guest's port is. The peer connects by itself: what it may reach is decided by whose socket it is."""
     if vm.state not in (RUNNING, PAUSED):
         raise WrongState(vm=vm.ref, state=vm.state, verb="connect", needed="running")
     if context.layout.embedded:
-        _connect_by_forward(call, vm, request.port)
-        return
-    address = address_of(context, vm)
+        address, port = "127.0.0.1", _forwarded(vm, request.port)
+    else:
+        address, port = address_of(context, vm), request.port
     if not address:
         raise NotConnected(vm=vm.ref, problem="it has no card on a network with addresses")
-
-    def dialled(error: VmshellError | None, fd: int) -> None:
-        if error:
-            call.fail(error if error.code != NotConnected.code else NotConnected(vm=vm.ref, problem=_problem(error)))
-        else:
-            by_user(call.peer.uid, "connect", number=vm.number, owner=vm.owner, vm=vm.name, port=request.port)
-            call.reply({"name": vm.ref, "address": address, "port": request.port}, fd)
-
-    context.networks.dial(address, request.port, dialled)
+    by_user(call.peer.uid, "connect", number=vm.number, owner=vm.owner, vm=vm.name, port=request.port)
+    call.reply({"name": vm.ref, "address": address, "port": port})
 
 
-def _problem(error: VmshellError) -> str:
-    """What tapnet found, without the address that it calls the VM by."""
-    return error.sentence().partition(": ")[2]
-
-
-def _connect_by_forward(call: Call, vm: Vm, port: int) -> None:
-    """In session mode a guest is reached by the ports of ours that lead to it."""
+def _forwarded(vm: Vm, port: int) -> int:
+    """In session mode a guest is reached by the ports of ours that lead to it; which of them leads to *port*?"""
     nics = (vm.booted or vm.definition).nics
     forward = next((item for nic in nics for item in nic.forward if (item.proto, item.guest) == ("tcp", port)), None)
     if forward is None:
         free = port if port >= 10_000 else port + 10_000
         problem = f"no port leads there: set {vm.name} net0.forward=tcp:{free}:{port}, then boot it again"
         raise NotConnected(vm=vm.ref, problem=problem)
-    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    with sock:
-        sock.settimeout(DIAL_TIMEOUT)  # our own loopback answers or refuses at once
-        try:
-            sock.connect(("127.0.0.1", forward.host))
-        except OSError as exc:
-            problem = f"port {forward.host} of the host, which leads there, does not answer ({exc.strerror})"
-            raise NotConnected(vm=vm.ref, problem=problem) from exc
-        sock.setblocking(True)
-        call.reply({"name": vm.ref, "address": "127.0.0.1", "port": forward.host}, sock.fileno())
+    return forward.host
 
 
 # --- host keys --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The verbs about networks: which there are, a VM's cards and what they carry, what is published, and bytes to a guest's port.
 
-Runs in: the shell. Touches standard input and output, and the descriptor that comes with `connect`'s answer.
+Runs in: the shell. Touches standard input and output; connects to the user's own guests.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from .checks import split_grantee, split_place, split_port
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
+
     from .context import Context
     from .grammar import Values
     from .show import Row
 
+DIAL_SECONDS = 5.0
 PACE = 1.0  # seconds between two lines of --follow
 
 
@@ -184,8 +187,6 @@ def _message(vm: str, port: str, to: str | None, *, remove: bool) -> messages.Pu
 
 def connect(context: Context, values: Values) -> int:
     """Standard input and output and a TCP connection to a guest, until the guest closes. Nothing of ours goes in between."""
-    import socket
-
     from . import pump
 
     vm, port = split_place(values.text("place"))
@@ -195,13 +196,11 @@ def connect(context: Context, values: Values) -> int:
         raise Usage(problem=problem, usage="connect NAME:PORT")
     must_own_stdin(context, "connect")
     # No progress line: standard error belongs to whoever uses this as a ProxyCommand.
-    _, fd = context.broker.call(messages.Connect(vm=vm, port=port or given))
-    if fd is None:
-        raise ProtocolError(problem="it should bring a connection and brings none")
+    answer, _ = context.broker.call(messages.Connect(vm=vm, port=port or given))
     terminal = context.terminal
     terminal.cooked()
     try:
-        with socket.socket(fileno=fd) as sock:
+        with _dial(vm, answer.get("address"), answer.get("port")) as sock:
             pump.run(terminal, sock, context.take_typed_ahead())
     except BrokenPipeError:
         raise
@@ -212,6 +211,21 @@ def connect(context: Context, values: Values) -> int:
         if context.interactive:
             terminal.quiet()
     return EX_DONE
+
+
+def _dial(vm: str, address: object, port: object) -> socket.socket:
+    """A connection to a guest, in our user's name: the host's filter lets it reach own VMs only."""
+    import socket
+
+    if not isinstance(address, str) or not isinstance(port, int):
+        raise ProtocolError(problem="it should say where the guest is and does not")
+    try:
+        sock = socket.create_connection((address, port), DIAL_SECONDS)
+    except OSError as error:
+        problem = f"no answer within {DIAL_SECONDS:.0f} s" if isinstance(error, TimeoutError) else error.strerror or str(error)
+        raise NotConnected(vm=vm, problem=problem[:1].lower() + problem[1:]) from error
+    sock.settimeout(None)
+    return sock
 
 
 def must_own_stdin(context: Context, verb: str) -> None:
