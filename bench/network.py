@@ -75,9 +75,11 @@ def _other(folder: Path, ports: list[Port]) -> float:
     lines += [f"address add 10.77.0.1/20 dev {bridge}", f"link set {bridge} up"]
     for port in ports:
         name = tap(port)
-        lines += [f"tuntap add dev {name} mode tap vnet_hdr", f"link set {name} master {bridge}"]
+        lines += [f"tuntap add dev {name} mode tap", f"link set {name} master {bridge}"]
         lines += [f"link set {name} type bridge_slave isolated on learning off flood off guard on", f"link set {name} up"]
-    state = State(SETTINGS, {1: segment(gateway4="10.77.0.1/20")}, {(port.number, port.nic): port for port in ports})
+    state = State(
+        SETTINGS, segments={1: segment(gateway4="10.77.0.1/20")}, ports={(port.number, port.nic): port for port in ports}
+    )
     (folder / "links").write_text("\n".join(lines) + "\n", encoding="ascii")
     (folder / "filter").write_text(rules.everything(state), encoding="ascii")
     (folder / "tables").write_text(rules.everything(State(SETTINGS)), encoding="ascii")

@@ -49,7 +49,7 @@ class Features:
         segment = Segment(segment=_NUMBER, gateway4="10.255.255.1/24", gateway6="fd00:ff:ff:ff::1/64", outside="internet")
         port = Port(**{**vars(_SAMPLE), "address4": "10.255.255.2", "address6": "fd00:ff:ff:ff::2"})
         settings = Settings(pool4="10.255.0.0/16", pool6="fd00:ff:ff::/48")
-        state = State(settings, {_NUMBER: segment}, {(_NUMBER, 15): port})
+        state = State(settings, segments={_NUMBER: segment}, ports={(_NUMBER, 15): port})
         try:
             nft.run(rules.everything(state, counts=False), check=True)
         except VmshellError as error:

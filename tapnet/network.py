@@ -11,7 +11,7 @@ import os
 from time import monotonic
 
 from vmshell.errors import NetworkFailed, VmshellError
-from vmshell.messages import Open, Opening, Port, Segment, Settings, ToTapnet, Unplug
+from vmshell.messages import Confine, Open, Opening, Port, Segment, Settings, ToTapnet, Unplug
 
 from . import rules, sysctl, taps
 from .checks import check_port, check_segment, check_settings, is_our_tap, orphans
@@ -206,7 +206,9 @@ class Network:
         if isinstance(message, Settings):
             check_settings(message)
             plan.everything = plan.everything or not same(state.settings, message)
-            state.settings = message
+            state.settings, state.confined = message, frozenset(message.confined)
+        elif isinstance(message, Confine):
+            state.confined |= set(message.uids)
         elif isinstance(message, Segment):
             if not same(state.segments.get(message.segment), message):
                 self.check_segment(message)
@@ -259,6 +261,7 @@ class Network:
         elements = rules.removing(self.state, before) if before else ""
         elements += rules.adding(plan.state, [*created, *changed]) if created or changed else ""
         elements += rules.opening(plan.state) if plan.openings else ""
+        plan.everything = plan.everything or plan.state.confined != self.state.confined
         if self.failing:
             pass  # when they can be loaded again, it is from the state
         elif plan.everything:

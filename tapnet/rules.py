@@ -433,7 +433,7 @@ def everything(state: State, counts: bool = True) -> str:
     ports = list(state.ports.values())
     link, host = _ours(state, ports)
     open_link, open_host = _opening_elements(state)
-    confined = {"confined": [str(int(uid)) for uid in state.settings.confined]} if state.settings else {}
+    confined = {"confined": [str(int(uid)) for uid in sorted(state.confined)]}
     lines = []
     for table in TABLES:
         lines += [f"add table {table}", f"delete table {table}"]

@@ -18,7 +18,20 @@ from time import monotonic
 
 from vmshell import wire
 from vmshell.errors import Internal, ProtocolError, VmshellError, safe
-from vmshell.messages import Health, Open, Opening, Port, Segment, Settings, Settle, ToTapnet, Unplug, parse_to_tapnet, request_id
+from vmshell.messages import (
+    Confine,
+    Health,
+    Open,
+    Opening,
+    Port,
+    Segment,
+    Settings,
+    Settle,
+    ToTapnet,
+    Unplug,
+    parse_to_tapnet,
+    request_id,
+)
 
 from .checks import check_port, check_segment, check_settings
 from .features import Features
@@ -26,6 +39,7 @@ from .network import Answer, Network
 from .state import State, key, tap
 
 IN, OUT = selectors.EVENT_READ, selectors.EVENT_WRITE
+CHANGES = (Settings, Confine, Segment, Port, Open, Unplug)
 BATCH = 1024  # requests carried out as one
 UNREAD = 4096  # answers that wait for a broker that does not read; then it is not read from either
 CHECK_SECONDS = 1.0
@@ -144,7 +158,7 @@ class Service:
         """Answer *requests* in order; those that change something and follow each other are one batch."""
         batch: list[tuple[int, ToTapnet]] = []
         for ident, message in requests:
-            changes = self._naming is None and isinstance(message, (Settings, Segment, Port, Open, Unplug))
+            changes = self._naming is None and isinstance(message, CHANGES)
             # Removals by themselves: what is removed and made again in one breath has to be gone in between.
             if batch and (not changes or isinstance(message, Unplug) != isinstance(batch[0][1], Unplug)):
                 self._change(batch)
@@ -184,7 +198,9 @@ class Service:
     def _name(self, state: State, message: ToTapnet) -> None:
         if isinstance(message, Settings):
             check_settings(message)
-            state.settings = message
+            state.settings, state.confined = message, frozenset(message.confined)
+        elif isinstance(message, Confine):
+            state.confined |= set(message.uids)
         elif isinstance(message, Segment):
             check_segment(message)
             state.segments[message.segment] = message

@@ -18,6 +18,7 @@ class State:
     """All of it. `segments` by number, `ports` and `openings` by the VM's number and the card's."""
 
     settings: Settings | None = None
+    confined: frozenset[int] = frozenset()
     segments: dict[int, Segment] = field(default_factory=dict)
     ports: dict[Key, Port] = field(default_factory=dict)
     openings: dict[Key, list[Opening]] = field(default_factory=dict)
@@ -26,7 +27,7 @@ class State:
     def copy(self) -> State:
         """Another one that can be changed without this; the messages in it are shared and never changed."""
         openings, refused = dict(self.openings), set(self.refused)
-        return State(self.settings, dict(self.segments), dict(self.ports), openings, refused)
+        return State(self.settings, self.confined, dict(self.segments), dict(self.ports), openings, refused)
 
     def used(self) -> set[int]:
         """The segments that a port is on."""

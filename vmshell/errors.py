@@ -442,8 +442,16 @@ class NotConnected(VmshellError):
     hint = "`net NAME` shows its cards and addresses"
 
 
+class TooOften(VmshellError):
+    """{what} came more often than {limit} times a minute"""
+
+    code = "too-often"
+    exit_status = EX_LIMIT
+    hint = "try again in a moment"
+
+
 class PortTaken(VmshellError):
-    """port {port} of the host already leads elsewhere"""
+    """port {port} of the host is taken"""
 
     code = "port-taken"
     exit_status = EX_STATE

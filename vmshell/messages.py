@@ -431,9 +431,13 @@ class Net(VmRequest):
 
 
 class NetHealth(Request):
-    """What the host's network can do, and what is wrong with it (administrators)."""
+    """What the host's network can do, and what is wrong with it (administrators); with `repair` put right as far as can be.
+
+    In any case the broker looks again at who is in which group.
+    """
 
     verb = "net-health"
+    repair: bool = field(boolean, default=False)
 
 
 class Connect(VmRequest):
@@ -619,6 +623,13 @@ class Settings(ToTapnet):
     confined: list[int] = field(numbers, default=[])
 
 
+class Confine(ToTapnet):
+    """More confined uids than `settings` had room for."""
+
+    verb = "confine"
+    uids: list[int] = field(numbers, default=[])
+
+
 class Segment(ToTapnet):
     """A bridge: ours, with the gateway's addresses on it, or with `bridge` one that the host has.
 
@@ -687,7 +698,7 @@ class Health(ToTapnet):
 
 
 TO_TAPNET: dict[str, type[ToTapnet]] = {
-    kind.verb: kind for kind in (Settings, Segment, Port, Open, Unplug, Settle, Health)
+    kind.verb: kind for kind in (Settings, Confine, Segment, Port, Open, Unplug, Settle, Health)
 }
 
 

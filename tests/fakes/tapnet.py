@@ -21,6 +21,7 @@ class Tapnet:
         self.seen: list[dict[str, Any]] = []
         self.connections = 0
         self.refuse_nic = -1
+        self.refuse_verb = ""
         self.silent = False
         self._thread = threading.Thread(target=self._serve, daemon=True)
 
@@ -58,7 +59,10 @@ class Tapnet:
             self.connections += 1
             with self._sock as sock:
                 while packet := self._next(sock):
-                    self._answer(sock, packet.body)
+                    try:
+                        self._answer(sock, packet.body)
+                    except OSError:
+                        break  # the broker is gone
 
     def _next(self, sock: socket.socket) -> wire.Packet | None:
         try:
@@ -72,6 +76,8 @@ class Tapnet:
             return
         if body.get("create") and body["nic"] == self.refuse_nic:
             wire.send(sock, {"id": body["id"], "error": NetworkFailed(problem="it is that card").to_wire()})
+        elif body["verb"] == self.refuse_verb:
+            wire.send(sock, {"id": body["id"], "error": NetworkFailed(problem="it is that verb").to_wire()})
         elif body.get("create"):
             fd = os.open(os.devnull, os.O_RDWR)
             wire.send(sock, {"id": body["id"], "ok": {}}, (fd,))

@@ -13,13 +13,14 @@ import pytest
 
 from tests.fakes.tapnet import Tapnet
 from vmshell.broker import networks as networks_module
+from vmshell.broker import upkeep
 from vmshell.broker.addresses import WITHOUT_SUBNET, Addresses
-from vmshell.broker.cards import cards_of, port_message, segment_message
+from vmshell.broker.cards import Card, cards_of, known_cards, port_message, segment_message
 from vmshell.broker.context import Context
 from vmshell.broker.host import Host
 from vmshell.broker.loop import Loop
 from vmshell.broker.objects import Store
-from vmshell.broker.publishing import Published, openings
+from vmshell.broker.publishing import Published, Running, openings
 from vmshell.broker.resolving import configuration, entries
 from vmshell.broker.vms import Vm
 from vmshell.errors import NetworkFailed, NoAddress, StorageFailed, VmshellError
@@ -28,8 +29,12 @@ from vmshell.messages import OPENINGS_MAX
 from vmshell.model.addressing import Plan
 from vmshell.model.definition import Definition, Nic
 from vmshell.model.policy import parse
+from vmshell.names import bridge_name
 
+ALICE, BOB = (1001, "alice"), (1002, "bob")
 POLICY = """
+[defaults]
+forward_ports = "2000-8999"
 [networks.lan]
 kind = "shared"
 isolated = true
@@ -97,33 +102,60 @@ def machine(context: Context, number: int, owner: str, *nics: Nic) -> Vm:
 def test_an_address_is_for_good(tmp_path: Path) -> None:
     path, plan = str(tmp_path / "addresses.json"), Plan("10.77.0.0/16", "", 24)
     first = Addresses(path, plan)
-    alice, bob = first.segment("users", 1001, subnet=True), first.segment("users", 1002, subnet=True)
+    alice, bob = first.segment("users", ALICE, subnet=True), first.segment("users", BOB, subnet=True)
     assert alice != bob
     hosts = [first.host("users", alice, number, 0) for number in (1, 2, 3)]
     assert len(set(hosts)) == 3
     again = Addresses(path, plan)
     again.load()
-    assert again.segment("users", 1001, subnet=True) == alice
+    assert again.segment("users", ALICE, subnet=True) == alice
     assert [again.host("users", alice, number, 0) for number in (1, 2, 3)] == hosts
     again.release(2)
-    assert again.host("users", alice, 9, 0) == hosts[1], "what was given back is there for others"
     assert again.host("users", alice, 3, 0) == hosts[2]
+
+
+def test_what_is_given_back_rests_and_then_is_there_for_others(tmp_path: Path) -> None:
+    addresses = Addresses(str(tmp_path / "a.json"), Plan("10.77.0.0/24", "", 29))
+    segment = addresses.segment("users", ALICE, subnet=True)
+    hosts = [addresses.host("users", segment, number, 0) for number in (1, 2)]
+    addresses.release(2)
+    assert addresses.host("users", segment, 3, 0) not in hosts
+    given = [addresses.host("users", segment, number, 0) for number in range(4, 4 + addresses.plan.hosts - 2)]
+    assert hosts[1] in given and len({*given, hosts[0]}) == addresses.plan.hosts - 1
+
+
+def test_what_cannot_be_written_is_not_believed(tmp_path: Path) -> None:
+    """An address that a broker after us does not know of would be given out twice."""
+    folder = tmp_path / "state"
+    addresses = Addresses(str(folder / "a.json"), Plan("10.77.0.0/16", "", 24))
+    with pytest.raises(StorageFailed):
+        addresses.segment("users", ALICE, subnet=True)
+    assert addresses.known("users", ALICE, subnet=True) is None
+    folder.mkdir()
+    segment = addresses.segment("users", ALICE, subnet=True)
+    addresses.host("users", segment, 1, 0)
+    folder.rename(tmp_path / "away")
+    with pytest.raises(StorageFailed):
+        addresses.host("users", segment, 2, 0)
+    with pytest.raises(StorageFailed):
+        addresses.release(1)
+    assert addresses.known_host(segment, 2, 0) is None and addresses.known_host(segment, 1, 0) is not None
 
 
 def test_a_segment_without_cards_is_given_back(tmp_path: Path) -> None:
     addresses = Addresses(str(tmp_path / "a.json"), Plan("10.77.0.0/16", "", 24))
-    segment = addresses.segment("users", 1001, subnet=True)
+    segment = addresses.segment("users", ALICE, subnet=True)
     addresses.host("users", segment, 1, 0)
     addresses.release(1)
-    assert addresses.known("users", 1001, subnet=True) is None and addresses.private() == {}
+    assert addresses.known("users", ALICE, subnet=True) is None and addresses.private() == {}
 
 
 def test_a_pool_that_is_exhausted_says_so(tmp_path: Path) -> None:
     addresses = Addresses(str(tmp_path / "a.json"), Plan("10.77.0.0/24", "", 29))
-    segments = [addresses.segment("users", uid, subnet=True) for uid in range(32)]
+    segments = [addresses.segment("users", (uid, "x"), subnet=True) for uid in range(32)]
     assert len(set(segments)) == 32
     with pytest.raises(NoAddress, match="32 segments"):
-        addresses.segment("users", 99, subnet=True)
+        addresses.segment("users", (99, "x"), subnet=True)
     assert addresses.segment("office", None, subnet=False) >= WITHOUT_SUBNET, "a bridge without addresses of ours needs none"
     for number in range(1, addresses.plan.hosts + 1):
         addresses.host("users", segments[0], number, 0)
@@ -135,16 +167,16 @@ def test_no_address_is_outside_of_a_pool_that_has_become_another(tmp_path: Path)
     path = str(tmp_path / "a.json")
     wide = Addresses(path, Plan("10.77.0.0/16", "", 24))
     for uid in range(20):
-        wide.host("users", wide.segment("users", uid, subnet=True), uid + 1, 0)
+        wide.host("users", wide.segment("users", (uid, "x"), subnet=True), uid + 1, 0)
     office = wide.segment("office", None, subnet=False)
     for number in range(30, 60):
-        wide.host("users", wide.segment("users", 0, subnet=True), number, 0)
+        wide.host("users", wide.segment("users", (0, "x"), subnet=True), number, 0)
     narrow = Addresses(path, Plan("10.99.0.0/20", "", 28))
     narrow.load()
     with pytest.raises(NoAddress):
         for uid in range(300):
-            assert narrow.segment("users", uid, subnet=True) < narrow.plan.segments
-    small = narrow.segment("users", 0, subnet=True)
+            assert narrow.segment("users", (uid, "x"), subnet=True) < narrow.plan.segments
+    small = narrow.segment("users", (0, "x"), subnet=True)
     assert narrow.known_host(small, 59, 0) is None and narrow.known_host(small, 1, 0) == 2
     with pytest.raises(NoAddress):
         narrow.host("users", small, 59, 0)
@@ -195,20 +227,66 @@ def test_a_network_that_is_gone(context: Context) -> None:
 # --- what is open -----------------------------------------------------------------------------------------------------
 
 
+def ways(context: Context, vm: Vm, card: Card, running: Running) -> set[tuple[object, ...]]:
+    found = openings(context, vm, card, running, context.host.groups_of)
+    return {(way["source"], way["proto"], way["port"], way["host_port"]) for way in found}
+
+
 def test_openings_follow_from_what_is_published(context: Context) -> None:
     alice = machine(context, 1, "alice", Nic())
     bob, dave = machine(context, 2, "bob", Nic()), machine(context, 3, "dave", Nic())
     running = [(vm, cards_of(context, vm, vm.definition, give=True)) for vm in (alice, bob, dave)]
     bridges = {vm.owner: f"vtb{cards[0].segment:06x}" for vm, cards in running}
     card = running[0][1][0]
-    assert openings(context, alice, card, running) == []
+    assert ways(context, alice, card, running) == set()
     alice.published = [Published(80, "tcp", "bob"), Published(53, "udp", "@staff"), Published(22, "tcp", "world", 2222)]
-    found = {(item["source"], item["proto"], item["port"], item["host_port"]) for item in openings(context, alice, card, running)}
-    assert found == {
+    assert ways(context, alice, card, running) == {
         (bridges["bob"], "tcp", 80, 0),
         (bridges["bob"], "udp", 53, 0),
         (bridges["dave"], "udp", 53, 0),
         ("", "tcp", 22, 2222),
+    }
+
+
+def test_what_the_policy_no_longer_grants_is_closed(context: Context) -> None:
+    alice, bob = machine(context, 1, "alice", Nic()), machine(context, 2, "bob", Nic())
+    running = [(vm, cards_of(context, vm, vm.definition, give=True)) for vm in (alice, bob)]
+    card = running[0][1][0]
+    alice.published = [Published(80, "tcp", "bob"), Published(22, "tcp", "world", 2222)]
+    assert len(ways(context, alice, card, running)) == 2
+    context.policy = parse(POLICY.replace("2000-8999", "3000-3001"), "policy.toml")
+    assert {port for _, _, port, _ in ways(context, alice, card, running)} == {80}
+    context.policy = parse(POLICY.replace("[defaults]", "[defaults]\npublished_max = 1"), "policy.toml")
+    assert {port for _, _, port, _ in ways(context, alice, card, running)} == {80}
+    context.policy = parse(POLICY.replace("[defaults]", "[defaults]\npublished_max = 0"), "policy.toml")
+    assert ways(context, alice, card, running) == set()
+
+
+def test_providers_of_a_service_are_let_to_each_other_by_what_they_publish(context: Context) -> None:
+    context.policy = parse(POLICY.replace('["carol"]', '["carol", "dave"]'), "policy.toml")
+    carol, dave = machine(context, 1, "carol", Nic("db")), machine(context, 2, "dave", Nic("db"))
+    running = [(vm, cards_of(context, vm, vm.definition, give=True)) for vm in (carol, dave)]
+    carol.published = [Published(5432, "tcp", "dave")]
+    assert ways(context, carol, running[0][1][0], running) == {("vt000002n0", "tcp", 5432, 0)}
+
+
+def test_d22_the_uid_of_an_account_that_is_gone_brings_nothing_along(context: Context) -> None:
+    """carl has bob's uid now: he is in none of bob's segments, and his sockets reach none of bob's VMs."""
+    bob = machine(context, 1, "bob", Nic())
+    (old,) = cards_of(context, bob, bob.definition, give=True)
+    people = cast(Any, context.host)
+    names = {"alice": 1001, "carl": 1002}
+    people.uid_of, people.user_of = names.get, lambda uid: next((name for name in names if names[name] == uid), "")
+    carl = machine(context, 2, "carl", Nic())
+    (new,) = cards_of(context, carl, carl.definition, give=True)
+    assert new.segment != old.segment
+    assert port_message(context, bob, old, create=False).owner == 0
+    assert port_message(context, carl, new, create=False).owner == 1002
+    alice = machine(context, 3, "alice", Nic())
+    alice.published = [Published(80, "tcp", "bob"), Published(81, "tcp", "carl")]
+    running = [(vm, cards_of(context, vm, vm.definition, give=True)) for vm in (alice, bob, carl)]
+    assert {(source, port) for source, _, port, _ in ways(context, alice, running[0][1][0], running)} == {
+        (bridge_name(new.segment), 81)
     }
 
 
@@ -218,11 +296,11 @@ def test_on_a_service_network_consumers_are_let_in_one_by_one(context: Context) 
     running = [(vm, cards_of(context, vm, vm.definition, give=True)) for vm in (carol, bob, alice)]
     card = running[0][1][0]
     carol.published = [Published(5432, "tcp", "bob")]
-    assert [item["source"] for item in openings(context, carol, card, running)] == ["vt000002n0"]
+    assert {source for source, *_ in ways(context, carol, card, running)} == {"vt000002n0"}
     carol.published = [Published(5432, "tcp", "world", 5432)]
-    assert {item["source"] for item in openings(context, carol, card, running)} == {"vt000002n0", "vt000003n0"}
+    assert {source for source, *_ in ways(context, carol, card, running)} == {"vt000002n0", "vt000003n0"}
     bob.published = [Published(80, "tcp", "world", 8080)]
-    assert openings(context, bob, running[1][1][0], running) == [], "a consumer offers nothing"
+    assert ways(context, bob, running[1][1][0], running) == set(), "a consumer offers nothing"
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -233,7 +311,8 @@ def test_what_dnsmasq_reads(context: Context) -> None:
     cards = cards_of(context, vm, vm.definition, give=True)
     texts = entries(context, vm, cards)
     assert texts["hosts"] == f"{cards[0].address4} web7.alice.vm\n{cards[1].address4} net1.web7.alice.vm\n"
-    assert texts["dhcp-hosts"].splitlines()[0] == f"06:00:00:00:00:07,set:v7c0,{cards[0].address4}"
+    bridge = bridge_name(cards[0].segment)
+    assert texts["dhcp-hosts"].splitlines()[0] == f"06:00:00:00:00:07,tag:{bridge},set:v7c0,{cards[0].address4}"
     assert "tag:v7c0,option:domain-search,alice.vm\n" in texts["dhcp-opts"] and "tag:v7c1,12,web7\n" in texts["dhcp-opts"]
     assert ",3\n" not in texts["dhcp-opts"], "a router for each"
     carol = machine(context, 8, "carol", Nic("db"))
@@ -301,7 +380,7 @@ def test_one_bad_card_and_the_start_has_none(context: Context) -> None:
 
 def test_more_openings_than_a_message_holds_hurt_nobody(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     many = [{"source": "", "proto": "tcp", "port": 80, "host_port": port} for port in range(1, 1000)]
-    monkeypatch.setattr(networks_module, "openings", lambda context, vm, card, running: many)
+    monkeypatch.setattr(upkeep, "openings", lambda context, vm, card, running, groups_of: many)
     with Tapnet(context.layout.tapnet_socket) as tapnet:
         found = plug(context, machine(context, 1, "alice", Nic()))
         tapnet.turn(context.loop, lambda: found and "open" in tapnet.verbs())
@@ -339,8 +418,92 @@ def test_a_vm_keeps_its_cables_over_a_broker_and_a_policy(context: Context) -> N
         context.networks.adopt(gone, [{"index": "x"}])  # a damaged record costs this VM its cables, and nobody else anything
 
 
+def test_what_runs_keeps_names_and_addresses_over_a_definition_and_a_policy(context: Context) -> None:
+    """A broker that starts again writes for dnsmasq what a VM runs with, not what it will boot with."""
+    with Tapnet(context.layout.tapnet_socket) as tapnet:
+        vm = machine(context, 1, "alice", Nic())
+        found = plug(context, vm)
+        tapnet.turn(context.loop, lambda: found)
+        networks_module.close(found[0][1])
+        (card,) = context.networks.plugged(vm)
+        vm.booted, vm.definition = vm.definition, Definition("web1", nics=(Nic("gone"),))
+        context.policy = parse(POLICY.replace("lan", "other"), "policy.toml")
+        assert [known.address4 for known in known_cards(context, vm)] == [card.address4]
+        vm.booted = Definition("web1", nics=(Nic("gone"), Nic("gone")))
+        assert known_cards(context, vm) == [card]
+        cast(Any, context).registry = [vm]
+        context.resolving.begin()
+        assert card.address4 in Path(context.layout.names, "dhcp-hosts", "1").read_text()
+
+
+def test_a_way_that_tapnet_refuses_to_close_is_closed_later(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upkeep, "RETRY", 0.05)
+    with Tapnet(context.layout.tapnet_socket) as tapnet:
+        vm = machine(context, 1, "alice", Nic())
+        vm.published = [Published(22, "tcp", "world", 2222)]
+        found = plug(context, vm)
+        tapnet.turn(context.loop, lambda: found and "open" in tapnet.verbs())
+        networks_module.close(found[0][1])
+        vm.published, tapnet.refuse_verb = [], "open"
+        said: list[VmshellError | None] = []
+        context.networks.upkeep.open_ports(said.append)
+        tapnet.turn(context.loop, lambda: tapnet.verbs().count("open") >= 3)
+        assert said[0] is not None and said[0].code == "network"
+        tapnet.refuse_verb = ""
+        count = tapnet.verbs().count("open")
+        tapnet.turn(context.loop, lambda: tapnet.verbs().count("open") > count)
+        assert "openings" not in tapnet.seen[-1]
+        context.networks.upkeep.open_ports(said.append)
+        assert said[1:] == [None], "there is nothing to tell any more"
+
+
+def test_a06_members_are_confined_whenever_they_join(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upkeep, "NUMBERS_MAX", 3)
+    context.policy = parse(POLICY + "[host]\nssh_forwarding = true\n", "policy.toml")
+    people = cast(Any, context.host)
+    members = [1001, 1002, 1003, 1004]
+    people.members = lambda group: sorted(members)
+    people.groups_of = lambda user: frozenset({context.policy.host.group})
+    with Tapnet(context.layout.tapnet_socket) as tapnet:
+
+        def confined() -> list[int]:
+            last = len(tapnet.seen) - 1 - tapnet.verbs()[::-1].index("settings")
+            return [uid for body in tapnet.seen[last:] for uid in (*body.get("confined", []), *body.get("uids", []))]
+
+        context.networks.connect()
+        tapnet.turn(context.loop, lambda: "settle" in tapnet.verbs())
+        assert confined() == [1001, 1002, 1003, 1004], "more than a message holds"
+        members.append(1005)
+        context.networks.refresh()
+        tapnet.turn(context.loop, lambda: tapnet.verbs().count("settings") == 2 and len(confined()) == 5)
+        context.networks.upkeep.meet(4_294_967_290)  # whom the directory does not list
+        tapnet.turn(context.loop, lambda: tapnet.verbs().count("settings") == 3 and len(confined()) == 6)
+        context.networks.upkeep.meet(4_294_967_290)
+        context.networks.upkeep.meet(0)
+        people.groups_of = lambda user: frozenset()
+        context.networks.refresh()
+        tapnet.turn(context.loop, lambda: tapnet.verbs().count("settings") == 4 and len(confined()) == 5)
+
+
+def test_a_rate_follows_the_policy_and_is_shown_as_it_is(context: Context) -> None:
+    with Tapnet(context.layout.tapnet_socket) as tapnet:
+        vm = machine(context, 1, "alice", Nic())
+        found = plug(context, vm)
+        tapnet.turn(context.loop, lambda: found)
+        networks_module.close(found[0][1])
+        (card,) = context.networks.plugged(vm)
+        context.policy = parse(POLICY.replace("[defaults]", "[defaults]\nnet_rate = 5000"), "policy.toml")
+        assert context.networks.upkeep.rate(vm, card) == 0
+        context.networks.refresh()
+        tapnet.turn(context.loop, lambda: tapnet.seen[-1].get("rate") == 5000)
+        assert context.networks.upkeep.rate(vm, card) == 5000
+        count = len(tapnet.seen)
+        context.networks.refresh()
+        assert len(tapnet.seen) == count, "nothing is told twice"
+
+
 def test_saved_as_json(tmp_path: Path) -> None:
     addresses = Addresses(str(tmp_path / "a.json"), Plan("10.77.0.0/16", "", 24))
-    addresses.host("users", addresses.segment("users", 5, subnet=True), 1, 0)
-    assert json.loads((tmp_path / "a.json").read_text())["segments"] == {"users/5": 0}
+    addresses.host("users", addresses.segment("users", (5, "x"), subnet=True), 1, 0)
+    assert json.loads((tmp_path / "a.json").read_text())["segments"] == {"users/5/x": 0}
     assert socket.inet_aton(addresses.plan.address4(0, 2))

@@ -16,7 +16,7 @@ from vmshell.messages import Opening, Port, Segment, Settings
 
 
 def state(*ports: Port, **openings: list[Opening]) -> State:
-    made = State(settings=Settings(pool4="10.77.0.0/16", pool6="fd77::/48", confined=[1001, 1002]))
+    made = State(settings=Settings(pool4="10.77.0.0/16", pool6="fd77::/48"), confined=frozenset({1001, 1002}))
     made.segments = {
         1: Segment(segment=1, gateway4="10.77.1.1/24", gateway6="fd77:0:0:1::1/64", outside="internet"),
         2: Segment(segment=2, gateway4="10.77.2.1/24", kind="service"),

@@ -9,7 +9,7 @@ import os
 import sys
 
 from .. import messages, wire
-from ..errors import BrokerDown, ProtocolError, from_wire
+from ..errors import EX_DONE, EX_REFUSED, BrokerDown, ProtocolError, from_wire, safe
 from ..layout import PACKAGE_DIR, PYTHON_FLAGS
 from .verbs import Arguments, Context
 
@@ -61,6 +61,17 @@ def load(context: Context, args: Arguments) -> None:
     context.say("the policy is in force")
     if isinstance(later, list) and later:
         context.say(f"these keys of [host] wait for a restart of the broker: {', '.join(map(str, later))}")
+
+
+def repair(context: Context, args: Arguments) -> int:
+    """Have the network service compare the host's network with what runs: missing parts come back, what nobody wants goes."""
+    context.must_be_root("repairing the network")
+    problems = ask(context, messages.NetHealth(repair=True)).get("problems")
+    for problem in problems if isinstance(problems, list) else []:
+        context.say(safe(problem, 300))
+    if not problems:
+        context.say("the network is as it should be")
+    return EX_REFUSED if problems else EX_DONE
 
 
 def test(context: Context, args: Arguments) -> None:

@@ -16,9 +16,8 @@ import stat
 import subprocess
 from collections.abc import Iterator
 
-from ..errors import VmshellError, safe
+from ..errors import safe
 from ..layout import PACKAGE_DIR
-from ..model import policy
 from . import users
 from .doctor_network import check_names, check_network, check_routing
 from .findings import ENV, FAIL, OK, WARN, Finding, ask, output, problem_of, states
@@ -216,11 +215,9 @@ def check_sshd(context: Context) -> Iterator[Finding]:
 
 
 def _sockets_are_confined(context: Context) -> bool:
-    """Does the packet filter hold these accounts' own sockets to their VMs?"""
-    try:
-        return policy.load(context.layout.policy, session=False).host.ssh_forwarding
-    except (OSError, VmshellError):
-        return False
+    """Does the packet filter hold these accounts' own sockets to their VMs? Not what the policy says: what is in force."""
+    confined = ask(context.layout, "net-health").get("confined")
+    return isinstance(confined, int) and confined > 0
 
 
 def sshd_problems(answer: str, *, confined: bool = False) -> Iterator[str]:

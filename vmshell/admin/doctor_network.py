@@ -27,7 +27,13 @@ RESOLVER_PATIENCE = 3.0  # seconds
 BRIDGES = "vtb*"
 FORWARD4, BRIDGE_CALLS = "/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/bridge/bridge-nf-call-iptables"
 ANY_ADDRESS, LISTENING = ("00000000:0035", "00000000000000000000000000000000:0035"), "0A"
-NOT_A_FEATURE = "bridge-nf-call-iptables"  # tapnet names it, but nobody wants it: `check_routing` says so
+# What this host's kernel may lack, and what does not work then.
+WITHOUT = {
+    "tc-tbf": "net_rate does not hold for what guests receive (modprobe sch_tbf)",
+    "ct-count": "one guest may fill the table of connections (modprobe nft_connlimit)",
+    "vlan": "there are no networks by VLAN (modprobe 8021q)",
+    "ipv6": "guests have no IPv6",
+}
 TABLE = "vmshell"
 BESIDE = "see `Beside another firewall` in vmshell-admin(8)"
 
@@ -46,11 +52,12 @@ def check_network(context: Context) -> Iterator[Finding]:
         yield Finding(FAIL, f"the network service does not answer{said}, so no VM with a network starts", cure)
         return
     for sentence in problems:
-        yield Finding(FAIL, str(sentence), "no VM with a network starts until then: journalctl -u vmshell-tapnet")
+        yield Finding(FAIL, str(sentence), "vmshell-admin network repair, when its cause is gone; journalctl -u vmshell-tapnet")
     if not problems:
-        absent = [str(name) for name, there in features.items() if not there and name != NOT_A_FEATURE]
-        without = f"; this kernel has no {', '.join(absent)}, which nothing depends on" if absent else ""
-        yield Finding(OK, f"the network service answers{without}")
+        yield Finding(OK, "the network service answers")
+    for name, without in WITHOUT.items():
+        if features.get(name) is False:
+            yield Finding(WARN, f"this kernel has no {name}: {without}", "nothing else depends on it")
 
 
 def _parts() -> Iterator[Finding]:

@@ -37,6 +37,7 @@ VERBS = (
     Verb("policy check", "[FILE]", "is FILE (else the one in force) a valid policy, and what is odd about it?", policies.check),
     Verb("policy load", "", "have the running service take the policy file as it is now", broker.load),
     Verb("policy test", "USER VERB [WORD…]", "would this request of USER be allowed, and by which rules?", broker.test),
+    Verb("network repair", "", "put back what is missing of bridges, taps and packet filter; VMs run on", broker.repair),
     Verb("launch-line", "USER/VM", "the command that booting this VM would run; nothing is started", broker.launch_line),
     Verb("policy show", "USER", "what holds for an account: each key, its value, and which section says so", policies.show),
     Verb("doctor", "", "look at everything this host needs, one line each, with the cure", doctor.run),

@@ -19,7 +19,9 @@ import subprocess
 import time
 from collections.abc import Iterator
 
-from ..errors import AccountRefused, BadName, NotAllowed, ProgramFailed
+from ..errors import AccountRefused, BadName, NotAllowed, ProgramFailed, VmshellError
+from ..messages import NetHealth
+from . import broker
 from .verbs import Arguments, Context
 
 SHELL = "/usr/local/bin/vmshell"
@@ -62,6 +64,7 @@ def add(context: Context, args: Arguments) -> None:
     _no_linger(context, name)
     for problem, cure in weaknesses(pwd.getpwnam(name)):
         context.say(f"WARNING: {name}: {problem} ({cure})")
+    _tell_broker(context)
     print(f"{name}: ready")
 
 
@@ -113,6 +116,7 @@ def remove(context: Context, args: Arguments) -> None:
         if name in _members():
             _run("gpasswd", "--delete", name, GROUP)
         context.say(f"the account {name} stays, with /usr/sbin/nologin as its shell")
+    _tell_broker(context)
     print(f"{name}: removed")
 
 
@@ -144,6 +148,12 @@ def read_keys(source: str) -> str:
     if not lines:
         raise AccountRefused(account=source, problem="it holds no key")
     return "\n".join(lines) + "\n"
+
+
+def _tell_broker(context: Context) -> None:
+    """It looks again at who is a member, for what sshd may forward depends on it. Without one there is nobody to tell."""
+    with contextlib.suppress(VmshellError):
+        broker.ask(context, NetHealth())
 
 
 def _must_be_root(what: str) -> None:

@@ -5,10 +5,11 @@ Runs in: the broker.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BadValue, NetworkFailed
+from ..errors import BadValue, NetworkFailed, VmshellError
 from ..messages import Port, Segment
 from ..model.addressing import label
 from ..model.catalogues import Network
@@ -66,6 +67,19 @@ def cards_of(context: Context, vm: Vm, definition: Definition, *, give: bool) ->
     return [_card(context, vm, index, nic, give=give) for index, nic in enumerate(nics)]
 
 
+def known_cards(context: Context, vm: Vm) -> list[Card]:
+    """The cards that *vm* runs with, or would boot with, as far as they are known: a network may be gone from the policy.
+
+    What is plugged in is as it was when it was, whatever the policy and the definition say by now.
+    """
+    plugged = {card.index: card for card in context.networks.plugged(vm)}
+    found = []
+    for index, nic in enumerate((vm.booted or vm.definition).nics):
+        with contextlib.suppress(VmshellError):
+            found.append(plugged.get(index) or _card(context, vm, index, nic, give=False))
+    return found
+
+
 def _card(context: Context, vm: Vm, index: int, nic: Nic, *, give: bool) -> Card:
     network = context.policy.catalogues.networks.get(nic.network)
     if network is None:
@@ -77,9 +91,9 @@ def _card(context: Context, vm: Vm, index: int, nic: Nic, *, give: bool) -> Card
         # All of these follow from numbers: another VM has it, or will have it (E33).
         raise BadValue(field=f"net{index}.mac", value=mac, rule="another VM's; one of your own has 01 to ff as its third octet")
     addresses, plan = context.addresses, context.addresses.plan
-    uid = vm.uid if network.kind == "private" else None
+    owner = (vm.uid, vm.owner) if network.kind == "private" else None
     subnet = network.kind in ADDRESSED
-    segment = addresses.segment(nic.network, uid, subnet=subnet) if give else addresses.known(nic.network, uid, subnet=subnet)
+    segment = addresses.segment(nic.network, owner, subnet=subnet) if give else addresses.known(nic.network, owner, subnet=subnet)
     if segment is None:
         return Card(index, nic, network, mac)
     if not subnet:
@@ -123,7 +137,8 @@ def port_message(context: Context, vm: Vm, card: Card, *, create: bool) -> Port:
         address6=card.address6,
         isolated=consumer or card.network.isolated,
         rate=context.effective(vm.owner).limits.net_rate,
-        owner=vm.uid,
+        # Whoever has the uid of an account that is gone has none of its VMs (D22).
+        owner=vm.uid if context.host.user_of(vm.uid) == vm.owner else 0,
         create=create,
     )
 

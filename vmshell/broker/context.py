@@ -66,12 +66,14 @@ class Context:
     def reload_policy(self) -> list[str]:
         """Take the policy file as it is now, or raise BadPolicy and keep the old one; returns what waits for a restart.
 
-        VMs that run go on as they are: limits are asked when something is defined or booted.
+        VMs that run go on as they are: limits are asked when something is defined or booted. Only what is published follows at
+        once, and how fast a card is.
         """
         new = read_policy(self.layout)
         later = [key for key, value in vars(new.host).items() if value != getattr(self.policy.host, key)]
         self.policy = replace(new, host=self.policy.host)
         note("policy-loaded", waits=", ".join(later))
+        self.networks.refresh()
         return later
 
     # --- what several verbs end with ----------------------------------------------------------------------------------

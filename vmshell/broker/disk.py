@@ -45,6 +45,20 @@ def sync_folder(path: str) -> None:
         os.close(fd)
 
 
+class kept:
+    """`with kept(thing, name):` what cannot be saved is not believed either: on an error the attribute is what it was."""
+
+    def __init__(self, thing: object, name: str) -> None:
+        self._thing, self._name, self._before = thing, name, getattr(thing, name)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
+        if exc is not None:
+            setattr(self._thing, self._name, self._before)
+
+
 class storage:
     """`with storage():` turns what the file system says into the sentence a person reads; the path stays in the journal (R25)."""
 

@@ -27,6 +27,7 @@ _ENV = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 # Python ignores SIGPIPE and a supervisor may block signals; a child starts as if from a clean login.
 _RESET = [signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD, signal.SIGXFSZ]
 _FIRST_SPARE_FD = 100
+_LOOPBACK6 = "00000000000000000000000001000000"  # as /proc/net writes it
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -143,6 +144,22 @@ class Host:
             return []
         listed = {uid for user in found.gr_mem if (uid := self.uid_of(user)) is not None}
         return sorted(listed | {account.pw_uid for account in pwd.getpwall() if account.pw_gid == found.gr_gid})
+
+    def listens(self, port: int, proto: str) -> bool:
+        """Does a program of this host have *port*, on whatever address but the loopback's?"""
+        listening = "0A" if proto == "tcp" else "07"  # TCP_LISTEN; UDP sockets are always as if closed
+        for path in (f"/proc/net/{proto}", f"/proc/net/{proto}6"):
+            try:
+                with open(path, encoding="ascii") as file:
+                    rows = [line.split() for line in file][1:]
+            except OSError:
+                continue
+            for row in rows:
+                address, _, number = row[1].partition(":")
+                loopback = (len(address) == 8 and address.endswith("7F")) or address == _LOOPBACK6
+                if int(number, 16) == port and row[3] == listening and not loopback:
+                    return True
+        return False
 
     def share_with_relay(self, path: str, mode: int) -> None:
         """Let the relay into *path* by its group, and nobody else."""

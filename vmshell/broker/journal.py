@@ -15,12 +15,12 @@ import traceback
 
 from ..errors import safe
 
-_BURST = 60.0  # lines that one user may cause at once
+BURST = 60  # lines of one event that one user may cause at once
 _PER_SECOND = 1.0  # and for ever
 _NOBODY = -1  # whose share our own mistakes are written from
 _STACK_MAX = 6000
 
-_buckets: dict[int, tuple[float, float, int]] = {}  # by uid: lines left, when, lines dropped since
+_buckets: dict[tuple[int, str], tuple[float, float, int]] = {}  # by uid and event: lines left, when, lines dropped since
 
 
 def note(event: str, **fields: object) -> None:
@@ -35,14 +35,24 @@ def note(event: str, **fields: object) -> None:
 
 def by_user(uid: int, event: str, **fields: object) -> None:
     """Write a line that *uid* can cause at will, if its share is not used up; what was dropped is said with the next one."""
-    now = time.monotonic()
-    left, then, dropped = _buckets.get(uid, (_BURST, now, 0))
-    left = min(_BURST, left + (now - then) * _PER_SECOND)
+    now, left, dropped = _share(uid, event)
     if left < 1:
-        _buckets[uid] = (left, now, dropped + 1)
+        _buckets[uid, event] = (left, now, dropped + 1)
         return
-    _buckets[uid] = (left - 1, now, 0)
+    _buckets[uid, event] = (left - 1, now, 0)
     note(event, uid=uid, **fields, **({"dropped": dropped} if dropped else {}))
+
+
+def has_share(uid: int, event: str) -> bool:
+    """May *uid* cause a line of *event* now? What must not be done without one is refused otherwise."""
+    return _share(uid, event)[1] >= 1
+
+
+def _share(uid: int, event: str) -> tuple[float, float, int]:
+    """Now, the lines that are left, and those that were dropped."""
+    now = time.monotonic()
+    left, then, dropped = _buckets.get((uid, event), (float(BURST), now, 0))
+    return now, min(BURST, left + (now - then) * _PER_SECOND), dropped
 
 
 def unexpected(exc: BaseException) -> str:

@@ -5,6 +5,8 @@ Runs in: the broker.
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 Answered = Callable[[VmshellError | None, wire.Packet], None]
 _AGAIN_FIRST, _AGAIN_MOST = 0.1, 5.0  # seconds between tries to connect, doubled each time
+_UNSENT_MAX = 20_000  # messages for a service that does not read; then it counts as lost
 
 
 class Link:
@@ -32,6 +35,8 @@ class Link:
         self._path = path
         self._on_connect = on_connect
         self._sock: wire.Socket | None = None
+        self._connecting = False
+        self._unsent: deque[tuple[dict[str, object], int]] = deque()
         self._waiting: dict[int, Answered] = {}
         self._last_id = 0
         self._again_after = _AGAIN_FIRST
@@ -40,15 +45,16 @@ class Link:
 
     def request(self, message: Message, answered: Answered, fd: int = -1) -> None:
         """Send *message*, with *fd* beside it (it stays open here). `answered(error, packet)` is called once, perhaps at once."""
+        ident = self._last_id = self._last_id + 1
         try:
-            sock = self._sock or self._connect()
-            self._last_id += 1
-            wire.send(sock, {"id": self._last_id, **message.to_body()}, (fd,) if fd >= 0 else ())
+            if self._sock is None:
+                self._connect()
+            self._send({"id": ident, **message.to_body()}, fd)
         except OSError as exc:
             self._lost(str(exc))
             answered(self.down(), wire.Packet({}, []))
             return
-        self._waiting[self._last_id] = answered
+        self._waiting[ident] = answered
 
     def connect(self) -> None:
         """Connect if need be; keeps trying until it works."""
@@ -73,18 +79,50 @@ class Link:
         """Act on a packet that answers nothing; False if it is none of that kind."""
         return False
 
-    def _connect(self) -> wire.Socket:
-        sock = self._open()
-        sock.setblocking(False)
-        self._sock = sock
-        self._loop.watch(sock.fileno(), self._readable)
-        self._on_connect()
-        return sock
+    def _connect(self) -> None:
+        if self._connecting:
+            raise ConnectionError("it went away while it was told what there is")
+        self._connecting = True
+        try:
+            self._sock = self._open()
+            self._sock.setblocking(False)
+            self._loop.watch(self._sock.fileno(), self._ready)
+            self._on_connect()
+        finally:
+            self._connecting = False
+        if self._sock is None:
+            raise ConnectionError("it went away at once")
 
-    def _readable(self) -> None:
+    def _send(self, body: dict[str, object], fd: int) -> None:
+        """Send *body*, or keep it until the service reads again; raises OSError if there is none."""
+        if self._sock is None or len(self._unsent) >= _UNSENT_MAX:
+            raise ConnectionError("it does not take any more")
+        if not self._unsent:
+            try:
+                wire.send(self._sock, body, (fd,) if fd >= 0 else ())
+                return
+            except BlockingIOError:
+                self._loop.watch_writing(self._sock.fileno(), True)
+        self._unsent.append((body, os.dup(fd) if fd >= 0 else -1))
+
+    def _flush(self, sock: wire.Socket) -> None:
+        while self._unsent:
+            body, fd = self._unsent[0]
+            try:
+                wire.send(sock, body, (fd,) if fd >= 0 else ())
+            except BlockingIOError:
+                return
+            self._unsent.popleft()
+            if fd >= 0:
+                os.close(fd)
+        self._loop.watch_writing(sock.fileno(), False)
+
+    def _ready(self) -> None:
         if self._sock is None:
             return
         try:
+            if self._unsent:
+                self._flush(self._sock)
             packet = wire.recv(self._sock, fds_allowed=self.fds_allowed)
         except BlockingIOError:
             return
@@ -124,3 +162,7 @@ class Link:
             self._loop.unwatch(self._sock.fileno())
             self._sock.close()
             self._sock = None
+        for _, fd in self._unsent:
+            if fd >= 0:
+                os.close(fd)
+        self._unsent.clear()

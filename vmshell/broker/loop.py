@@ -44,6 +44,10 @@ class Loop:
         self._epoll.register(fd, select.EPOLLIN)
         self._actions[fd] = action
 
+    def watch_writing(self, fd: int, wanted: bool) -> None:
+        """Call the action of *fd*, which is watched, also when it can be written to; or no longer."""
+        self._epoll.modify(fd, select.EPOLLIN | select.EPOLLOUT if wanted else select.EPOLLIN)
+
     def unwatch(self, fd: int) -> None:
         """Stop watching *fd*; must precede its closing. Harmless when it is not watched."""
         if self._actions.pop(fd, None) is not None:

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .. import wire
-from ..errors import BadValue, NetworkFailed, TapnetDown, VmshellError
-from ..messages import OPENINGS_MAX, Health, Open, Settings, Settle, Unplug
+from ..errors import NetworkFailed, TapnetDown, VmshellError
+from ..messages import Health, Settle, Unplug
 from . import passt
-from .cards import ADDRESSED, WITH_TAP, cards_of, port_message, restored, saved, segment_message
+from .cards import WITH_TAP, cards_of, port_message, restored, saved, segment_message
 from .journal import note
-from .publishing import openings
 from .tapnetlink import TapnetLink
+from .upkeep import Upkeep
 
 if TYPE_CHECKING:
     from ..messages import ToTapnet
@@ -35,12 +35,13 @@ class Networks:
         self._context = context
         self._tapnet = TapnetLink(context.loop, context.layout.tapnet_socket, self._tell_all)
         self._plugged: dict[int, tuple[Vm, list[Card]]] = {}  # what tapnet was told to make and to keep
-        self._opened: dict[tuple[int, int], list[dict[str, object]]] = {}  # what it was told last about each port
+        self.upkeep = Upkeep(context, self._tapnet, self._plugged)
 
     def connect(self) -> None:
         """In session mode there is nobody to connect to."""
         if not self._context.layout.embedded:
             self._tapnet.connect()
+            self.upkeep.watch_accounts()
 
     def close(self) -> None:
         self._tapnet.close()
@@ -84,14 +85,15 @@ class Networks:
             else:
                 # Not before: a new connection is told what exists, and these were still to be made.
                 self._keep(vm, [*self.plugged(vm), *wanted])
-                self.open_ports()
+                self.upkeep.open_ports()
             done(error, cables)
 
-        self._must_be_unique(wanted)
         batch = _Batch(wanted, made)
         for card in wanted:
             self._ask(segment_message(self._context, card), batch.failed)
-            self._tapnet.request(port_message(self._context, vm, card, create=True), batch.taker(card.index))
+            port = port_message(self._context, vm, card, create=True)
+            self.upkeep.asked(port)
+            self._tapnet.request(port, batch.taker(card.index))
         self._context.loop.after(ANSWER_TIMEOUT, batch.too_late)
 
     def _keep(self, vm: Vm, cards: list[Card]) -> None:
@@ -100,13 +102,6 @@ class Networks:
         if cards:
             self._plugged[vm.number] = (vm, cards)
         vm.cables = [saved(card) for card in cards]
-
-    def _must_be_unique(self, wanted: list[Card]) -> None:
-        """Two cards with one MAC on one segment would take each other's frames (E33)."""
-        there = [(card.segment, card.mac) for _, cards in self._plugged.values() for card in cards]
-        for index, card in enumerate(wanted):
-            if (card.segment, card.mac) in there + [(other.segment, other.mac) for other in wanted[:index]]:
-                raise BadValue(field=f"{card.name}.mac", value=card.mac, rule="a card that runs on this network has it already")
 
     def ended(self, vm: Vm) -> None:
         """Its QEMU is gone, or never was: so go its taps, and their filter."""
@@ -118,9 +113,9 @@ class Networks:
             return
         self._keep(vm, [card for card in self.plugged(vm) if card.index not in indexes])
         for index in sorted(indexes):
-            self._opened.pop((vm.number, index), None)
+            self.upkeep.forget((vm.number, index))
             self._ask(Unplug(number=vm.number, nic=index))
-        self.open_ports()
+        self.upkeep.open_ports()
 
     def adopt(self, vm: Vm, cables: object) -> None:
         """A VM that went on while there was no broker keeps its cables, also on a network that the policy no longer has."""
@@ -130,49 +125,32 @@ class Networks:
             note("cables-unreadable", number=vm.number, problem=exc)
             return
         self._keep(vm, cards)
-        if any(card.address4 for card in cards):
-            self._context.resolving.write(vm, cards)
 
-    # --- what is open between VMs -------------------------------------------------------------------------------------
-
-    def open_ports(self) -> None:
-        """Tell tapnet who may reach what, as it follows from what is published and who runs."""
-        running = list(self._plugged.values())
-        for vm, cards in running:
-            for card in cards:
-                if card.network.kind in ADDRESSED:
-                    found, key = openings(self._context, vm, card, running), (vm.number, card.index)
-                    if found != self._opened.get(key, []):
-                        self._opened[key] = found
-                        if len(found) > OPENINGS_MAX:
-                            # A group that has grown: who is behind the last place waits, and everybody else goes on.
-                            note("too-many-openings", number=vm.number, owner=vm.owner, vm=vm.name, count=len(found))
-                            found = found[:OPENINGS_MAX]
-                        self._ask(Open(number=vm.number, nic=card.index, openings=found))
+    def refresh(self) -> None:
+        """Policy, groups or accounts may have changed."""
+        if not self._context.layout.embedded:
+            self.upkeep.refresh()
 
     def plugged(self, vm: Vm) -> list[Card]:
         """The cards that are plugged in."""
         return self._plugged.get(vm.number, (vm, []))[1]
 
-    def health(self, done: Callable[[VmshellError | None, dict[str, object]], None]) -> None:
+    def health(self, repair: bool, done: Callable[[VmshellError | None, dict[str, object]], None]) -> None:
+        """What tapnet has and lacks; with *repair* after it has put right what it can."""
+        self.upkeep.refresh()
+        if repair:
+            self._ask(Settle())
         self._tapnet.request(Health(), lambda error, packet: done(error, packet.body.get("ok", {})))  # type: ignore[arg-type]
 
     # --- a new connection ---------------------------------------------------------------------------------------------
 
     def _tell_all(self) -> None:
         """All that there is to be; tapnet compares it with what the kernel has."""
-        context, host = self._context, self._context.policy.host
-        confined = context.host.members(host.group) if host.ssh_forwarding else []
-        self._ask(Settings(pool4=host.ipv4_pool, pool6=host.ipv6_pool, confined=confined))
-        self._opened.clear()
-        told: set[int] = set()
-        for vm, cards in self._plugged.values():
-            for card in cards:
-                if card.segment not in told:
-                    told.add(card.segment)
-                    self._ask(segment_message(context, card))
-                self._ask(port_message(context, vm, card, create=False))
-        self.open_ports()
+        self.upkeep.begin()
+        cards = {card.segment: card for _, cards in self._plugged.values() for card in cards}
+        for card in cards.values():
+            self._ask(segment_message(self._context, card))
+        self.upkeep.refresh()
         self._ask(Settle())
 
     def _ask(self, message: ToTapnet, failed: Callable[[VmshellError], None] | None = None) -> None:

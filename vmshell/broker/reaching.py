@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 from ..errors import BadValue, NotAllowed, NotConnected, VmshellError, WrongState
 from ..messages import PAUSED, RUNNING, Connect, HostKey, Net, NetHealth, Networks
 from ..model.definition import Nic
-from .cards import ADDRESSED, cards_of, dns_name, names_user, tap_of
+from .cards import ADDRESSED, dns_name, known_cards, names_user, tap_of
+from .disk import kept
 from .journal import by_user
+from .publishing import granted
 
 if TYPE_CHECKING:
     from .cards import Card
@@ -33,7 +35,7 @@ def handle_networks(context: Context, call: Call, request: Networks) -> None:
     for name in context.policy.networks_for(peer.user, context.host.groups_of(peer.user)):
         network = context.policy.catalogues.networks[name]
         addressed = network.kind in ADDRESSED
-        segment = context.addresses.known(name, peer.uid if network.kind == "private" else None, subnet=addressed)
+        segment = context.addresses.known(name, (peer.uid, peer.user) if network.kind == "private" else None, subnet=addressed)
         subnet = context.addresses.plan.subnet4(segment) if segment is not None and addressed else ""
         six = context.addresses.plan.gateway6(segment) if subnet and segment is not None else ""
         role = "member"
@@ -53,17 +55,9 @@ def handle_net(context: Context, call: Call, request: Net, vm: Vm) -> None:
             "state": vm.state,
             "domain": context.policy.host.dns_domain,
             "cards": [_row(context, vm, cards, card) for card in cards],
-            "published": [vars(item) for item in vm.published],
+            "published": [{**vars(item), "open": granted(context, vm, item)} for item in vm.published],
         }
     )
-
-
-def known_cards(context: Context, vm: Vm) -> list[Card]:
-    """A VM's cards with the addresses they have so far; none if its network is gone."""
-    try:
-        return cards_of(context, vm, vm.booted or vm.definition, give=False)
-    except VmshellError:
-        return []
 
 
 def address_of(context: Context, vm: Vm) -> str:
@@ -85,7 +79,7 @@ def _row(context: Context, vm: Vm, cards: list[Card], card: Card) -> dict[str, o
         "tap": tap,
         "dns": dns_name(context, vm, cards, card),
         "forward": [str(forward) for forward in card.nic.forward],
-        "rate": context.effective(vm.owner).limits.net_rate if tap else 0,
+        "rate": context.networks.upkeep.rate(vm, card) if tap else 0,
         **{name: _figure(tap, name) for name in FIGURES},
     }
 
@@ -101,7 +95,7 @@ def _figure(tap: str, name: str) -> int:
 
 
 def handle_net_health(context: Context, call: Call, request: NetHealth) -> None:
-    """What tapnet says of the kernel and of itself."""
+    """What tapnet says of the kernel and of itself; of how many accounts the sockets are confined."""
     if not call.peer.admin:
         raise NotAllowed(what="the state of the host's network", who="administrators")
 
@@ -109,9 +103,9 @@ def handle_net_health(context: Context, call: Call, request: NetHealth) -> None:
         if error:
             call.fail(error)
         else:
-            call.reply(health)
+            call.reply({**health, "confined": context.networks.upkeep.confined()})
 
-    context.networks.health(answered)
+    context.networks.health(request.repair, answered)
 
 
 # --- connections ------------------------------------------------------------------------------------------------------
@@ -147,14 +141,18 @@ def _forwarded(vm: Vm, port: int) -> int:
 
 def handle_host_key(context: Context, call: Call, request: HostKey, vm: Vm) -> None:
     """Remember the keys of the guest's first answer: later ones are compared with them, until they are to be forgotten."""
+    keys = vm.host_keys
     if request.forget:
-        vm.host_keys = []
+        keys = []
     elif request.keys and not vm.host_keys:
         bad = [key for key in request.keys if not HOST_KEY_CHARS.issuperset(key) or len(key) > HOST_KEY_MAX or key.count(" ") < 1]
         if bad or len(request.keys) > HOST_KEYS_MAX:
             rule = f"at most {HOST_KEYS_MAX} lines like: ssh-ed25519 AAAA…"
             raise BadValue(field="keys", value=(bad or [""])[0][:40], rule=rule)
-        vm.host_keys = list(request.keys)
-    context.registry.save(vm)
-    by_user(call.peer.uid, "host-key", number=vm.number, owner=vm.owner, vm=vm.name, forget=request.forget)
+        keys = list(request.keys)
+    if keys != vm.host_keys:
+        with kept(vm, "host_keys"):
+            vm.host_keys = keys
+            context.registry.save(vm)
+        by_user(call.peer.uid, "host-key", number=vm.number, owner=vm.owner, vm=vm.name, forget=request.forget)
     call.reply({"name": vm.ref, "keys": vm.host_keys})

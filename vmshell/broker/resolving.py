@@ -5,7 +5,8 @@
          /dhcp-opts/N      host name and domain of VM N
          /hosts/N          address and name of each card, forward and reverse
 
-dnsmasq sees a new file at once; what was changed or taken away it forgets when told to read all of them again.
+dnsmasq sees a new file at once; what was changed or taken away it forgets when it is started anew. (Told to read all again,
+dnsmasq 2.90 ends by a signal as soon as anybody has a lease.) It has nothing to lose: every address is in the files.
 Runs in: the broker.
 """
 
@@ -14,11 +15,12 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+from time import monotonic
 from typing import TYPE_CHECKING
 
-from ..errors import VmshellError
 from ..model.addressing import label
-from .cards import cards_of, dns_name
+from ..names import bridge_name
+from .cards import dns_name, known_cards
 from .disk import read_text, write_fast
 from .journal import note
 
@@ -30,14 +32,15 @@ if TYPE_CHECKING:
 UNIT = "vmshell-names.service"
 HOST_ADDRESS = "127.77.0.53"  # where the host itself may ask
 FOLDERS = ("hosts", "dhcp-hosts", "dhcp-opts")
-SOON = 0.2  # seconds: what changes in a burst is read again once
+SOON, AGAIN = 0.2, 3.0  # seconds: what changes in a burst is read again once, and who removes VM after VM hinders nobody
 
 
 class Resolving:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._folder = context.layout.names
-        self._reload_due = False
+        self._restart_due = False
+        self._restarted = 0.0
 
     def begin(self) -> None:
         """Write everything anew, and have dnsmasq start with it."""
@@ -48,31 +51,29 @@ class Resolving:
         self._write("dnsmasq.conf", configuration(context))
         known = set()
         for vm in context.registry:
-            # A network may be gone from the policy: its cards are, then, too.
-            with contextlib.suppress(VmshellError):
-                cards = cards_of(context, vm, vm.definition, give=False)
-                if any(card.address4 for card in cards):
-                    self.write(vm, cards)
-                    known.add(str(vm.number))
+            cards = known_cards(context, vm)
+            if any(card.address4 for card in cards):
+                self.write(vm, cards)
+                known.add(str(vm.number))
         for folder in FOLDERS:
             for name in os.listdir(f"{self._folder}/{folder}"):
                 if name not in known:
                     os.unlink(f"{self._folder}/{folder}/{name}")
-        self._systemctl("restart")
+        self._restart()
 
     def write(self, vm: Vm, cards: list[Card]) -> None:
         """Give *vm*'s cards their addresses and names; what stood there for it before is replaced."""
         texts = entries(self._context, vm, cards)
         changed = [self._write(f"{folder}/{vm.number}", text) for folder, text in texts.items()]
         if True in changed:
-            self._reload_soon()
+            self._restart_soon()
 
     def forget(self, vm: Vm) -> None:
         """The VM is gone for good."""
         for folder in FOLDERS:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(f"{self._folder}/{folder}/{vm.number}")
-                self._reload_soon()
+                self._restart_soon()
 
     def _write(self, name: str, text: str) -> bool:
         """Write a file that everybody may read; True if it replaced one that said something else."""
@@ -89,25 +90,24 @@ class Resolving:
             os.rename(beside, path)
         return before not in (None, text)
 
-    def _reload_soon(self) -> None:
-        if not self._reload_due:
-            self._reload_due = True
-            self._context.loop.after(SOON, self._reload)
+    def _restart_soon(self) -> None:
+        if not self._restart_due:
+            self._restart_due = True
+            self._context.loop.after(max(SOON, self._restarted + AGAIN - monotonic()), self._restart)
 
-    def _reload(self) -> None:
-        self._reload_due = False
-        self._systemctl("reload")
+    def _restart(self) -> None:
+        self._restart_due = False
+        self._restarted = monotonic()
 
-    def _systemctl(self, verb: str) -> None:
         def done(status: int, output: str) -> None:
             if status:
-                note("dnsmasq", verb=verb, status=status)
+                note("dnsmasq", status=status)
 
         if self._context.host.systemd:
             try:
-                self._context.jobs.start(["systemctl", "--no-block", verb, UNIT], {}, done)
+                self._context.jobs.start(["systemctl", "--no-block", "restart", UNIT], {}, done)
             except OSError as exc:
-                note("dnsmasq", verb=verb, problem=exc)
+                note("dnsmasq", problem=exc)
 
 
 def entries(context: Context, vm: Vm, cards: list[Card]) -> dict[str, str]:
@@ -120,7 +120,8 @@ def entries(context: Context, vm: Vm, cards: list[Card]) -> dict[str, str]:
         tag, name = f"v{vm.number}c{card.index}", dns_name(context, vm, cards, card)
         hosts += "".join(f"{address} {name}\n" for address in (card.address4, card.address6) if address)
         six = f"[{card.address6}]," if card.address6 else ""
-        leases += f"{card.mac},set:{tag},{six}{card.address4}\n"
+        # Only where it is plugged in: a MAC may be somebody else's on another segment.
+        leases += f"{card.mac},tag:{bridge_name(card.segment)},set:{tag},{six}{card.address4}\n"
         said = (f"12,{vm.name}", f"15,{domain}", f"option:domain-search,{domain}")
         options += "".join(f"tag:{tag},{option}\n" for option in said)
         if card.network.kind == "service" and card.network.outside == "none":

@@ -207,6 +207,7 @@ class Server:
             with contextlib.suppress(OSError), sock:
                 wire.send(sock, {"id": 0, "error": exc.to_wire()})
             return
+        self._context.networks.upkeep.meet(peer.uid)
         client = Client(self, sock, peer)
         self._clients.setdefault(peer.uid, set()).add(client)
         self._context.loop.watch(sock.fileno(), client.readable)

@@ -163,6 +163,7 @@ def publish(context: Context, values: Values) -> int:
         return EX_DONE
     for row in rows:
         context.say(f"published: {show.published(row)}")
+    _say_pending(context, answer)
     if not rows:
         context.note(f"nothing is published: `publish {safe(vm)} 80 --to USER`, @GROUP or world")
     return EX_DONE
@@ -170,10 +171,16 @@ def publish(context: Context, values: Values) -> int:
 
 def unpublish(context: Context, values: Values) -> int:
     vm, port, to = values.text("vm"), values.text("port"), values.optional("to")
-    context.ask(_message(vm, port, to, remove=True))
+    answer = context.ask(_message(vm, port, to, remove=True))
     whom = f" to {safe(to)}" if to else ""
     context.say(f"{safe(vm)}: {'/'.join(map(str, split_port(port)))} is no longer published{whom}")
+    _say_pending(context, answer)
     return EX_DONE
+
+
+def _say_pending(context: Context, answer: Row) -> None:
+    if answer.get("pending"):
+        context.note(f"not yet in force: {safe(answer['pending'], 200)}; it will be as soon as that has changed")
 
 
 def _message(vm: str, port: str, to: str | None, *, remove: bool) -> messages.Publish:

@@ -133,7 +133,8 @@ def _device(device: Row) -> str:
 def published(row: Row) -> str:
     """`80/tcp to bob`, `80/tcp to world, by port 8080 of this host`."""
     place = f", by port {number(row.get('host_port'))} of this host" if row.get("host_port") else ""
-    return f"{number(row.get('port'))}/{safe(row.get('proto'), 4)} to {safe(row.get('to'), 66)}{place}"
+    closed = " (closed: the policy no longer allows it)" if row.get("open") is False else ""
+    return f"{number(row.get('port'))}/{safe(row.get('proto'), 4)} to {safe(row.get('to'), 66)}{place}{closed}"
 
 
 def _names(value: object) -> str:

@@ -1,0 +1,106 @@
+"""The broker's connection to a service that is slow, away, or goes away while it is told what there is."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vmshell import wire
+from vmshell.broker.link import Link
+from vmshell.broker.loop import Loop
+from vmshell.errors import TapnetDown, VmshellError
+from vmshell.messages import Health, Unplug
+
+MANY = 2000  # more than any socket buffer takes
+
+
+class Told(Link):
+    """At every new connection it says MANY things."""
+
+    name = "service"
+    down = TapnetDown
+
+    def __init__(self, loop: Loop, path: str) -> None:
+        super().__init__(loop, path, self.tell)
+        self.connections = 0
+        self.answers: list[VmshellError | None] = []
+
+    def tell(self) -> None:
+        self.connections += 1
+        for number in range(1, MANY + 1):
+            self.request(Unplug(number=number, nic=0), lambda error, packet: self.answers.append(error))
+
+
+@pytest.fixture
+def loop() -> Loop:
+    def unexpected(error: BaseException) -> None:
+        raise error
+
+    return Loop(unexpected)
+
+
+def turn(loop: Loop, done: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        loop.after(0.01, loop.stop)
+        loop.run()
+
+
+def test_a_service_that_reads_late_hears_everything_in_order(loop: Loop, short_tmp: Path) -> None:
+    with wire.listen(f"{short_tmp}/s", 0o600) as listener:
+        link = Told(loop, f"{short_tmp}/s")
+        link.connect()
+        descriptor = os.open(short_tmp, os.O_RDONLY)
+        link.request(Health(), lambda error, packet: None, descriptor)
+        os.close(descriptor)  # the link has one of its own
+        heard: list[int] = []
+        brought: list[str] = []
+
+        def serve() -> None:
+            time.sleep(0.2)
+            sock, _ = listener.accept()
+            with sock:
+                while len(heard) < MANY + 1:
+                    packet = wire.recv(sock, fds_allowed=1)
+                    assert packet is not None
+                    heard.append(int(str(packet.body.get("number", 0))))
+                    brought.extend(os.readlink(f"/proc/self/fd/{fd}") for fd in packet.fds)
+                    packet.close()
+                    wire.send(sock, {"id": packet.body["id"], "ok": {}})
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        turn(loop, lambda: len(link.answers) == MANY)
+        thread.join()
+        assert heard == [*range(1, MANY + 1), 0] and brought == [str(short_tmp)]
+        assert link.connections == 1 and set(link.answers) == {None}
+        link.close()
+
+
+def test_a_service_that_goes_away_meanwhile_is_called_again_once(loop: Loop, short_tmp: Path) -> None:
+    """Each who waits is answered, and a new connection is one more, not one for each message."""
+    with wire.listen(f"{short_tmp}/s", 0o600) as listener:
+        link = Told(loop, f"{short_tmp}/s")
+        link.connect()
+        listener.accept()[0].close()
+        turn(loop, lambda: link.connections == 2)
+        assert len(link.answers) == MANY and all(isinstance(error, TapnetDown) for error in link.answers)
+        link.close()
+
+
+def test_a_service_that_never_reads_is_lost_in_the_end(loop: Loop, short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmshell.broker.link._UNSENT_MAX", 100)
+    with wire.listen(f"{short_tmp}/s", 0o600):
+        before = len(os.listdir("/proc/self/fd"))
+        link = Told(loop, f"{short_tmp}/s")
+        link.connect()
+        assert len(link.answers) == MANY and all(isinstance(error, TapnetDown) for error in link.answers)
+        assert link.connections == 1
+        link.close()
+        assert len(os.listdir("/proc/self/fd")) == before
