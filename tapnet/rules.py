@@ -212,6 +212,7 @@ BRIDGE_CHAINS = f"""
     drop
   }}
   chain cast {{
+    ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 drop
     add @storm {{ iifname limit rate over {CASTS_PER_SECOND}/second burst {CASTS_BURST} packets }} drop
   }}
   chain arp_in {{

@@ -29,6 +29,13 @@ def udp(sport: int, dport: int, payload: bytes = b"payload") -> bytes:
     return struct.pack("!HHHH", sport, dport, 8 + len(payload), 0) + payload
 
 
+def udp6(source: str, target: str, dport: int, payload: bytes = b"payload") -> bytes:
+    """From port 40000, with a right checksum: IPv6 has none of its own, and a router's connection tracking looks."""
+    datagram = udp(40000, dport, payload)
+    pseudo = ipaddress.IPv6Address(source).packed + ipaddress.IPv6Address(target).packed + struct.pack("!II", len(datagram), 17)
+    return datagram[:6] + struct.pack("!H", checksum(pseudo + datagram)) + datagram[8:]
+
+
 def tcp(sport: int, dport: int, flags: int) -> bytes:
     return struct.pack("!HHIIBBHHH", sport, dport, 1, 1 if flags & 0x10 else 0, 0x50, flags, 1024, 0, 0)
 

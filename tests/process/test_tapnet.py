@@ -21,6 +21,7 @@ from tests.process.tapnets import (
     SETTINGS,
     Namespace,
     Tapnet,
+    Thief,
     datagram,
     mac,
     passes,
@@ -568,26 +569,6 @@ def test_tables_that_could_not_be_loaded_at_first(namespace: Namespace, tmp_path
         close(one, two)
 
 
-class Thief:
-    """Somebody who makes our table one that the kernel gives to nobody else (`flags owner`)."""
-
-    def __init__(self, namespace: Namespace) -> None:
-        quiet = subprocess.DEVNULL
-        self._process = subprocess.Popen(namespace.command("nft", "-i"), stdin=subprocess.PIPE, stdout=quiet, stderr=quiet)
-        assert self._process.stdin is not None
-        again = b"add table bridge vmshell; delete table bridge vmshell; add table bridge vmshell"
-        self._process.stdin.write(again + b" { flags owner; }\n")
-        self._process.stdin.flush()
-        end = time.monotonic() + PATIENCE
-        while "flags owner" not in namespace.filter():
-            assert time.monotonic() < end
-            time.sleep(0.01)
-
-    def leave(self) -> None:
-        self._process.kill()
-        self._process.wait(PATIENCE)
-
-
 def test_a_flushed_ruleset_is_back_at_once(tapnet: Tapnet, namespace: Namespace) -> None:
     tapnet.tell(segment())
     one, two = tapnet.plug(port(1)), tapnet.plug(port(2))
@@ -644,20 +625,6 @@ def test_elements_that_somebody_took_away_hinder_nobody(tapnet: Tapnet, namespac
     assert ["ok" in body for _, body, _ in answers] == [True, True], answers
     assert '"vt000001n0"' not in namespace.filter() and '"vt000002n0"' in namespace.filter()
     close(one, answers[1][2])
-
-
-def test_two_cards_with_one_mac(tapnet: Tapnet, namespace: Namespace) -> None:
-    """E33: in one batch, one after the other, and by two segments that are one bridge of the host's."""
-    namespace.run("ip", "link", "add", "host0", "type", "bridge")
-    tapnet.tell(segment(), *(Segment(segment=number, kind="bridged", bridge="host0") for number in (2, 3)))
-    same = [port(1), port(2, mac=mac(1)), port(3, segment=2, address4=""), port(4, segment=3, address4="", mac=mac(3))]
-    idents = [tapnet.send(one) for one in same]
-    answers = [tapnet.receive() for _ in idents]
-    assert ["ok" in body for _, body, _ in answers] == [True, False, True, False], answers
-    assert "another card on this network has the MAC" in answers[1][1]["error"]["text"]
-    assert "another card on this network has the MAC" in tapnet.refused(port(5, mac=mac(1)))
-    close(tapnet.plug(port(6, segment=2, address4="", mac=mac(1))))  # elsewhere it is nobody's
-    close(answers[0][2], answers[2][2])
 
 
 def test_settings_segments_ports_and_openings_change(tapnet: Tapnet, namespace: Namespace) -> None:
