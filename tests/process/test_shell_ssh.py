@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import fcntl
 import json
 import os
+import pty
+import select
 import signal
+import socket
 import stat
+import struct
 import subprocess
 import sys
+import termios
+import threading
 import time
+import tty
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +27,17 @@ import pytest
 
 from tests.fakes.broker import ROW, FakeBroker
 from tests.fakes.shell import PROMPT, REPOSITORY, environment, leave
-from vmshell.errors import NotConnected, ProgramFailed, VmBusy, WrongState
+from vmshell.errors import NotConnected, ProgramFailed, VmBusy, VmshellError, WrongState
 from vmshell.layout import Layout
 from vmshell.shell import ssh
+from vmshell.shell.ssh_said import Said
 
 LONG = 60  # seconds
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIEz"
+WHOLE = (
+    "ecdsa-sha2-nistp256 AAAAE2VjZHNhLXNoYTItbmlzdHAyNTYAAAAIbmlzdHAyNTYAAABBBFkxgRdALWRO0jP737a5PzTZjWRPMnD1xk8/ITq1v5bC4BeO"
+    "q99abDAM5EecTisYXJvVzvBDCjD7dsY+FLvVZyo="
+)
 OTHER = "ecdsa-sha2-nistp256 AAAAE2VjZHNhLXNoYTItbmlzdHAyNTYAAAA"
 # What vmshell is, with another program instead of ssh.
 DRIVER = (
@@ -65,8 +79,7 @@ class Guests:
         self.program.write_text(FAKE)
         self.program.chmod(0o755)
         self.behave("")
-        card = {"name": "net0", "address": "", "forward": ["udp:10022:22", "tcp:8080:80", "tcp:2222:22"]}
-        broker.answers["net"] = {"name": "web1", "state": "running", "cards": [card]}
+        broker.answers["connect"] = {"name": "web1", "address": "127.0.0.1", "port": 2222}
         broker.answers["info"] = lambda body: {**ROW, "host_keys": self.keys}
         broker.answers["host-key"] = self._keep
 
@@ -100,6 +113,79 @@ class Guests:
 
     def left(self) -> list[Path]:
         return list(self.folder.glob("vmshell-*"))
+
+    def use_real_ssh(self, server: Server) -> None:
+        """The client that is installed, and web1's sshd at a port of ours."""
+        self.program = Path(ssh.PROGRAM)
+        self.broker.answers["connect"] = {"name": "web1", "address": "127.0.0.1", "port": server.port}
+
+
+def string(data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + data
+
+
+def packet(payload: bytes) -> bytes:
+    """As it goes over the wire before keys are agreed upon (RFC 4253, 6)."""
+    padding = 16 - (len(payload) + 5) % 8
+    return struct.pack(">IB", 1 + len(payload) + padding, padding) + payload + bytes(padding)
+
+
+def disconnect(text: str) -> bytes:
+    return packet(b"\x01" + struct.pack(">I", 2) + string(text.encode()) + string(b""))
+
+
+def offer(host_keys: bytes = b"ssh-ed25519") -> bytes:
+    """SSH_MSG_KEXINIT; *host_keys* are the kinds of host keys."""
+    lists = [b"curve25519-sha256", host_keys, *[b"aes128-ctr"] * 2, *[b"hmac-sha2-256"] * 2, *[b"none"] * 2, b"", b""]
+    return packet(b"\x14" + bytes(16) + b"".join(map(string, lists)) + bytes(5))
+
+
+def blob(seed: int) -> bytes:
+    return string(b"ssh-ed25519") + string(bytes([seed]) * 32)
+
+
+def show(seed: int) -> bytes:
+    """SSH_MSG_KEX_ECDH_REPLY: ssh judges the host key before it finds that nothing behind it is true."""
+    curve_point, signature = bytes([9]) + bytes(31), string(b"ssh-ed25519") + string(bytes(64))
+    return packet(b"\x1f" + string(blob(seed)) + string(curve_point) + string(signature))
+
+
+def host_key(seed: int) -> str:
+    return f"ssh-ed25519 {base64.b64encode(blob(seed)).decode()}"
+
+
+class Server:
+    """What a guest has in the place of an sshd: it identifies itself, sends what it was given, and listens to the end."""
+
+    def __init__(self, *packets: bytes) -> None:
+        self._data = b"SSH-2.0-OpenSSH_9.2\r\n" + b"".join(packets)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def __enter__(self) -> Server:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join(LONG)
+        self._listener.close()
+        assert not self._thread.is_alive()
+
+    def _serve(self) -> None:
+        self._listener.settimeout(LONG)
+        sock, _ = self._listener.accept()
+        with sock:
+            sock.settimeout(LONG)
+            sock.sendall(self._data)
+            try:
+                while sock.recv(65536):
+                    pass
+            except ConnectionResetError:
+                pass
+
+
+REAL = pytest.mark.skipif(not os.path.exists(ssh.PROGRAM), reason="openssh-client is not installed")
 
 
 @pytest.fixture
@@ -139,22 +225,40 @@ def test_nothing_of_the_users_configures_it() -> None:
         *("EscapeChar=none", "ClearAllForwardings=yes", "ForwardAgent=no", "ForwardX11=no", "Tunnel=no", "ControlPath=none"),
         *("PermitLocalCommand=no", "ProxyCommand=none", "ProxyJump=none", "KnownHostsCommand=none", "PKCS11Provider=none"),
         *("SecurityKeyProvider=internal", "IdentityAgent=none", "UpdateHostKeys=no", "GlobalKnownHostsFile=/dev/null"),
+        *("IdentityFile=none", "IdentitiesOnly=yes"),
     }
     assert wanted <= set(ssh.OPTIONS)
 
 
-@pytest.mark.skipif(not os.path.exists(ssh.PROGRAM), reason="openssh-client is not installed")
-def test_the_real_ssh_understands_it() -> None:
-    argv = ssh.arguments("/nonexistent", "alice/web1", "root", "10.77.3.2", 22, pinned=True, tty=True)
-    argv[1:1] = ["-G"]
+def without_log(address: str, port: int, *first: str) -> list[str]:
+    """Our command line, but what ssh says goes to standard error."""
+    argv = ssh.arguments("/nonexistent", "alice/web1", "root", address, port, pinned=True, tty=True)
     del argv[argv.index("-E") : argv.index("-E") + 2]
-    done = subprocess.run([*argv, "ls"], env={}, capture_output=True, text=True, timeout=LONG)
+    return [argv[0], *first, *argv[1:], "ls"]
+
+
+@REAL
+def test_the_real_ssh_understands_it() -> None:
+    done = subprocess.run(without_log("10.77.3.2", 22, "-G"), env={}, capture_output=True, text=True, timeout=LONG)
     shown = dict(line.partition(" ")[::2] for line in done.stdout.splitlines())
     assert done.returncode == 0
     expected = {"user": "root", "hostname": "10.77.3.2", "port": "22", "hostkeyalias": "web1", "escapechar": "none"}
     expected |= {"userknownhostsfile": "/nonexistent/known_hosts", "clearallforwardings": "yes", "requesttty": "force"}
     assert {key: shown[key] for key in expected} == expected
     assert shown["stricthostkeychecking"] in ("true", "yes") and not {"proxycommand", "controlpath", "localcommand"} & set(shown)
+    assert [line for line in done.stdout.splitlines() if line.startswith(("identityf", "certificatef"))] == ["identityfile none"]
+    assert (shown["identitiesonly"], shown["visualhostkey"]) == ("yes", "yes")
+
+
+@REAL
+def test_the_real_ssh_looks_for_no_key_of_the_users() -> None:
+    """With -v it names each file that it would try, be it there or not: those in ~/.ssh, were it not for our option."""
+    for left_out, looked_for in ((set(), False), ({"IdentityFile=none"}, True)):
+        with Server(disconnect("enough")) as server:
+            words = without_log("127.0.0.1", server.port, "-v")
+            argv = ["LogLevel=DEBUG1" if word in left_out else word for word in words]
+            done = subprocess.run(argv, env={}, input=b"", capture_output=True, timeout=LONG)
+        assert b"enough" in done.stderr and (b"debug1: identity file" in done.stderr) is looked_for, done.stderr
 
 
 def test_who_is_logged_in(guests: Guests) -> None:
@@ -210,37 +314,25 @@ def test_bad_words_start_nothing(guests: Guests, words: list[str]) -> None:
 # --- where it leads -----------------------------------------------------------------------------------------------------
 
 
-class Answers:
-    """A context with the answer to `net` alone."""
-
-    def __init__(self, *, embedded: bool, state: str = "running", cards: object = None) -> None:
-        self.layout = Layout(etc="/e", state="/s", run="/r", log="/l", embedded=embedded)
-        self._answer = {"name": "web1", "state": state, "cards": cards}
-
-    def ask(self, request: object) -> dict[str, object]:
-        return self._answer
+def test_it_leads_where_the_broker_says(guests: Guests) -> None:
+    guests.broker.answers["connect"] = {"name": "web1", "address": "10.77.3.2", "port": 22}
+    assert guests.run("ssh", "web1").returncode == 0
+    argv = guests.told()["argv"]
+    assert argv[argv.index("-p") + 1] == "22" and argv[-2:] == ["--", "10.77.3.2"]
 
 
-def test_on_an_installed_host_it_leads_to_the_address() -> None:
-    cards = [{"name": "net0", "address": ""}, {"name": "net1", "address": "10.77.3.2", "forward": ["tcp:2222:22"]}]
-    context: Any = Answers(embedded=False, cards=cards)
-    assert ssh.place(context, "web1") == ("10.77.3.2", 22)
-    with pytest.raises(NotConnected, match="no card on a network"):
-        ssh.place(Answers(embedded=False, cards=[{"address": ""}]), "web1")  # type: ignore[arg-type]
-
-
-def test_in_session_mode_it_leads_to_a_forwarded_port() -> None:
-    cards = [{"name": "net0", "address": "10.0.2.15", "forward": ["tcp:80", "", 7, "udp:1:22", "tcp:2222:22"]}]
-    context: Any = Answers(embedded=True, cards=cards)
-    assert ssh.place(context, "web1") == ("127.0.0.1", 2222)
-    with pytest.raises(NotConnected, match="set web1 net0.forward=tcp:10022:22"):
-        ssh.place(Answers(embedded=True, cards=[{"forward": None}]), "web1")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("state", ["off", "paused", "starting"])
-def test_a_vm_that_does_not_run_is_not_waited_for(state: str) -> None:
-    with pytest.raises(WrongState, match=state):
-        ssh.place(Answers(embedded=True, state=state, cards=[]), "web1")  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "error",
+    [
+        WrongState(vm="web1", state="paused", verb="connect", needed="running"),
+        NotConnected(vm="web1", problem="it has no card on a network with addresses"),
+    ],
+)
+def test_a_guest_that_cannot_be_reached_is_not_waited_for(guests: Guests, error: VmshellError) -> None:
+    guests.broker.answers["connect"] = error
+    done = guests.run("ssh", "web1")
+    assert done.returncode == error.exit_status and error.sentence().encode() in done.stderr
+    assert not (guests.folder / "told").exists()
 
 
 # --- host keys ----------------------------------------------------------------------------------------------------------
@@ -286,6 +378,75 @@ def test_changed_keys_are_one_sentence_with_the_cure(guests: Guests, lines: list
     assert guests.keys == [KEY]
 
 
+@REAL
+def test_a_changed_key_as_the_real_ssh_says_it(guests: Guests) -> None:
+    guests.keys = [host_key(1)]
+    with Server(offer(), show(2)) as server:
+        guests.use_real_ssh(server)
+        done = guests.run("ssh", "web1")
+    first, *page = done.stderr.decode().splitlines()
+    assert done.returncode == 1 and first == "Pseudo-terminal will not be allocated because stdin is not a terminal."
+    assert page == [
+        f"vmshell: {ssh.HostKeyChanged(vm='web1').sentence()}",
+        "  if you know why: `ssh --forget-key web1`, then once more",
+    ]
+
+
+@REAL
+def test_a_key_of_another_kind_is_a_changed_one(guests: Guests) -> None:
+    guests.keys = [WHOLE]
+    with Server(offer(), show(2)) as server:
+        guests.use_real_ssh(server)
+        done = guests.run("ssh", "web1", "id")
+    assert done.returncode == 1 and done.stderr.startswith(b"vmshell: web1 shows another host key"), done.stderr
+
+
+@REAL
+def test_the_right_key_is_not_talked_about(guests: Guests) -> None:
+    """Nor is its picture drawn."""
+    guests.keys = [host_key(1)]
+    with Server(offer(), show(1)) as server:
+        guests.use_real_ssh(server)
+        done = guests.run("ssh", "web1", "id")
+    assert done.returncode == 255
+    assert done.stderr.decode().splitlines() == [
+        f"ssh_dispatch_run_fatal: Connection to 127.0.0.1 port {server.port}: incorrect signature"
+    ]
+
+
+@pytest.mark.parametrize("kept", [[OTHER], [], None])
+def test_keys_that_another_session_kept_first_end_this_one(guests: Guests, kept: object) -> None:
+    guests.broker.answers["host-key"] = {"name": "web1", "keys": kept}
+    guests.behave(f"accept({KEY!r}); time.sleep(60)")
+    begun = time.monotonic()
+    done = guests.run("ssh", "web1")
+    assert time.monotonic() - begun < 50 and not os.path.exists(f"/proc/{guests.told()['pid']}")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.decode().splitlines()[0] == f"vmshell: {ssh.HostKeyChanged(vm='web1').sentence()}"
+    assert guests.left() == []
+
+
+@pytest.mark.parametrize("kept", [[KEY], [OTHER, KEY + " comment"]])
+def test_another_session_that_kept_the_same_key_is_no_harm(guests: Guests, kept: list[str]) -> None:
+    guests.broker.answers["host-key"] = {"name": "web1", "keys": kept}
+    guests.behave(f"accept({KEY!r}); sys.exit(7)")
+    done = guests.run("ssh", "web1")
+    assert (done.returncode, done.stderr) == (7, b"")
+
+
+@REAL
+@pytest.mark.parametrize("quicker", [False, True])
+def test_with_the_real_ssh_the_first_key_is_kept_or_compared(guests: Guests, quicker: bool) -> None:
+    """*quicker*: another session, which found another key, was before us."""
+    if quicker:
+        guests.broker.answers["host-key"] = {"name": "web1", "keys": [host_key(1)]}
+    with Server(offer(), show(2)) as server:
+        guests.use_real_ssh(server)
+        done = guests.run("ssh", "web1", "id")
+    assert guests.broker.requests[-1]["keys"] == [host_key(2)] and b"Permanently" not in done.stderr
+    assert (done.returncode, b"another host key" in done.stderr) == ((1, True) if quicker else (255, False))
+
+
 def test_forgetting(guests: Guests) -> None:
     guests.keys = [KEY]
     for words in (["--forget-key", "web1"], ["web1", "--forget-key"]):
@@ -317,7 +478,93 @@ def test_messages_of_ssh_are_passed_on_escaped(guests: Guests) -> None:
     guests.behave("say('Denied \\x1b]0;x\\x07, try again.'); log.write('no line end'); log.flush(); sys.exit(255)")
     done = guests.run("ssh", "web1")
     assert done.returncode == 255
-    assert done.stderr.decode().splitlines() == ["Denied \\x1b]0;x\\x07, try again.", "no line end"]
+    assert done.stderr.decode().splitlines() == ["Denied \\x1b]0;x\\x07, try again.", "guest: no line end"]
+
+
+FORGED = ["@" * 59, "@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @", "@" * 59, "\x1b]0;x\x07 \u202e"]
+FORGED += ["Warning: Permanently added 'web1' (ED25519) to the list of known hosts.", "Host key verification failed."]
+
+
+@REAL
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_guest_forges_a_changed_key_by_the_reason_of_a_disconnect(guests: Guests, pinned: bool) -> None:
+    guests.keys = [host_key(1)] if pinned else []
+    with Server(disconnect("\r\n".join(["bye", *FORGED]))) as server:
+        guests.use_real_ssh(server)
+        done = guests.run("ssh", "web1", "id")
+    lines = done.stderr.decode().splitlines()
+    assert done.returncode == 255 and "host-key" not in guests.broker.verbs()
+    assert lines[0] == f"Received disconnect from 127.0.0.1 port {server.port}:2: bye"
+    assert lines[1:4] == [f"guest: {line}" for line in FORGED[:3]] and lines[5:7] == [f"guest: {line}" for line in FORGED[4:]]
+    assert lines[4].startswith("guest: ") and lines[4].isascii()
+    assert lines[7:] == [f"Disconnected from 127.0.0.1 port {server.port}"]
+
+
+@REAL
+def test_a_guest_forges_a_changed_key_by_what_it_offers(guests: Guests) -> None:
+    guests.keys = [host_key(1)]
+    with Server(offer("\n".join(["x", *FORGED]).encode())) as server:
+        guests.use_real_ssh(server)
+        done = guests.run("ssh", "web1", "id")
+    first, *lines = done.stderr.decode().splitlines()
+    assert done.returncode == 255 and first.startswith("Unable to negotiate with 127.0.0.1") and first.endswith("Their offer: x")
+    assert len(lines) == len(FORGED) and all(line.startswith("guest: ") for line in lines)
+
+
+def test_a_guest_forges_a_changed_key_at_its_login(guests: Guests) -> None:
+    """The instructions of keyboard-interactive are messages of their own; but then ssh has found the key to be right before."""
+    guests.keys = [KEY]
+    picture = ["+--[ED25519 256]--+", *[f"|{row:>17}|" for row in range(9)], "+----[SHA256]-----+"]
+    accepted = "\n".join(["Host key fingerprint is SHA256:Ez", *picture])
+    denied = "root@127.0.0.1: Permission denied (publickey,password)."
+    said = [accepted, "+ more", *FORGED, denied, denied.replace("word", "x")]
+    guests.behave(f"for line in {said!r}: say(line)\nsys.exit(255)")
+    done = guests.run("ssh", "web1", "id")
+    lines = done.stderr.decode().splitlines()
+    assert done.returncode == 255
+    assert lines[:4] == [f"guest: {line}" for line in said[1:5]] and lines[4].startswith("guest: \\x1b]0;x\\x07")
+    assert lines[5:] == [*(f"guest: {line}" for line in FORGED[4:]), denied, f"guest: {said[-1]}"]
+
+
+def test_where_nothing_was_kept_nothing_has_changed(guests: Guests) -> None:
+    guests.behave(f"for line in {FORGED!r}: say(line)\nsys.exit(255)")
+    done = guests.run("ssh", "web1", "id")
+    assert done.returncode == 255 and b"another host key" not in done.stderr and done.stderr.count(b"\n") == len(FORGED)
+
+
+@pytest.mark.parametrize("status", [0, 3, 254])
+def test_a_session_that_was_made_had_no_changed_key(guests: Guests, status: int) -> None:
+    guests.keys = [KEY]
+    guests.behave(f"for line in {FORGED[:3]!r}: say(line)\nsys.exit({status})")
+    done = guests.run("ssh", "web1", "id")
+    assert done.returncode == status and done.stderr.decode().splitlines() == [f"guest: {line}" for line in FORGED[:3]]
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "Pseudo-terminal will not be allocated because stdin is not a terminal.",
+        'command-line line 0: Unsupported option "pkcs11provider"',
+        "kex_protocol_error: type 7 seq 3",
+        "kex protocol error: type 7 seq 3",
+    ],
+)
+def test_a_guest_cannot_have_a_changed_key_taken_for_its_own_words(guests: Guests, before: str) -> None:
+    """What it can make ssh say before the key is judged, without words of its own, does not hide the judgement."""
+    guests.keys = [KEY]
+    guests.behave(f"for line in {[before, *FORGED[:3]]!r}: say(line)\nsys.exit(255)")
+    done = guests.run("ssh", "web1", "id")
+    lines = done.stderr.decode().splitlines()
+    assert (done.returncode, lines[0], len(lines)) == (1, before, 3) and "another host key" in lines[1]
+
+
+def test_a_long_line_of_a_guest_is_judged_at_once() -> None:
+    """No pattern may take a guest's text apart in more ways than it has letters."""
+    heard = Said("root", "10.77.3.2", 22, pinned=True)
+    begun = time.monotonic()
+    for text in ("root@10.77.3.2: Permission denied (" + "publickey," * 100_000, "a_" * 100_000, "x" * 100_000 + ": type 1 seq"):
+        heard.hear(text)
+    assert time.monotonic() - begun < 5
 
 
 def test_without_ssh_it_says_so(guests: Guests) -> None:
@@ -365,8 +612,88 @@ def test_at_the_prompt_ctrl_c_is_sshs_and_the_prompt_comes_back(guests: Guests) 
     child.send("x\r")
     child.expect_exact("bye")
     child.send("\x1b[5;5R")  # a terminal's answer to what the guest sent last (E03)
+    child.expect_exact(RESET)
     child.expect_exact("vmshell>")
     child.send("help exit\r")
     child.expect_exact("usage: exit")
     child.send("exit\r")
     assert leave(child) == 0
+
+
+# --- the terminal afterwards ----------------------------------------------------------------------------------------------
+
+RESET = "\x1b[?47l\x1b7\x1b[r\x1b8\x0f\x1b(B\x1b)B\x1b[0m\x1b[?25h"  # its beginning
+MOUSE = "\x1b[?1000l"  # of its end
+
+
+class Terminal:
+    """A terminal of ours that types an answer to *question*, and what was shown on it."""
+
+    def __init__(self, words: list[str], question: bytes = b"\x1b[6n", **more: str) -> None:
+        self._question = question
+        self._master, self.slave = pty.openpty()
+        self.before = termios.tcgetattr(self.slave)
+        on_it = {"stdin": self.slave, "stdout": self.slave, "stderr": self.slave}
+        self.process = subprocess.Popen(words, env=environment(**more), start_new_session=True, **on_it)  # type: ignore[call-overload]
+        self.shown = b""
+
+    def read(self, until: bytes = b"") -> None:
+        """Until the program has ended, or *until* was shown."""
+        deadline = time.monotonic() + LONG
+        while not (until and until in self.shown):
+            assert time.monotonic() < deadline, self.shown
+            if select.select([self._master], [], [], 0.05)[0]:
+                data = os.read(self._master, 65536)
+                self.shown += data
+                os.write(self._master, b"\x1b[5;5R" * data.count(self._question))
+            elif self.process.poll() is not None:
+                return
+
+    def typed(self) -> bytes:
+        """What the next program would read."""
+        tty.setraw(self.slave, termios.TCSANOW)
+        waiting = struct.unpack("i", fcntl.ioctl(self.slave, termios.FIONREAD, bytes(4)))[0]
+        return os.read(self.slave, waiting) if waiting else b""
+
+    def close(self) -> None:
+        os.close(self._master)
+        os.close(self.slave)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_afterwards_the_terminal_is_sane_and_types_nothing(guests: Guests, late: bool) -> None:
+    """E03, E05: the guest had the terminal itself, so whatever it can switch on is switched off. *late*: it is slow to answer."""
+    wait = "" if late else "select.select([0], [], [])"
+    guests.behave(
+        "import select, termios, tty; modes = termios.tcgetattr(0); tty.setraw(0)\n"
+        "os.write(1, b'\\x1b[?1049h\\x1b[2;3r\\x1b[?1003h\\x1b[?25l\\x1b[6n')\n"
+        f"{wait}\ntermios.tcsetattr(0, termios.TCSADRAIN, modes); sys.exit(9)"
+    )
+    terminal = Terminal(guests.command("ssh", "web1", "vi"), MOUSE.encode() if late else b"\x1b[6n")
+    terminal.read()
+    assert terminal.process.wait(LONG) == 9
+    shown = terminal.shown.decode()
+    assert shown.index(RESET) > shown.index("\x1b[6n") and MOUSE in shown
+    assert termios.tcgetattr(terminal.slave) == terminal.before
+    assert terminal.typed() == b"" and (late or "[5;5R" not in shown)
+    terminal.close()
+
+
+def test_the_terminal_is_sane_when_the_login_ends(guests: Guests) -> None:
+    guests.behave("os.write(1, b'\\x1b[?1003hready'); time.sleep(60)")
+    terminal = Terminal(guests.command("ssh", "web1"))
+    terminal.read(b"ready")
+    terminal.process.send_signal(signal.SIGTERM)
+    terminal.read()
+    assert terminal.process.wait(LONG) == 128 + signal.SIGTERM and RESET in terminal.shown.decode()
+    terminal.close()
+
+
+def test_no_reset_where_it_would_be_text(guests: Guests) -> None:
+    """A dumb terminal, and a file: every byte of that is the guest's."""
+    guests.behave("os.write(1, b'out')")
+    terminal = Terminal(guests.command("ssh", "web1"), TERM="dumb")
+    terminal.read()
+    assert (terminal.process.wait(LONG), terminal.shown) == (0, b"out")
+    terminal.close()
+    assert guests.run("ssh", "web1").stdout == b"out"

@@ -207,7 +207,7 @@ def connect(context: Context, values: Values) -> int:
     terminal = context.terminal
     terminal.cooked()
     try:
-        with _dial(vm, answer.get("address"), answer.get("port")) as sock:
+        with _dial(vm, *place_of(answer)) as sock:
             pump.run(terminal, sock, context.take_typed_ahead())
     except BrokenPipeError:
         raise
@@ -220,12 +220,18 @@ def connect(context: Context, values: Values) -> int:
     return EX_DONE
 
 
-def _dial(vm: str, address: object, port: object) -> socket.socket:
+def place_of(answer: Row) -> tuple[str, int]:
+    """Address and port of a guest's service, from what the broker answers to `connect`."""
+    address, port = answer.get("address"), answer.get("port")
+    if not isinstance(address, str) or not isinstance(port, int):
+        raise ProtocolError(problem="it should say where the guest is and does not")
+    return address, port
+
+
+def _dial(vm: str, address: str, port: int) -> socket.socket:
     """A connection to a guest, in our user's name: the host's filter lets it reach own VMs only."""
     import socket
 
-    if not isinstance(address, str) or not isinstance(port, int):
-        raise ProtocolError(problem="it should say where the guest is and does not")
     try:
         sock = socket.create_connection((address, port), DIAL_SECONDS)
     except OSError as error:

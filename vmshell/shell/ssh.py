@@ -1,7 +1,7 @@
 """`ssh web1`: the OpenSSH client, told exactly what it may do, and the guest's host keys as they were first seen.
 
-Nothing of the user's configures it: no file, no agent, no proxy, no forwarding, and no escape key behind which it would open a
-command line of its own (R20, A38). The broker keeps a VM's keys, so they are the same wherever one logs in from.
+Nothing of the user's configures it: no file, no key, no agent, no proxy, no forwarding, and no escape key behind which it would
+open a command line of its own (R20, A38). The broker keeps a VM's keys, so they are the same wherever one logs in from.
 Runs in: the shell. Starts ssh as the user; touches a folder of its own for the known keys and ssh's messages.
 """
 
@@ -14,9 +14,10 @@ import signal
 import tempfile
 
 from .. import messages
-from ..errors import EX_DONE, NotConnected, ProgramFailed, StorageFailed, Usage, VmshellError, WrongState, safe
+from ..errors import EX_DONE, ProgramFailed, StorageFailed, Usage, VmshellError, safe
 from .checks import split_login
-from .networking import must_own_stdin
+from .networking import must_own_stdin, place_of
+from .ssh_said import Said
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,13 +27,16 @@ if TYPE_CHECKING:
 PROGRAM = "/usr/bin/ssh"
 PORT = 22
 USER = "root"
+REFUSED = 255  # ssh's own exit status: it did not log in, or lost the guest
 FOLDER_CHARS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/_-")  # no blank, no % (ssh expands it)
 OPTIONS = (
     *("EscapeChar=none", "ClearAllForwardings=yes", "ForwardAgent=no", "ForwardX11=no", "Tunnel=no", "GatewayPorts=no"),
     *("ControlMaster=no", "ControlPath=none", "ControlPersist=no", "PermitLocalCommand=no", "ProxyCommand=none"),
     *("ProxyJump=none", "KnownHostsCommand=none", "PKCS11Provider=none", "SecurityKeyProvider=internal", "IdentityAgent=none"),
     *("AddKeysToAgent=no", "EnableSSHKeysign=no", "ForkAfterAuthentication=no", "CanonicalizeHostname=no"),
+    *("IdentityFile=none", "IdentitiesOnly=yes"),
     *("VerifyHostKeyDNS=no", "CheckHostIP=no", "UpdateHostKeys=no", "HashKnownHosts=no", "GlobalKnownHostsFile=/dev/null"),
+    "VisualHostKey=yes",  # the one word by which it tells that a pinned key was found to be right; see ssh_said.py
     *("LogLevel=INFO", "ConnectTimeout=20"),
     # Without an escape key a guest that no longer answers would hold the terminal for ever.
     *("ServerAliveInterval=20", "ServerAliveCountMax=6"),
@@ -55,36 +59,11 @@ def ssh(context: Context, values: Values) -> int:
     if user and login:
         raise Usage(problem="ssh was given two users", usage="ssh [USER@]NAME [COMMAND…]")
     must_own_stdin(context, "ssh")
-    address, port = place(context, vm)
+    address, port = place_of(context.ask(messages.Connect(vm=vm, port=PORT)))
     pinned = context.ask(messages.Info(vm=vm)).get("host_keys")
     keys = [str(key) for key in pinned] if isinstance(pinned, list) else []
     session = Session(context, vm, keys)
     return session.run(user or login or USER, address, port, command, tty=values.flag("tty"))
-
-
-def place(context: Context, vm: str) -> tuple[str, int]:
-    """Address and port of the guest's sshd; raises WrongState or NotConnected."""
-    from .show import rows
-
-    answer = context.ask(messages.Net(vm=vm))
-    state = safe(answer.get("state"), 20)
-    if state != messages.RUNNING:
-        raise WrongState(vm=vm, state=state, verb="ssh", needed="running")
-    cards = rows(answer.get("cards"))
-    if not context.layout.embedded:
-        addresses = [safe(card["address"], 50) for card in cards if card.get("address")]
-        if not addresses:
-            raise NotConnected(vm=vm, problem="it has no card on a network with addresses")
-        return addresses[0], PORT
-    # In session mode a guest is reached by the ports of ours that lead to it, written tcp:HOST:GUEST.
-    for card in cards:
-        forwards = card.get("forward")
-        for text in forwards if isinstance(forwards, list) else []:
-            proto, host, guest = (str(text).split(":") + ["", ""])[:3]
-            if (proto, guest) == ("tcp", str(PORT)) and host.isdigit():
-                return "127.0.0.1", int(host)
-    problem = f"no port leads to its sshd: set {vm} net0.forward=tcp:{PORT + 10_000}:{PORT}, then boot it again"
-    raise NotConnected(vm=vm, problem=problem)
 
 
 def arguments(folder: str, vm: str, user: str, address: str, port: int, *, pinned: bool, tty: bool) -> list[str]:
@@ -107,6 +86,24 @@ def alias(vm: str) -> str:
     return vm.rpartition("/")[2]
 
 
+def all_among(keys: list[str], kept: object) -> bool:
+    """Whether *kept*, the broker's answer, holds each of *keys*; what may stand behind a key (a comment) is no part of it."""
+    known = [str(key).split()[:2] for key in kept] if isinstance(kept, list) else []
+    return all(key.split()[:2] in known for key in keys)
+
+
+def after_a_guest() -> bytes:
+    """The reset of `console --raw`, and what that one need not do because it has seen which modes are on.
+
+    The cursor stays where it is: whoever switched nothing on goes on below the guest's last line.
+    """
+    from .console import RAW_RESET
+    from .termfilter import Filter
+
+    main_screen, no_margins = b"\x1b[?47l", b"\x1b7\x1b[r\x1b8"
+    return main_screen + no_margins + Filter().reset() + RAW_RESET
+
+
 class Session:
     """One run of ssh, with a folder of its own that is gone afterwards."""
 
@@ -116,7 +113,7 @@ class Session:
         self._keys = keys
         self._kept = bool(keys)
         self._problem: VmshellError | None = None
-        self._changed = False
+        self._others_kept = False
         self._said = b""
         self._pid = 0
         self._folder = ""
@@ -124,6 +121,7 @@ class Session:
     def run(self, user: str, address: str, port: int, command: list[str], *, tty: bool) -> int:
         """Returns ssh's exit status, which is the remote command's; raises HostKeyChanged."""
         context, terminal, signals = self._context, self._context.terminal, self._context.signals
+        heard = Said(user, address, port, pinned=bool(self._keys))
         at_end, interruptible = signals.at_end, signals.interruptible
 
         def end() -> None:
@@ -137,21 +135,23 @@ class Session:
             self._make_folder()
             said = os.open(f"{self._folder}/said", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
             terminal.cooked()
+            if terminal.stdout_tty and not terminal.dumb:
+                reset = after_a_guest()
+                terminal.hold_reset(lambda: reset)
             try:
                 argv = arguments(self._folder, self._vm, user, address, port, pinned=bool(self._keys), tty=tty)
                 # As OpenSSH does: the words, with blanks between them, are for the guest's shell to read.
-                status = self._start_and_wait([*argv, *command], said)
+                status = self._start_and_wait([*argv, *command], said, heard)
             finally:
                 os.close(said)
-                if context.interactive:
-                    # What the guest's last bytes made the terminal type must not reach our prompt (E03).
-                    terminal.quiet()
-                    terminal.drain_answers()
+                self._give_terminal_back()
         finally:
             self._close()
             signals.at_end, signals.interruptible = at_end, interruptible
-        if self._changed:
+        if self._others_kept or (heard.changed and status == REFUSED):
             raise HostKeyChanged(vm=self._vm)
+        for line in heard.changed:
+            self._show(f"guest: {line}")
         if self._problem is not None:
             context.note(f"(the host key of {safe(self._vm)} was not kept: {self._problem.sentence()})")
         return status if status >= 0 else 128 - status
@@ -168,7 +168,7 @@ class Session:
         except OSError as error:
             raise StorageFailed(problem=f"no folder in {under} ({(error.strerror or str(error)).lower()})") from error
 
-    def _start_and_wait(self, argv: list[str], said: int) -> int:
+    def _start_and_wait(self, argv: list[str], said: int, heard: Said) -> int:
         environment = {"TERM": os.environ.get("TERM", "dumb"), "LANG": "C.UTF-8"}
         try:
             self._pid = os.posix_spawn(PROGRAM, argv, environment, setsigdef=[signal.SIGPIPE, signal.SIGINT])
@@ -182,41 +182,57 @@ class Session:
             while True:
                 ready = dict(poll.poll())
                 if said in ready:
-                    self._hear(os.read(said, 65536))
+                    self._hear(os.read(said, 65536), heard)
                 elif ended in ready:
                     break
         finally:
             os.close(ended)
-        self._hear(b"\n" if self._said else b"")
+        self._hear(b"\n" if self._said else b"", heard)
         self._keep()
         pid, self._pid = self._pid, 0
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-    def _hear(self, data: bytes) -> None:
+    def _hear(self, data: bytes, heard: Said) -> None:
         """What ssh itself has to say goes on to the person, but for what we say better."""
         *lines, self._said = (self._said + data).split(b"\n")
         for line in lines:
-            text = line.decode("utf-8", "replace").strip()
-            if text.startswith("Warning: Permanently added"):
+            shown = heard.hear(line.decode("utf-8", "replace").strip())
+            if heard.added:
                 self._keep()
-            elif text.startswith("@@@@") or "host key is known for" in text or text == "Host key verification failed.":
-                self._changed = True  # half a page follows that names files of ours
-            elif not self._changed:
-                # The terminal may be raw by now: a line break needs its carriage return.
-                self._context.note(safe(text, 1000) + ("\r" if self._context.terminal.stderr_tty else ""))
+            if shown and not self._others_kept:
+                self._show(shown)
+
+    def _show(self, line: str) -> None:
+        # The terminal may be raw by now: a line break needs its carriage return.
+        self._context.note(safe(line, 1000) + ("\r" if self._context.terminal.stderr_tty else ""))
 
     def _keep(self) -> None:
-        """Have the broker keep the keys that ssh has just accepted, once."""
+        """Have the broker keep the keys that ssh has just accepted, once; where others were kept meanwhile, end ssh."""
         if self._kept:
             return
         with open(f"{self._folder}/known_hosts", encoding="ascii", errors="replace") as file:
             keys = [line.strip().partition(" ")[2] for line in file]
-        if keys:
-            self._kept = True
-            try:
-                self._context.broker.call(messages.HostKey(vm=self._vm, keys=keys))
-            except VmshellError as error:
-                self._problem = error
+        if not keys:
+            return
+        self._kept = True
+        try:
+            answer, _ = self._context.broker.call(messages.HostKey(vm=self._vm, keys=keys))
+        except VmshellError as error:
+            self._problem = error
+            return
+        if not all_among(keys, answer.get("keys")):
+            self._others_kept = True
+            os.kill(self._pid, signal.SIGTERM)
+
+    def _give_terminal_back(self) -> None:
+        """In sane modes, and without what the guest's last bytes made it type: no prompt after us may read that (E03)."""
+        terminal, interactive = self._context.terminal, self._context.interactive
+        terminal.restore()  # writes the reset first
+        if terminal.stdin_tty and (terminal.stdout_tty or interactive):
+            terminal.quiet()  # what is not a whole line yet is seen, and nothing is echoed
+            terminal.drain_answers()
+            if not interactive:
+                terminal.cooked()
 
     def _close(self) -> None:
         """End ssh if it still runs (we are to end), and leave nothing behind."""
