@@ -150,7 +150,10 @@ class RelayProcess:
 
     def ask(self, message: ToRelay, *fds: int) -> dict[str, Any]:
         """Send *message* and return its answer: `{"ok": …}` or `{"error": …}`."""
-        ident = self.send(message, *fds)
+        return self.answer(self.send(message, *fds))
+
+    def answer(self, ident: int) -> dict[str, Any]:
+        """The answer to the message with this number."""
         while True:
             body = self._receive()
             if body is not None and body.get("id") == ident:

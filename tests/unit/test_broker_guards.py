@@ -101,6 +101,30 @@ def test_a_start_without_descriptors_left_leaks_none(monkeypatch: pytest.MonkeyP
     assert open_fds() == before
 
 
+@pytest.mark.parametrize("trouble", ["dup", "spawn", "command"])
+def test_a_start_that_fails_leaves_no_jail(layout: Layout, monkeypatch: pytest.MonkeyPatch, trouble: str) -> None:
+    """What opens the jail's gate is there before the jail: one that nobody can let go on would wait for ever."""
+
+    def fails(*arguments: object, **options: object) -> Any:
+        raise RuntimeError(trouble)
+
+    def spawn(*arguments: object, **options: object) -> None:
+        jails.append(arguments)
+
+    host = Host(HostPolicy(), embedded=True)
+    jails: list[object] = []
+    monkeypatch.setattr(host, "spawn", spawn)
+    monkeypatch.setattr(start, "_plan", lambda *arguments: None)
+    monkeypatch.setattr(start, "command", lambda plan: [])
+    monkeypatch.setattr({"dup": os, "spawn": host, "command": start}[trouble], trouble, fails)
+    os.makedirs(layout.vm_run(1))
+    vm = Vm(1, 1000, "alice", Definition(name="web1"), 0, Store("/nowhere", "web1"))
+    before = open_fds()
+    with pytest.raises(RuntimeError, match=trouble):
+        start.start(cast(Any, SimpleNamespace(host=host, layout=layout)), vm, vm.definition, {}, {}, {})
+    assert open_fds() == before and jails == []
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives a file away")
 def test_the_relay_gets_in_by_its_group_and_not_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An account with uid 64990 and group 64991: group 64990 may be somebody else's."""

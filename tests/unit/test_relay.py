@@ -563,12 +563,21 @@ def test_a_break_goes_to_the_serial_port(talk: Talk) -> None:
     assert (sent["execute"], sent["arguments"]) == ("chardev-send-break", {"id": "ser0"})
 
 
+THERE = [{"name": "nic1", "type": "child<e1000>"}]
+GONE = [{"name": "nic0", "type": "child<e1000>"}]
+
+
 @pytest.mark.parametrize("refused", [-1, 0, 1, 2])
 def test_a_card_is_added_or_nothing_of_it_is_left(talk: Talk, refused: int) -> None:
     talk.greet()
     ours, theirs = socket.socketpair()
     with ours:
         answers = talk.give("nic-add", 1, fd=theirs.detach())
+        (asked,) = talk.say()
+        (look,) = talk.refuse(asked)
+        (unplug,) = talk.accept(look, GONE)
+        assert spoken([asked, look, unplug]) == ["device_del nic1", "qom-list", "netdev_del n1"], "nothing is in its way"
+        talk.qemu.sendall(json.dumps({"error": {"class": "DeviceNotFound"}, "id": unplug["id"]}).encode() + b"\n")
         run(talk.loop, 0.01)
         line, fds, _, _ = socket.recv_fds(talk.qemu, 4096, 4)
         os.close(fds[0])
@@ -591,9 +600,9 @@ def test_a_card_is_gone_when_the_guest_has_let_it_go(talk: Talk, monkeypatch: py
     assert (asked["execute"], asked["arguments"]) == ("device_del", {"id": "nic1"})
     (look,) = talk.accept(asked)
     assert (look["execute"], look["arguments"]) == ("qom-list", {"path": "/machine/peripheral"})
-    (look,) = talk.accept(look, [{"name": "nic1", "type": "child<e1000>"}])
+    (look,) = talk.accept(look, THERE)
     assert answers == []
-    (unplug,) = talk.accept(look, [{"name": "nic0", "type": "child<e1000>"}])
+    (unplug,) = talk.accept(look, GONE)
     assert (unplug["execute"], unplug["arguments"]) == ("netdev_del", {"id": "n1"})
     talk.accept(unplug)
     assert answers == [True]
@@ -602,13 +611,35 @@ def test_a_card_is_gone_when_the_guest_has_let_it_go(talk: Talk, monkeypatch: py
 def test_a_card_that_the_guest_keeps_stays_whole(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vmshell.relay.jobs.GONE_TIME", 0.0)
     talk.greet()
+    for answer in (talk.accept, talk.refuse):
+        answers = talk.give("nic-remove", 1)
+        (asked,) = talk.say()
+        (look,) = answer(asked)
+        assert talk.accept(look, THERE) == [] and answers == [False]
+    # It is in the way of a new one as long as the guest has it.
+    ours, theirs = socket.socketpair()
+    answers = talk.give("nic-add", 1, fd=theirs.detach())
+    (asked,) = talk.say()
+    (look,) = talk.refuse(asked)
+    assert talk.accept(look, THERE) == [] and answers == [False]
+    with ours:
+        assert ours.recv(1) == b"", "the cable is not kept"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_card_that_went_late_can_be_removed_again(talk: Talk, monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    """The one who asked first gave up: QEMU says no to the second time, of a card that is gone, or still on its way."""
+    monkeypatch.setattr("vmshell.relay.jobs.LOOK", 0.01)
+    talk.greet()
     answers = talk.give("nic-remove", 1)
     (asked,) = talk.say()
-    (look,) = talk.accept(asked)
-    assert talk.accept(look, [{"name": "nic1", "type": "child<e1000>"}]) == [] and answers == [False]
-    refused = talk.give("nic-remove", 0)
-    (asked,) = talk.say()
-    assert talk.refuse(asked) == [] and refused == [False]
+    (look,) = talk.refuse(asked)
+    if there:
+        (look,) = talk.accept(look, THERE)
+    (unplug,) = talk.accept(look, GONE)
+    assert spoken([unplug]) == ["netdev_del n1"] and answers == []
+    talk.refuse(unplug)
+    assert answers == [True], "no cable either: all of it is gone"
 
 
 def begin_job(talk: Talk, what: str = "snapshot-save") -> tuple[list[bool], dict[str, Any]]:

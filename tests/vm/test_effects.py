@@ -297,7 +297,7 @@ def test_uefi_starts_and_keeps_its_variables(room: Session) -> None:
 def test_what_changes_while_it_runs(room: Session) -> None:
     """A disc goes into the drive and the next reset boots from it; balloon, cable and log follow; processors wait."""
     text = '[memory]\nsize = "64M"\n[boot]\norder = ["cdrom0", "disk0"]\n[[disk]]\npath = "shelf:reboot"\nformat = "raw"\n'
-    text += '[[disk]]\ntype = "cdrom"\n[[net]]\nnetwork = "users"\n'
+    text += '[[disk]]\ntype = "cdrom"\n[[net]]\nnetwork = "users"\n[[net]]\nlink = "down"\n'
     room.ask(messages.Define(vm="live", text=text, new=True))
     with room.client() as client:
         _, fd = client.ask_fd(messages.Boot(vm="live", console=True))

@@ -6,13 +6,16 @@ inherited, CPUs stopped, its names for devices and nodes. Where a test must see 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +269,52 @@ def test_memory_and_links_are_changed_as_told(relay: RelayProcess, fitted: Qemu)
     for what in ("link-down", "link-up"):
         relay.tell(Order(number=1, what=what, value=0))
         assert refused(relay, what=what, value=3), "there is no such NIC"
+
+
+@contextmanager
+def tap() -> Iterator[int]:
+    """A tap without a name of its own, gone with the last one who holds it; on a host that does not let us make one, a skip."""
+    try:
+        fd = os.open("/dev/net/tun", os.O_RDWR)
+    except OSError as exc:
+        pytest.skip(f"/dev/net/tun: {exc.strerror}")
+    try:
+        fcntl.ioctl(fd, 0x400454CA, struct.pack("16sH22x", b"", 0x0002 | 0x1000 | 0x4000))  # TUNSETIFF: TAP, NO_PI, VNET_HDR
+        yield fd
+    except PermissionError as exc:
+        pytest.skip(f"a tap cannot be made: {exc.strerror}")
+    finally:
+        os.close(fd)
+
+
+def devices(qemu: Qemu) -> set[str]:
+    return {each["name"] for each in qemu.ask("qom-list", path="/machine/peripheral")}
+
+
+def test_cards_come_and_go_whatever_was_left_half_done(relay: RelayProcess, fitted: Qemu) -> None:
+    """The guest has no driver that would let a card go: a reset does that, long after it was asked."""
+    boot(relay, fitted)
+    card = Order(number=1, what="nic-add", value=1, mac="06:00:00:00:00:07", model="e1000")
+    with tap() as fd:
+        relay.tell(card, fd)
+        assert "nic1" in devices(fitted) and fitted.files().count("/dev/net/tun") == 1
+        relay.tell(Order(number=1, what="link-down", value=1))
+        fitted.ask("device_del", id="nic1")
+        fitted.ask("system_reset")
+        until(lambda: "nic1" not in devices(fitted), "the card to go")
+        assert fitted.files().count("/dev/net/tun") == 1, "its cable is still there"
+        for _ in range(2):
+            relay.tell(Order(number=1, what="nic-remove", value=1))
+            assert fitted.files().count("/dev/net/tun") == 0
+
+    with tap() as first, tap() as second:
+        relay.tell(card, first)
+        # The answer was lost, and with it the cable; whoever tries again brings another one.
+        ident = relay.send(card, second)
+        relay.send(Order(number=1, what="reset"))
+        assert "ok" in relay.answer(ident)
+        assert "nic1" in devices(fitted) and fitted.files().count("/dev/net/tun") == 1
+    assert "nic0" in devices(fitted)
 
 
 def bootable_disc(path: Path, greeting: bytes) -> int:

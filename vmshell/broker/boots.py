@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..errors import AlreadyRunning, BadValue, NoQemu, StartFailed, VmBusy, VmshellError
+from ..errors import AlreadyRunning, BadValue, NoQemu, RelayDown, StartFailed, VmBusy, VmshellError
 from ..messages import CREATING, FAILED, OFF, QUEUED, RUNNING, STARTING, STOPPING
 from ..model.decide import apply_fixed, refuse
 from . import defining, opening, scratch, snapshots
@@ -144,7 +144,7 @@ class Boots:
 
     def _plug(self, live: Live, images: dict[str, Image], overlays: dict[int, int]) -> None:
         """The cables take a while; the overlays are only lent to us for as long as this call."""
-        held = {index: os.dup(fd) for index, fd in overlays.items()}
+        held: dict[int, int] = {}
 
         def plugged(error: VmshellError | None, cables: Cables) -> None:
             try:
@@ -157,10 +157,13 @@ class Boots:
             finally:
                 close(cables)
                 close(held)
+                held.clear()
 
         try:
+            for index, fd in overlays.items():
+                held[index] = os.dup(fd)
             self._context.networks.plug(live.vm, plugged)
-        except VmshellError:
+        except BaseException:
             close(held)
             raise
 
@@ -196,8 +199,16 @@ class Boots:
         for call, console in live.boots:
             if console:
                 self._attach(call, live.vm)
-        order_all(self._context, live)
-        self._fleet.order(live, "cont")
+        order_all(self._context, live, lambda error: self._ordered(live, error))
+
+    def _ordered(self, live: Live, error: VmshellError | None) -> None:
+        """It is as it was defined, or it does not run. A relay that went away says `ready` anew, and all of it is repeated."""
+        if not self._fleet.is_current(live) or live.ending or live.vm.state != STARTING or isinstance(error, RelayDown):
+            return
+        if error:
+            self._fail(live, StartFailed(vm=live.vm.ref, problem="the cable of a card with link = down could not be pulled"))
+        else:
+            self._fleet.order(live, "cont")
 
     def runs(self, live: Live) -> None:
         vm = live.vm

@@ -182,32 +182,47 @@ def _free_name(context: Context, uid: int, stem: str) -> str:
 
 
 def redefine(context: Context, call: Call, vm: Vm, definition: Definition) -> None:
-    """Give *vm* another definition: make what is missing, write it, change live what can be changed live, and reply."""
+    """Give *vm* another definition: make what is missing, write it, change live what can be changed live, and reply.
+
+    One change at a time until it is answered: the next one is about a VM that has followed this one.
+    """
     must_be_known(vm, "define")
     if vm.state not in (OFF, FAILED, *ALIVE, QUEUED) or vm.defining:
         raise VmBusy(vm=vm.ref, state=CREATING if vm.state == CREATING else "being changed")
 
-    def act() -> None:
+    def guard(step: Callable[[], None]) -> None:
+        """What a step raises is the answer, and the end of the change."""
+
+        def act() -> None:
+            try:
+                step()
+            except BaseException:
+                vm.defining = False
+                raise
+
+        call.guard(act)
+
+    def begin() -> None:
         # Looked at anew: the host was not known when this was asked, and much may have happened since.
         wanted = settled(context, vm.owner, definition)
         makes = to_make(context, vm.store, wanted)
         check(context, vm, wanted, makes)
-        vm.defining = True
-        make_objects(context, vm.store, makes, lambda error: call.guard(lambda: write(wanted, error)))
+        make_objects(context, vm.store, makes, lambda error: guard(lambda: write(wanted, error)))
 
     def write(wanted: Definition, error: VmshellError | None) -> None:
-        vm.defining = False
         if error:
             raise error
         context.registry.redefine(vm, wanted)
         by_user(vm.uid, "defined", number=vm.number, owner=vm.owner, vm=vm.name)
-        live.follow(context, vm, lambda now, problems: reply(now, problems))
+        live.follow(context, vm, lambda now, problems: guard(lambda: reply(now, problems)))
 
     def reply(now: list[str], problems: list[str]) -> None:
+        vm.defining = False
         answer = {"name": vm.ref, "state": vm.state, "now": now, "problems": problems}
         call.reply({**answer, "next_boot": pending(context, vm), "missing": missing(context, vm, vm.definition)})
 
-    context.facts.when_known(lambda: call.guard(act))
+    vm.defining = True
+    context.facts.when_known(lambda: guard(begin))
 
 
 def pending(context: Context, vm: Vm) -> list[str]:

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..errors import NetworkFailed, VmshellError
+from ..errors import Internal, NetworkFailed, VmshellError, VmStopped
 from ..messages import PAUSED, RUNNING
 from ..model import definition as definitions
 from ..model.definition import Disk, Nic
 from ..model.values import split_device
 from . import opening
+from .journal import unexpected
 from .networks import close
 
 if TYPE_CHECKING:
@@ -34,143 +35,190 @@ BALLOON = "memory.size"
 
 
 def follow(context: Context, vm: Vm, done: Said) -> None:
-    """Make a running VM follow its new definition where it can, one order after the other; `done` is called once."""
-    live = context.machines.live(vm)
-    booted = vm.booted
+    """Make a running VM follow its new definition where it can, one order after the other; `done` is called once.
+
+    No other change may come in between (`vm.defining`): each order was found by comparing with what the VM ran with at first.
+    """
+    live, booted, wanted = context.machines.live(vm), vm.booted, vm.definition
     if live is None or booted is None or vm.state not in (RUNNING, PAUSED):
         done([], [])
         return
-    todo = [key for key in definitions.differences(booted, vm.definition) if key != BALLOON and _order(vm, booted, key)]
-    if vm.definition.memory <= booted.memory and vm.definition.memory != (vm.balloon or booted.memory):
-        todo.append(BALLOON)
+    todo = [(key, order) for key in definitions.differences(booted, wanted) if (order := _order(vm, booted, wanted, key))]
+    if wanted.memory <= booted.memory and wanted.memory != (vm.balloon or booted.memory):
+        todo.append((BALLOON, ("balloon", wanted.memory)))
     now: list[str] = []
     problems: list[str] = []
 
     def step() -> None:
-        if not todo:
-            if now:
-                context.registry.set_state(vm, vm.state)  # what it runs with now, for a broker that comes after us
+        if not todo or _ended(context, live):
             done(now, problems)
             return
-        key = todo.pop(0)
+        key, (what, value) = todo.pop(0)
 
         def answered(error: VmshellError | None) -> None:
-            if error:
-                problems.append(f"{key}: {error.sentence()}")
-            elif vm.booted is not None:
+            try:
+                if error := _ended(context, live) or error:
+                    raise error
+                _believe(context, vm, wanted, key)
                 now.append(key)
-                _believe(vm, vm.booted, key)
+            except Exception as exc:
+                problems.append(f"{key}: {_told(exc).sentence()}")
             step()
 
-        _give(context, live, vm, key, answered)
+        _answer(lambda answered: _give(context, live, wanted, key, what, value, answered), answered)
 
     step()
 
 
-def _believe(vm: Vm, booted: Definition, key: str) -> None:
+def _answer(action: Callable[[Answered], None], answered: Answered) -> None:
+    """Do what will answer. What it raises is an answer, too, and only the first one counts: nobody waits for ever."""
+    waiting = [answered]
+
+    def first(error: VmshellError | None) -> None:
+        if waiting:
+            waiting.pop()(error)
+
+    try:
+        action(first)
+    except Exception as exc:
+        first(_told(exc))
+
+
+def _told(exc: Exception) -> VmshellError:
+    return exc if isinstance(exc, VmshellError) else Internal(reference=unexpected(exc))
+
+
+def _ended(context: Context, live: Live) -> VmStopped | None:
+    """What is to be said once this is no longer the VM's present run: taps and answers may come after its end."""
+    if context.machines.live(live.vm) is live and not live.ending:
+        return None
+    return VmStopped(vm=live.vm.ref, problem=live.why_it_ends())
+
+
+def _believe(context: Context, vm: Vm, wanted: Definition, key: str) -> None:
+    """*vm* runs with *key* as it is *wanted* from now on; written down for a broker that comes after us."""
+    booted = vm.booted or wanted
     if key == BALLOON:
-        vm.balloon = vm.definition.memory
+        vm.balloon = wanted.memory
     elif split_device(key):  # a whole card
-        vm.booted = replace(booted, nics=vm.definition.nics)
+        vm.booted = replace(booted, nics=wanted.nics)
     else:
-        vm.booted = definitions.with_key_of(booted, vm.definition, key)
+        vm.booted = definitions.with_key_of(booted, wanted, key)
+    context.registry.set_state(vm, vm.state)
 
 
-def order_all(context: Context, live: Live) -> None:
-    """Before the first instruction: what QEMU has no argument for."""
-    for name, nic in (live.vm.booted or live.vm.definition).devices().items():
-        if isinstance(nic, Nic) and nic.link == "down":
-            context.machines.order(live, "link-down", value=int(name.removeprefix("net")))
+def order_all(context: Context, live: Live, done: Answered) -> None:
+    """Before the first instruction: what QEMU has no argument for. `done` is called once; an error is the end of it."""
+    devices = (live.vm.booted or live.vm.definition).devices()
+    down = [name for name, nic in devices.items() if isinstance(nic, Nic) and nic.link == "down"]
+
+    def step(error: VmshellError | None = None) -> None:
+        if error or not down:
+            done(error)
+        else:
+            context.machines.order(live, "link-down", step, value=int(down.pop(0).removeprefix("net")))
+
+    step()
 
 
-def _order(vm: Vm, booted: Definition, key: str) -> tuple[str, int] | None:
+def _order(vm: Vm, booted: Definition, wanted: Definition, key: str) -> tuple[str, int] | None:
     """The order, and its number, that changes *key* of a running VM; None if only a boot does."""
     device, _, field = key.partition(".")
     place = split_device(device)
-    wanted, now = (definition.devices().get(device) for definition in (vm.definition, booted))
-    if key == BALLOON and vm.definition.memory <= booted.memory:
-        return "balloon", vm.definition.memory
+    then, now = wanted.devices().get(device), booted.devices().get(device)
     if key == "console.log":
-        return ("log-on" if vm.definition.log else "log-off"), 0
+        return ("log-on" if wanted.log else "log-off"), 0
     if place and place[0] == "net" and not field:
-        return _card_order(vm, booted, place[1])
-    if place and isinstance(wanted, Nic) and now and field == "link":
-        return f"link-{wanted.link}", place[1]
-    if place and isinstance(wanted, Disk) and now and wanted.type == "cdrom" and field == "path":
-        return ("insert" if wanted.path else "eject"), place[1]
+        return _card_order(vm, booted, wanted, place[1])
+    if place and isinstance(then, Nic) and now and field == "link":
+        return f"link-{then.link}", place[1]
+    if place and isinstance(then, Disk) and now and then.type == "cdrom" and field == "path":
+        return ("insert" if then.path else "eject"), place[1]
     return None
 
 
-def _card_order(vm: Vm, booted: Definition, index: int) -> tuple[str, int] | None:
+def _card_order(vm: Vm, booted: Definition, wanted: Definition, index: int) -> tuple[str, int] | None:
     """A card that comes or goes is the last one: were another meant, those behind it would change their names.
 
     On q35 a card can only leave a port of its own, which those have that came while the VM ran.
     """
-    wanted, now = vm.definition.nics, booted.nics
-    common = min(len(wanted), len(now))
-    if wanted[:common] != now[:common] or abs(len(wanted) - len(now)) != 1:
+    then, now = wanted.nics, booted.nics
+    common = min(len(then), len(now))
+    if then[:common] != now[:common] or abs(len(then) - len(now)) != 1:
         return None
-    if len(wanted) > len(now):
+    if len(then) > len(now):
         return "nic-add", index
     return ("nic-remove", index) if booted.family == "pc" or index in vm.added else None
 
 
-def _give(context: Context, live: Live, vm: Vm, key: str, answered: Answered) -> None:
-    found = _order(vm, vm.booted or vm.definition, key)
-    assert found is not None
-    what, value = found
+def _give(context: Context, live: Live, wanted: Definition, key: str, what: str, value: int, answered: Answered) -> None:
     if what == "nic-add":
-        _add_card(context, live, vm, value, answered)
-        return
-    if what == "nic-remove":
-        _remove_card(context, live, vm, value, answered)
-        return
-    fd = -1
+        _add_card(context, live, wanted, value, answered)
+    elif what == "nic-remove":
+        _remove_card(context, live, value, answered)
+    elif what == "insert":
+        _insert(context, live, wanted, key, value, answered)
+    else:
+        context.machines.order(live, what, answered, value=value)
+
+
+def _insert(context: Context, live: Live, wanted: Definition, key: str, drive: int, answered: Answered) -> None:
+    device, fd = wanted.devices()[key.partition(".")[0]], -1
     try:
-        if what == "insert":
-            disk = vm.definition.devices()[key.partition(".")[0]]
-            assert isinstance(disk, Disk)
-            opening.check_disk(disk, key, opening.facts_of(context, vm, disk.path))
-            fd = opening.open_object(context, vm, disk.path)
-        context.machines.order(live, what, answered, value=value, fd=fd)
-    except VmshellError as exc:
-        answered(exc)
+        if isinstance(device, Disk):
+            opening.check_disk(device, key, opening.facts_of(context, live.vm, device.path))
+            fd = opening.open_object(context, live.vm, device.path)
+        context.machines.order(live, "insert", answered, value=drive, fd=fd)
     finally:
         if fd >= 0:
             os.close(fd)
 
 
-def _add_card(context: Context, live: Live, vm: Vm, index: int, answered: Answered) -> None:
-    """First the cable and its filter, then the card; without the card there is no cable, either."""
+def _add_card(context: Context, live: Live, wanted: Definition, index: int, answered: Answered) -> None:
+    """First the cable and its filter, then the card; without the card there is no cable, either.
+
+    QEMU makes every card with its link up. One that is to be down hears it before anybody else hears of the card.
+    """
+    vm = live.vm
 
     def plugged(error: VmshellError | None, cables: Cables) -> None:
         try:
             if error or index not in cables:
                 answered(error or NetworkFailed(problem="a card of this network cannot be added while the VM runs"))
-                return
-            card = next(card for card in context.networks.plugged(vm) if card.index == index)
-            context.machines.order(live, "nic-add", added, value=index, fd=cables[index], card=card)
+            elif stopped := _ended(context, live):
+                context.networks.remove(vm, {index})  # the VM's end took away what there was by then
+                answered(stopped)
+            else:
+                card = next(card for card in context.networks.plugged(vm) if card.index == index)
+                context.machines.order(live, "nic-add", added, value=index, fd=cables[index], card=card)
+        except Exception as exc:
+            settled(_told(exc))
         finally:
             close(cables)
 
     def added(error: VmshellError | None) -> None:
-        if error:
-            context.networks.remove(vm, {index})
+        if error or wanted.nics[index].link == "up":
+            settled(error)
         else:
+            context.machines.order(live, "link-down", settled, value=index)
+
+    def settled(error: VmshellError | None) -> None:
+        stopped = _ended(context, live)
+        if error and not stopped:
+            context.machines.order(live, "nic-remove", value=index)
+            context.networks.remove(vm, {index})
+        elif not stopped:
             vm.added.add(index)
         answered(error)
 
-    try:
-        context.networks.add(vm, index, plugged)
-    except VmshellError as exc:
-        answered(exc)
+    context.networks.add(vm, index, plugged)
 
 
-def _remove_card(context: Context, live: Live, vm: Vm, index: int, answered: Answered) -> None:
+def _remove_card(context: Context, live: Live, index: int, answered: Answered) -> None:
     def removed(error: VmshellError | None) -> None:
-        if not error:
-            vm.added.discard(index)
-            context.networks.remove(vm, {index})
+        if not error and not _ended(context, live):
+            live.vm.added.discard(index)
+            context.networks.remove(live.vm, {index})
         answered(error)
 
     context.machines.order(live, "nic-remove", removed, value=index)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import BadValue, NotAllowed, NotConnected, VmshellError, WrongState
-from ..messages import PAUSED, RUNNING, Connect, HostKey, Net, NetHealth, Networks
+from ..messages import RUNNING, Connect, HostKey, Net, NetHealth, Networks
 from ..model.definition import Nic
 from .cards import ADDRESSED, dns_name, known_cards, names_user, tap_of
 from .disk import kept
@@ -113,7 +113,7 @@ def handle_net_health(context: Context, call: Call, request: NetHealth) -> None:
 
 def handle_connect(context: Context, call: Call, request: Connect, vm: Vm) -> None:
     """Say where the guest's port is. The peer connects by itself: what it may reach is decided by whose socket it is."""
-    if vm.state not in (RUNNING, PAUSED):
+    if vm.state != RUNNING:
         raise WrongState(vm=vm.ref, state=vm.state, verb="connect", needed="running")
     if context.layout.embedded:
         address, port = "127.0.0.1", _forwarded(vm, request.port)

@@ -92,15 +92,19 @@ def start(context: Context, vm: Vm, definition: Definition, images: Images, scra
         sockets = {name: stack.enter_context(host.listen_for_qemu(f"{folder}/{name}.sock")).fileno() for name in _SOCKETS}
         gate = stack.enter_context(_gate(f"{folder}/gate"))
         plan = _plan(context, vm, definition, images, scratch, cables, fds, sockets, gate)
+        takers = stack.enter_context(contextlib.ExitStack())
         read_end, write_end = os.pipe2(os.O_CLOEXEC)
         stack.callback(os.close, write_end)
+        takers.callback(os.close, read_end)
+        os.set_blocking(read_end, False)
+        ours = os.dup(gate)
+        takers.callback(os.close, ours)
         try:
             process = host.spawn(command(plan), fds.map, stdout=write_end, stderr=write_end)
         except OSError as exc:
-            os.close(read_end)
             raise StartFailed(vm=vm.ref, problem=f"a program it needs cannot be started ({exc.strerror})") from exc
-        os.set_blocking(read_end, False)
-        return Started(process, read_end, os.dup(gate))
+        takers.pop_all()
+        return Started(process, read_end, ours)
 
 
 def launch_line(context: Context, vm: Vm) -> list[str]:

@@ -87,16 +87,11 @@ class _Leaving:
         self._until = loop.now + GONE_TIME
 
     def start(self, command: str, arguments: dict[str, object]) -> None:
-        self._monitor.execute(command, arguments, self._asked)
+        # A no may mean that it is gone, or that it was asked before: what counts is whether it is there.
+        self._monitor.execute(command, arguments, lambda ok, body: self._look())
 
     def broken(self, exc: Exception) -> None:
         self._done(False)
-
-    def _asked(self, ok: bool, body: object) -> None:
-        if ok:
-            self._look()
-        else:
-            self._done(False)
 
     def _look(self) -> None:
         self._monitor.execute("qom-list", {"path": "/machine/peripheral"}, self._seen)
