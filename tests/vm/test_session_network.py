@@ -63,10 +63,9 @@ def test_out_by_passt_and_in_by_a_forward(session: Session) -> None:
     # Through the forward, and through `connect`, which finds it.
     with socket.create_connection(("127.0.0.1", port), 60) as sock:
         assert b"from the guest" in fetched(sock)
-    with session.client() as client:
-        answer, fd = client.ask_fd(messages.Connect(vm="web1", port=80))
+    answer = session.ask(messages.Connect(vm="web1", port=80))
     assert (answer["address"], answer["port"]) == ("127.0.0.1", port)
-    with socket.socket(fileno=fd) as sock:
+    with socket.create_connection((answer["address"], answer["port"]), 60) as sock:
         assert b"from the guest" in fetched(sock)
     with pytest.raises(ReportedError, match="no port leads there: set web1 net0.forward=tcp:10022:22"):
         session.ask(messages.Connect(vm="web1", port=22))
@@ -90,6 +89,12 @@ def test_out_by_passt_and_in_by_a_forward(session: Session) -> None:
     session.ask(messages.Kill(vm="web1"))
     session.wait_for(lambda: not passts(port), "passt to end", 30)
     viewer.close()
+
+    # A port that somebody else has by now would lead whoever asks for web1 to them.
+    taken = pytest.raises(ReportedError, match=f"port {port} of this host cannot lead to the guest")
+    with socket.create_server(("127.0.0.1", port)), taken:
+        session.ask(messages.Boot(vm="web1"))
+    assert session.ask(messages.Boot(vm="web1"))["state"] == "running"
 
 
 def fetched(sock: socket.socket) -> bytes:

@@ -7,19 +7,23 @@ Runs in: the broker, in session mode.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import time
 from typing import TYPE_CHECKING
 
 from ..errors import NetworkFailed
 from .journal import note
 
 if TYPE_CHECKING:
+    from ..model.shapes import Forward
     from .cards import Card
     from .context import Context
     from .host import Process
 
 PASST = "/usr/bin/passt"
+TRIES, TRY_AGAIN = 5, 0.1  # seconds
 
 
 def available() -> bool:
@@ -29,6 +33,9 @@ def available() -> bool:
 def start_all(context: Context, cards: list[Card]) -> dict[int, int]:
     """QEMU's ends of the streams, by the card's index, the taker's to close; raises NetworkFailed."""
     cables: dict[int, int] = {}
+    for card in cards:
+        for forward in card.nic.forward:
+            _must_be_free(forward)
     try:
         for card in cards:
             if card.network.kind == "user" and available():
@@ -38,6 +45,23 @@ def start_all(context: Context, cards: list[Card]) -> dict[int, int]:
             os.close(fd)
         raise NetworkFailed(problem=f"passt cannot be started ({exc.strerror})") from exc
     return cables
+
+
+def _must_be_free(forward: Forward) -> None:
+    """passt would go on without a port that somebody else has, and whoever asks for the guest would reach them."""
+    kind = socket.SOCK_STREAM if forward.proto == "tcp" else socket.SOCK_DGRAM
+    for left in reversed(range(TRIES)):
+        with socket.socket(socket.AF_INET, kind | socket.SOCK_CLOEXEC) as sock:
+            if forward.proto == "tcp":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what was closed a moment ago is free
+            try:
+                sock.bind(("127.0.0.1", forward.host))
+                return
+            except OSError as exc:
+                if not left or exc.errno != errno.EADDRINUSE:
+                    problem = f"port {forward.host} of this host cannot lead to the guest ({(exc.strerror or str(exc)).lower()})"
+                    raise NetworkFailed(problem=f"{problem}; take another one for net.forward") from exc
+        time.sleep(TRY_AGAIN)  # the passt of the run before may not have ended yet
 
 
 def command(card: Card) -> list[str]:
