@@ -108,6 +108,7 @@ class Links:
         try:
             found = self.link(name)
             if found is None:
+                self._must_be_free(segment)
                 quiet = {"br_stp_state": 0, "br_ageing_time": 0, "br_mcast_snooping": 0}
                 self._ip.link("add", ifname=name, kind="bridge", address=bridge_mac(segment.segment), **quiet)
             index = found.index if found else socket.if_nametoindex(name)
@@ -131,6 +132,17 @@ class Links:
             if found is None:
                 self.remove_bridge(segment)
             raise
+
+    def _must_be_free(self, segment: Segment) -> None:
+        """Two interfaces with one subnet would take each other's packets."""
+        for text in filter(None, (segment.gateway4, segment.gateway6)):
+            subnet = ip_interface(text).network
+            for found in self._ip.get_addr():
+                other = ip_interface(f"{found.get_attr('IFA_ADDRESS')}/{found['prefixlen']}")
+                if other.version == subnet.version and other.ip in subnet:
+                    name = socket.if_indextoname(found["index"])
+                    cure = "take another pool for VMs, or another address there"
+                    raise NetworkFailed(problem=f"{other.ip} of {name} is in {subnet}; {cure}")
 
     def _join(self, segment: Segment, index: int) -> None:
         """The VLAN of the host's interface, as the one port of the bridge that learns."""

@@ -204,6 +204,17 @@ def test_interfaces_of_somebody_else_are_left_alone(tapnet: Tapnet, namespace: N
     assert set(namespace.links()) == {"vt000001n0", "vtb000002"}
 
 
+def test_an_address_that_is_taken(tapnet: Tapnet, namespace: Namespace) -> None:
+    namespace.run("ip", "link", "add", "wire0", "type", "veth", "peer", "name", "wire1")
+    namespace.run("ip", "addr", "add", "10.77.1.200/16", "dev", "wire0")
+    namespace.run("ip", "addr", "add", "10.77.2.1/24", "dev", "wire1")
+    tapnet.tell(segment(), segment(2), segment(3))
+    assert "10.77.1.200 of wire0 is in 10.77.1.0/24; take another pool" in tapnet.refused(port(1))
+    assert "10.77.2.1 of wire1" in tapnet.refused(port(1, segment=2))
+    assert set(namespace.links()) == {"wire0", "wire1"}
+    close(tapnet.plug(port(1, segment=3)))
+
+
 def test_names_of_sixteen_characters_and_other_nonsense(tapnet: Tapnet, namespace: Namespace) -> None:
     tapnet.tell(segment())
     for body in (

@@ -221,7 +221,8 @@ TABLE: tuple[Verb, ...] = (
         (Option("to", "grantee", "WHOM", "USER, @GROUP, world, or world:PORT for another port of this host"), JSON),
         "let others reach a port of a VM; without a port, list what is published",
         "`publish web1 80 --to bob`: the VMs on bob's private network reach web1 there. `--to world:8080`: port 8080 of the host "
-        "leads there, if your limits allow it. On a service network its members reach what providers publish.",
+        "leads there (by IPv4, from outside the host), if your limits allow it. On a service network members reach what "
+        "providers publish. What is closed is closed for connections that stand, too.",
         later.publish,
     ),
     Verb(
