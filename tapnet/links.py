@@ -89,15 +89,15 @@ class Links:
         if segment.bridge:
             found = self.link(segment.bridge)
             if found is None:
-                raise NetworkFailed(problem=f"the host has no bridge {segment.bridge}")
+                raise NetworkFailed(problem=f"the host has no bridge {segment.bridge}; it has to be made first")
             if found.kind != "bridge":
-                raise NetworkFailed(problem=f"{segment.bridge} of the host is no bridge")
+                raise NetworkFailed(problem=f"{segment.bridge} of the host is no bridge; the policy has to name one")
             return
         found = self.link(bridge(segment))
         if found is not None and not is_our_bridge(found, segment):
             raise NetworkFailed(problem=f"there is an interface {found.name} already, and it is not ours; remove it")
         if segment.vlan and self.link(segment.parent) is None:
-            raise NetworkFailed(problem=f"the host has no interface {segment.parent} for VLAN {segment.vlan}")
+            raise _no_parent(segment)
 
     def make_bridge(self, segment: Segment) -> None:
         """Make the segment's bridge, or bring the one that is there into line; a bridge of the host is only looked for."""
@@ -149,7 +149,7 @@ class Links:
         name, parent = uplink(segment), self.link(segment.parent)
         found = self.link(name)
         if parent is None:
-            raise NetworkFailed(problem=f"the host has no interface {segment.parent} for VLAN {segment.vlan}")
+            raise _no_parent(segment)
         if found is not None and (found.kind, found.parent, found.vlan) != ("vlan", parent.index, segment.vlan):
             raise NetworkFailed(problem=f"there is an interface {name} already, and it is not ours; remove it")
         if found is None:
@@ -297,6 +297,10 @@ def _read(found: Any) -> Link:
         root_only=kind == "tun" and value(data, "IFLA_TUN_OWNER") == 0 and value(data, "IFLA_TUN_GROUP") == 0,
         held=tuple(value(slave, f"IFLA_BRPORT_{name}") for name in ("ISOLATED", "LEARNING", "UNICAST_FLOOD", "GUARD")),
     )
+
+
+def _no_parent(segment: Segment) -> NetworkFailed:
+    return NetworkFailed(problem=f"the host has no interface {segment.parent} for VLAN {segment.vlan}; it has to be there first")
 
 
 def _failed(what: str, code: int | None) -> NetworkFailed:

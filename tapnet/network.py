@@ -219,7 +219,7 @@ class Network:
             before = state.ports.get(key(message))
             if message.create:
                 if before is not None and self._has_tap(message):
-                    raise NetworkFailed(problem=f"the tap {tap(message)} was handed over already and is still held")
+                    raise NetworkFailed(problem=f"the tap {tap(message)} was handed over already; its QEMU has to end first")
                 if self.failing:
                     raise NetworkFailed(problem=self.failing)
                 place = bridge(state.segments[message.segment]), message.mac

@@ -32,7 +32,7 @@ def create(name: str) -> int:
     try:
         fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise NetworkFailed(problem=f"{DEVICE} cannot be opened: {error.strerror}") from error
+        raise NetworkFailed(problem=f"{DEVICE} cannot be opened: {error.strerror}; its mode should be 0666") from error
     try:
         fcntl.ioctl(fd, _TUNSETIFF, _IFREQ.pack(encoded, _TAP | _NO_PI | _EXCLUSIVE))
         fcntl.ioctl(fd, _TUNSETOWNER, 0)

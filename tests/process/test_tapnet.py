@@ -131,7 +131,7 @@ def test_a_router_for_ipv6_has_the_addresses_it_was_given(tapnet: Tapnet, namesp
 def test_a_tap_dies_with_its_holder_and_can_be_made_again(tapnet: Tapnet, namespace: Namespace) -> None:
     tapnet.tell(segment())
     fd = tapnet.plug(port(1))
-    assert "still held" in tapnet.refused(port(1))  # the broker asks twice
+    assert "its QEMU has to end first" in tapnet.refused(port(1))  # the broker asks twice
     assert passes_alone(tapnet, fd)
     close(fd)
     assert "vt000001n0" not in namespace.links()

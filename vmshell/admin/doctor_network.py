@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from ..errors import VmshellError, from_wire
 from ..model import policy
 from .findings import ENV, FAIL, OK, WARN, Finding, ask, output, problem_of, states
+from .policies import missing_interfaces
 from .verbs import Context
 
 TAPNET, NAMES = "vmshell-tapnet.socket", "vmshell-names.service"
@@ -55,6 +56,8 @@ def check_network(context: Context) -> Iterator[Finding]:
         yield Finding(FAIL, str(sentence), "vmshell-admin network repair, when its cause is gone; journalctl -u vmshell-tapnet")
     if not problems:
         yield Finding(OK, "the network service answers")
+    for lack in missing_interfaces(_policy(context)):
+        yield Finding(FAIL, lack, "make it, or take the network out of the policy; VMs on it do not start")
     for name, without in WITHOUT.items():
         if features.get(name) is False:
             yield Finding(WARN, f"this kernel has no {name}: {without}", "nothing else depends on it")
@@ -97,14 +100,19 @@ def check_names(context: Context) -> Iterator[Finding]:
             cure = "another name server has port 53 of every address; let it listen on its own only (dnsmasq: bind-dynamic)"
         yield Finding(FAIL, f"{NAMES} does not run, so guests get no addresses", cure)
         return
-    try:
-        domain = policy.load(context.layout.policy, session=False).host.dns_domain
-    except (OSError, VmshellError):
-        domain = policy.HostPolicy().dns_domain  # the broker kept whichever it had; `policy check` is who complains
+    domain = _policy(context).host.dns_domain
     if _resolver_answers(f"doctor.{domain}"):
         yield Finding(OK, f"VMs have names in {domain}; {RESOLVER[0]} answers this host")
     else:
         yield Finding(FAIL, f"{NAMES} runs, and {RESOLVER[0]} does not answer", cure)
+
+
+def _policy(context: Context) -> policy.Policy:
+    """As the file has it. A broken one the broker has not taken either, and `policy check` is who complains."""
+    try:
+        return policy.load(context.layout.policy, session=False)
+    except (OSError, VmshellError):
+        return policy.parse("", "nothing")
 
 
 def _listens_everywhere(path: str) -> bool:

@@ -125,6 +125,11 @@ def _missing(found: Policy) -> Iterator[str]:
     for folder in found.library:
         if not os.path.isdir(folder):
             yield f"[library] directories: there is no directory {folder}"
+    yield from missing_interfaces(found)
+
+
+def missing_interfaces(found: Policy) -> Iterator[str]:
+    """Networks that need a bridge or an interface which the host has not."""
     for name, network in found.catalogues.networks.items():
         interface = network.bridge or network.parent
         if interface and not os.path.exists(f"/sys/class/net/{interface}"):
