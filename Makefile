@@ -19,9 +19,9 @@ TEST_PROGRAMS := busybox:busybox-static cpio:cpio ssh:openssh-client rsync:rsync
 demo: setup
 	@$(PY) etc/demo.py
 
-# Two at a time, a file staying together: most of them wait, for guests and for time to pass.
+# Three at a time, a file staying together: most of them wait, for guests and for time to pass.
 test: setup-all
-	$(PYTEST) -n 2 --dist loadfile
+	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(PYTEST) -m "not slow and not vm and not system" -q -n 2 --dist loadfile

@@ -14,6 +14,25 @@ from tests.session import Session
 from vmshell.layout import Layout
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For those who run files side by side: hosts with guests are spread among what else waits, and quick files come last."""
+    kinds: dict[str, int] = {}  # by file, see `_kind`
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        kinds[file] = min(kinds.get(file, 2), _kind(item))
+    place: dict[str, float] = {}
+    for kind in range(3):
+        files = sorted((file for file, own in kinds.items() if own == kind), reverse=True)  # the longest have late letters
+        place |= {file: (index + 0.5) / len(files) + kind // 2 for index, file in enumerate(files)}
+    items.sort(key=lambda item: place[item.nodeid.partition("::")[0]])
+
+
+def _kind(item: pytest.Item) -> int:
+    """0: on a host of its own; 1: it waits for something; 2: neither."""
+    marks = [name for name in ("system", "vm", "slow") if item.get_closest_marker(name)]
+    return 2 if not marks else 0 if "system" in marks else 1
+
+
 @pytest.fixture
 def short_tmp() -> Iterator[Path]:
     """A folder with a short path that other users can pass through, gone after the test."""
