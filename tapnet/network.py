@@ -8,6 +8,7 @@ Runs in: tapnet.
 from __future__ import annotations
 
 import os
+from functools import partial
 from time import monotonic
 
 from vmshell.errors import NetworkFailed, VmshellError
@@ -103,11 +104,11 @@ class Network:
         found = self.links.survey()
         self.restore(touched=False)
         self._postponed = bool(self.failing)
+        steps = [partial(self._put_right, number, found) for number in sorted(self.state.used())]
         problems = []
-        self._route(self.state)
-        for number in sorted(self.state.used()) if not self.failing else ():
+        for step in (partial(self._route, self.state), *steps) if not self.failing else ():
             try:
-                self._put_right(number, found)
+                step()
             except VmshellError as error:
                 problems.append(_problem(error))
         self.links.remove(orphans(found, self.state))
