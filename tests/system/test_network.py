@@ -307,7 +307,7 @@ def tables(host: Host) -> list[str]:
         listing = host.exec("nft", "-j", "-s", "list", "table", *table.split(), check=False).stdout or '{"nftables": []}'
         for item in (thing for entry in json.loads(listing)["nftables"] for thing in entry.values()):
             item.pop("handle", None)
-            elements = [] if "timeout" in item.get("flags", []) else item.get("elem", [])
+            elements = [] if "dynamic" in item.get("flags", []) else item.get("elem", [])
             item.pop("elem", None)
             found.append(json.dumps(item, sort_keys=True) + str(sorted(json.dumps(element) for element in elements)))
     return sorted(found)

@@ -139,6 +139,19 @@ def test_forwarding_reaches_own_vms_and_nothing_else(forwarding: World) -> None:
         assert said([*host.ssh(), "-N", "-o", "ExitOnForwardFailure=yes", *options, f"alice@{host.name}"])[0] == 255, options
 
 
+def test_a06_who_joins_later_is_confined_as_well(forwarding: World) -> None:
+    """By `user add`, and by hand: nobody tells the broker of that, and no login of theirs need come first."""
+    host = forwarding.host
+    host.add_user("dora")
+    host.sh("useradd --create-home erik && usermod -aG vmusers -s /usr/local/bin/vmshell erik")
+    host.exec("tee", "/etc/ssh/vmshell-keys/erik", stdin=host.public_key())
+    confined = host.sh("nft list set inet vmshell confined")
+    assert str(host.uid("dora")) in confined
+    wait_for(lambda: str(host.uid("erik")) in host.sh("nft list set inet vmshell confined"), 10)
+    for user in ("dora", "erik"):
+        assert "SSH-2.0" not in asked_by(host, user, "127.0.0.1:22"), user
+
+
 def test_forwarding_opens_no_unix_socket(forwarding: World, tmp_path: Path) -> None:
     host, here = forwarding.host, tmp_path / "here"
     options = ["-N", "-v", "-o", "LogLevel=VERBOSE", "-L", f"{here}:/run/systemd/journal/stdout"]
@@ -163,6 +176,8 @@ def test_a_jump_by_name(forwarding: World) -> None:
 def test_doctor_wants_both_or_none(forwarding: World) -> None:
     host = forwarding.host
     assert "OK    sshd          alice" in host.admin("doctor", check=False).stdout
-    host.sh("sed -i /ssh_forwarding/d /etc/vmshell/policy.toml")
+    # What counts is what is in force, not what the file says.
+    host.sh("sed -i /ssh_forwarding/d /etc/vmshell/policy.toml; systemctl restart vmshell-broker")
+    wait_for(lambda: host.run("alice", "list")[0] == 0)
     done = host.admin("doctor", check=False)
     assert done.returncode == 1 and "disableforwarding no" in done.stdout
