@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shlex
+import time
 
 import pexpect
 
@@ -77,3 +78,23 @@ class Guest:
             self._console = self.host.spawn(self.user, f"console {self.name}")
             self._console.expect_exact("agent ready", timeout=PATIENCE)
         return self._console
+
+
+class Connection:
+    """A TCP connection of *guest*'s to port 7 of *address*, where every byte comes back; used now and then."""
+
+    def __init__(self, guest: Guest, address: str) -> None:
+        self._guest = guest
+        self._at = f"/tmp/connection{next(_COUNT)}"
+        self._words: list[str] = []
+        guest.sh(f"mkfifo {self._at}.in; sleep 600 >{self._at}.in &")
+        guest.sh(f"nc {address} 7 <{self._at}.in >{self._at}.out 2>&1 &")
+
+    def carries(self, word: str, seconds: float = 60) -> None:
+        """Send *word*, and wait until it and all before it have come back."""
+        self._words.append(word)
+        self._guest.sh(f"echo {word} >{self._at}.in")
+        end = time.monotonic() + seconds
+        while (back := self._guest.sh(f"cat {self._at}.out").split()) != self._words:
+            assert time.monotonic() < end, f"{back} came back of {self._words}"
+            time.sleep(0.2)

@@ -6,6 +6,8 @@ that off. `outside` is this machine, beside the host in the hosts' own network.
 
 from __future__ import annotations
 
+import json
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from .guest import Guest
+from .guest import PATIENCE, Guest
 from .machine import Host
 
 PRIVATE = "192.168.77.1"  # beside the host as well, but not the internet
@@ -108,3 +110,30 @@ def wait_for(happened: Callable[[], bool], seconds: float = 60) -> None:
     while not happened():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.2)
+
+
+def tables(host: Host) -> list[str]:
+    """Our two tables without what changes by itself."""
+    found = []
+    for table in ("inet vmshell", "bridge vmshell"):
+        listing = host.exec("nft", "-j", "-s", "list", "table", *table.split(), check=False).stdout or '{"nftables": []}'
+        for item in (thing for entry in json.loads(listing)["nftables"] for thing in entry.values()):
+            item.pop("handle", None)
+            elements = item.pop("elem", [])
+            if "size" in item:  # a set that packets fill
+                elements = []
+            found.append(json.dumps(item, sort_keys=True) + str(sorted(json.dumps(element) for element in elements)))
+    return sorted(found)
+
+
+def through(guest: Guest, program: str) -> list[str]:
+    """ssh or scp to *guest*, by way of `ssh owner@host connect`."""
+    host = guest.host
+    proxy = shlex.join([*host.ssh(), f"{guest.user}@{host.name}", f"connect {guest.name}:22"])
+    return [*host.ssh(program), "-o", f"ProxyCommand={proxy}", "-o", f"HostKeyAlias={guest.user}.{guest.name}"]
+
+
+def said(argv: list[str], stdin: str = "") -> tuple[int, str]:
+    """The exit status of *argv*, run on this machine, and what it said."""
+    done = subprocess.run(argv, input=stdin, capture_output=True, text=True, errors="replace", timeout=PATIENCE)
+    return done.returncode, done.stdout + done.stderr

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 import pytest
 
-from tests.host.guest import Guest
-from tests.host.machine import Host
-from tests.host.world import PRIVATE, World, address_hex, bridge_of, colons, hardware, outside, tap_of, wait_for, world
+from tests.host.guest import Connection, Guest
+from tests.host.world import PRIVATE, World, address_hex, bridge_of, colons, hardware, outside, tables, tap_of, wait_for, world
 
 __all__ = ["outside", "world"]
 
@@ -235,58 +233,21 @@ def test_connections_outlive(world: World, service: str) -> None:
     host, web1, web2 = world.host, world.web1, world.web2
     web2.run("killall nc")
     web2.sh("nc -ll -p 7 -e cat >/dev/null 2>&1 &")
-    peers = {"neighbour": web2.address, "outside": world.outside}
-    for name, address in peers.items():
-        web1.sh(f"rm -f /tmp/{name}.*; mkfifo /tmp/{name}.in; sleep 600 >/tmp/{name}.in & ")
-        web1.sh(f"nc {address} 7 </tmp/{name}.in >/tmp/{name}.out 2>&1 &")
-        web1.sh(f"echo before >/tmp/{name}.in")
-        wait_for_words(web1, name, "before")
+    connections = [Connection(web1, web2.address), Connection(web1, world.outside)]
+    for connection in connections:
+        connection.carries("before")
     pid = host.sh(f"systemctl show -P MainPID {service}")
     host.sh(f"systemctl kill -s KILL --kill-whom=main {service}")
-    for name in peers:
-        web1.sh(f"echo during >/tmp/{name}.in")
-        wait_for_words(web1, name, "before during")
+    for connection in connections:
+        connection.carries("during")
     wait_for(lambda: host.sh(f"systemctl show -P MainPID {service}") not in (pid, "0\n"))
     wait_for(lambda: "FAIL" not in host.admin("doctor", check=False).stdout)
-    for name in peers:
-        web1.sh(f"echo afterwards >/tmp/{name}.in")
-        wait_for_words(web1, name, "before during afterwards")
+    for connection in connections:
+        connection.carries("afterwards")
     web1.run("killall nc sleep")
     assert web1.reaches("web2") and web1.reaches("outside.test")
     assert not world.evil.reaches(web1.address)
     assert world.web2.sh("udhcpc -n -q -t 5 -T 3 -i eth0 -s /bin/true 2>&1 | grep -c obtained") == "1\n"
-
-
-def wait_for_words(guest: Guest, name: str, words: str) -> None:
-    """What came back on the connection *name*."""
-    wait_for(lambda: guest.run(f"cat /tmp/{name}.out")[1].split() == words.split())
-
-
-FIREWALL = """\
-table inet closed {
-    chain input { type filter hook input priority 0; policy drop; ct state established,related accept; iifname "lo" accept
-        tcp dport 22 accept
-    }
-    chain forward { type filter hook forward priority 0; policy drop; ct state established,related accept; }
-}
-"""
-
-
-def test_beside_another_firewall(world: World) -> None:
-    """One that drops what it does not know is in the way until it names our bridges, as vmshell-admin(8) says; doctor sees it."""
-    host, web1 = world.host, world.web1
-    host.exec("nft", "-f", "-", stdin=FIREWALL)
-    try:
-        assert not web1.reaches("203.0.113.254") and web1.run("nslookup -timeout=2 web2.alice.vm")[0] != 0
-        doctor = host.admin("doctor").stdout
-        assert doctor.count("drops what it does not know, and nothing there names our bridges, vtb*") == 2, doctor
-        host.exec("nft", "add", "rule", "inet", "closed", "input", 'iifname "vtb*" accept')
-        host.exec("nft", "add", "rule", "inet", "closed", "forward", 'iifname "vtb*" accept')
-        assert web1.reaches("outside.test") and web1.reaches("web2")
-        assert not world.evil.reaches(web1.address) and web1.run("nc -w 3 10.77.0.1 22")[0] != 0
-        assert "OK    routing" in host.admin("doctor").stdout
-    finally:
-        host.sh("nft delete table inet closed")
 
 
 def test_a_flushed_ruleset_is_back_within_two_seconds(world: World) -> None:
@@ -300,14 +261,25 @@ def test_a_flushed_ruleset_is_back_within_two_seconds(world: World) -> None:
     wait_for(lambda: tables(host) == before, 2.0)
 
 
-def tables(host: Host) -> list[str]:
-    """Our two tables without what changes by itself."""
-    found = []
-    for table in ("inet vmshell", "bridge vmshell"):
-        listing = host.exec("nft", "-j", "-s", "list", "table", *table.split(), check=False).stdout or '{"nftables": []}'
-        for item in (thing for entry in json.loads(listing)["nftables"] for thing in entry.values()):
-            item.pop("handle", None)
-            elements = [] if "dynamic" in item.get("flags", []) else item.get("elem", [])
-            item.pop("elem", None)
-            found.append(json.dumps(item, sort_keys=True) + str(sorted(json.dumps(element) for element in elements)))
-    return sorted(found)
+def test_as_after_a_suspend(world: World) -> None:
+    """What a container can show of one: our services stand still, the rules are lost meanwhile, the services go on."""
+    host, web1, web2 = world.host, world.web1, world.web2
+    web2.run("killall nc")
+    web2.sh("nc -ll -p 7 -e cat >/dev/null 2>&1 &")
+    connections = [Connection(web1, web2.address), Connection(web1, world.outside)]
+    for connection in connections:
+        connection.carries("before")
+    web1.sh("rm -f /run/lease")
+    before, processes = tables(host), host.sh(f"systemctl show -P MainPID {' '.join(SERVICES)}")
+    host.sh(f"systemctl kill -s STOP --kill-whom=main {' '.join(SERVICES)}")
+    host.sh("nft flush ruleset; sleep 1")
+    assert not tables(host)
+    host.sh(f"systemctl kill -s CONT --kill-whom=main {' '.join(SERVICES)}")
+    wait_for(lambda: tables(host) == before, 2.0)
+    for connection in connections:
+        connection.carries("afterwards")
+    web1.sh("killall -USR1 udhcpc")  # renew
+    wait_for(lambda: f"ip={web1.address}" in web1.run("cat /run/lease")[1].split())
+    assert web1.reaches("web2", 1) and not world.evil.reaches(web1.address, 1)
+    assert host.sh(f"systemctl show -P MainPID {' '.join(SERVICES)}") == processes
+    web1.run("killall nc sleep")

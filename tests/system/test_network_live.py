@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 
 from tests.host.guest import Guest
 from tests.host.machine import Host
 from tests.host.world import wait_for
+from vmshell.errors import NoAddress
 
 # The first test of a machine makes the hosts' image, as fast as the package mirror is.
 pytestmark = [pytest.mark.system, pytest.mark.root, pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -87,6 +89,31 @@ def test_a_card_of_the_launch_line_waits_for_the_next_boot(web1: Guest) -> None:
     assert said == "web1: running\nat the next boot: net0\n"
     assert web1.reaches("10.77.0.1")
     web1.vmshell("set web1 net0=users")
+
+
+def test_another_network_at_the_next_boot(web1: Guest) -> None:
+    """Until then everything is as it was: the segment, the address, the name."""
+    moved = Guest(web1.host, "alice", "moved").make().boot().ready()
+    old = moved.address
+    said = changes(moved, "set moved net0.network=lan")
+    assert said.startswith("moved: running\nat the next boot: net0"), said
+    assert cards(moved)["net0"]["network"] == "users" and cards(moved)["net0"]["address"] == old
+    assert moved.reaches("web1", 1)
+    assert f"Address: {old}" in web1.sh("nslookup moved.alice.vm 10.77.0.1")
+
+    moved.detach()
+    moved.vmshell("kill moved")
+    moved.boot().ready()
+    assert cards(moved)["net0"]["network"] == "lan" and cards(moved)["net0"]["address"] == moved.address
+    assert moved.address.rpartition(".")[0] != old.rpartition(".")[0]
+    assert moved.reaches(moved.address.rpartition(".")[0] + ".1", 1) and not moved.reaches(web1.address, 1)
+    answer = web1.sh("nslookup moved.alice.vm 10.77.0.1")
+    assert f"Address: {moved.address}" in answer and old not in answer
+    assert "moved.alice.vm" in web1.sh(f"nslookup {moved.address} 10.77.0.1")
+    assert "moved.alice.vm" not in web1.run(f"nslookup {old} 10.77.0.1")[1]
+    moved.detach()
+    moved.vmshell("kill moved")
+    moved.vmshell("rm moved --yes")
 
 
 def test_figures_and_the_rate(web1: Guest) -> None:
@@ -193,3 +220,41 @@ def test_nothing_is_left_of_vms_that_have_ended(web1: Guest) -> None:
     tap = f"vt{number:06x}n0"
     wait_for(lambda: tap not in web1.host.sh("nft list ruleset; ip link"))
     assert str(number) not in web1.host.sh("ls /run/vmshell/names/hosts /run/vmshell/names/dhcp-hosts").split()
+
+
+SMALL = """\
+[host]
+ipv4_pool = "10.78.0.0/28"
+segment_prefix = 29
+"""
+
+
+def test_a_pool_that_is_full(web1: Guest) -> None:
+    """Two segments of five addresses each. The last test of this host: it takes all VMs of those before away."""
+    host = web1.host
+    web1.detach()
+    for user in ("alice", "bob"):
+        for vm in json.loads(host.run(user, "list --json")[1])["vms"]:
+            host.run(user, f"kill {vm['name']}")
+            assert host.run(user, f"rm {vm['name']} --yes")[0] == 0
+    host.exec("tee", "/etc/vmshell/policy.toml", stdin=SMALL + POLICY)
+    host.sh("systemctl restart vmshell-broker")
+
+    first = Guest(host, "alice", "web1").make().boot()
+    second = Guest(host, "alice", "web2").make("net1=users", "net2=users", "net3=users").boot()
+    bobs = Guest(host, "bob", "web1").make().boot()
+    second.vmshell("kill web2")  # an address is for good, not for as long as a VM runs
+    bobs.vmshell("kill web1")
+    last = Guest(host, "alice", "web3").make()
+    no_address = NoAddress(network="users", size="5 addresses")
+    status, _, said = host.run("alice", "boot web3")
+    assert status == no_address.exit_status and no_address.sentence() in said and no_address.hint in said
+    last.vmshell("set web3 net0.network=lan")
+    assert NoAddress(network="lan", size="2 segments").sentence() in refusal(last, "boot web3")
+    assert first.ready().address == "10.78.0.2"
+    assert first.reaches("10.78.0.1") and "obtained" in first.sh("udhcpc -n -q -t 5 -T 3 -i eth0 -s /bin/true 2>&1")
+    first.detach()
+
+    bobs.vmshell("rm web1 --yes")
+    last.boot()
+    assert IPv4Address(cards(last)["net0"]["address"]) in IPv4Network("10.78.0.8/29")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +11,9 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from tests.host.guest import PATIENCE
+from tests.host.guest import PATIENCE, Guest
 from tests.host.machine import Host
-from tests.host.world import World, outside, wait_for, world
+from tests.host.world import World, outside, said, through, wait_for, world
 
 __all__ = ["outside", "world"]
 
@@ -26,24 +26,13 @@ FORWARDING = "/etc/ssh/sshd_config.d/40-vmshell-forwarding.conf"
 # --- into a guest -----------------------------------------------------------------------------------------------------
 
 
-def through(world: World, program: str, command: str = "connect web1:22") -> list[str]:
-    """ssh or scp to a guest, by way of `ssh alice@host connect`."""
-    proxy = shlex.join([*world.host.ssh(), f"alice@{world.host.name}", command])
-    return [*world.host.ssh(program), "-o", f"ProxyCommand={proxy}", "-o", "HostKeyAlias=web1"]
-
-
-def said(argv: list[str], stdin: str = "") -> tuple[int, str]:
-    done = subprocess.run(argv, input=stdin, capture_output=True, text=True, errors="replace", timeout=PATIENCE)
-    return done.returncode, done.stdout + done.stderr
-
-
 def test_ssh_and_scp_through_connect(world: World, tmp_path: Path) -> None:
-    assert said([*through(world, "ssh"), "root@web1", "hostname; exit 7"]) == (7, "web1\n")
+    assert said([*through(world.web1, "ssh"), "root@web1", "hostname; exit 7"]) == (7, "web1\n")
     sent, back = tmp_path / "sent", tmp_path / "back"
     sent.write_bytes(os.urandom(1 << 20))
     for options in ([], ["-O"]):
-        assert said([*through(world, "scp"), *options, str(sent), "root@web1:/tmp/file"])[0] == 0
-        assert said([*through(world, "scp"), *options, "root@web1:/tmp/file", str(back)])[0] == 0
+        assert said([*through(world.web1, "scp"), *options, str(sent), "root@web1:/tmp/file"])[0] == 0
+        assert said([*through(world.web1, "scp"), *options, "root@web1:/tmp/file", str(back)])[0] == 0
         assert back.read_bytes() == sent.read_bytes()
         back.unlink()
 
@@ -98,6 +87,46 @@ def test_published_to_the_world(world: World) -> None:
     assert host.run("bob", "publish evil 80 --to world:20002")[0] == 1
     web1.vmshell("unpublish web1 80")
     assert said(asked)[0] != 0
+
+
+def events(host: Host, event: str) -> list[dict[str, object]]:
+    """What the broker has written to the journal of *event*."""
+    lines = host.sh("journalctl -u vmshell-broker -o cat --no-pager").splitlines()
+    return [entry for line in lines if line.startswith("{") and (entry := json.loads(line))["event"] == event]
+
+
+def test_the_journal_says_who_opened_and_used_what(world: World) -> None:
+    host, web1 = world.host, world.web1
+    connections = len(events(host, "connect"))
+    web1.vmshell("publish web1 8443 --to bob")
+    web1.vmshell("unpublish web1 8443 --to bob")
+    assert host.run("bob", "connect alice/web1:22")[0] == 3
+    assert "SSH-2.0" in host.run("alice", "connect web1:22")[1]
+    wait_for(lambda: len(events(host, "connect")) == connections + 1)
+    alices = {"uid": host.uid("alice"), "owner": "alice", "vm": "web1"}
+    opened = {**alices, "port": 8443, "proto": "tcp", "to": "bob"}
+    for event, expected in (("publish", opened), ("unpublish", opened), ("connect", {**alices, "port": 22})):
+        assert expected.items() <= events(host, event)[-1].items()
+
+
+# --- an account that is not like others -------------------------------------------------------------------------------
+
+
+def test_a_long_uid_and_an_odd_name(world: World) -> None:
+    """An account of a directory service: its VMs are called by its uid, since its name is none that DNS has."""
+    host, user, uid = world.host, "svc_db.x", 4_294_967_290
+    host.sh(f"useradd --badname --uid {uid} --no-create-home --home-dir /nonexistent -- {user}")
+    host.add_user(user)
+    guest = Guest(host, user, "web1").make().boot().ready()
+    name = f"web1.u{uid}.vm"
+    assert guest.sh("hostname") == "web1\n"
+    assert f"Address: {guest.address}" in guest.sh(f"nslookup {name}")
+    assert f"name = {name}" in guest.sh(f"nslookup {guest.address}")
+    assert guest.reaches("outside.test", 1)
+    assert said([*through(guest, "ssh"), "root@web1", "hostname"]) == (0, "web1\n")
+    assert not world.evil.reaches(guest.address, 1) and host.run("bob", f"connect {user}/web1:22")[0] == 3
+    guest.detach()
+    guest.vmshell("kill web1")
 
 
 # --- sshd's own forwarding, where the administrator opens it ----------------------------------------------------------
