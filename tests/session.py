@@ -154,6 +154,17 @@ class Session:
                         found.append(int(entry))
         return found
 
+    def holders(self) -> list[int]:
+        """Processes other than this one that have a file of the run directory open, gone or not."""
+        found = []
+        for entry in os.listdir("/proc"):
+            if entry.isdecimal() and int(entry) != os.getpid():
+                with contextlib.suppress(OSError):
+                    links = [os.readlink(f"/proc/{entry}/fd/{fd}") for fd in os.listdir(f"/proc/{entry}/fd")]
+                    if any(link.startswith(f"{self.layout.run_vms}/") for link in links):
+                        found.append(int(entry))
+        return found
+
     def relay_pid(self) -> int:
         (pid,) = self.pids("relay")
         return pid
@@ -183,6 +194,10 @@ class Session:
                 os.kill(pid, signal.SIGKILL)
         if self.broker is not None:
             self.broker.wait()
+        # A jail that was started and not written down yet: the next broker would find it, and there is none.
+        for pid in self.holders():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.wait_for(lambda: not self.pids() and not any(_alive(pid) for pid in qemus), "every process to end", 30)
 
 

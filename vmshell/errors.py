@@ -427,7 +427,7 @@ class NetworkFailed(VmshellError):
 
 
 class NoAddress(VmshellError):
-    """network {network} has no free address: all {size} are taken"""
+    """network {network} has no free address: there is room for {size}, and all is taken"""
 
     code = "no-address"
     exit_status = EX_LIMIT

@@ -31,7 +31,7 @@ DEPTH_MAX = 16
 INT_MAX = 1 << 53
 FDS_MAX = 4
 
-_UCRED = struct.Struct("3i")
+_UCRED = struct.Struct("iII")  # pid, uid, gid
 # Room for more descriptors than we take: then stray ones arrive, are seen and closed, and nothing is cut silently.
 _ANC_SIZE = _socket.CMSG_SPACE(FDS_MAX * 4 * 2)
 

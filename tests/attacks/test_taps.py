@@ -240,6 +240,26 @@ def test_e32_tiny_frames_hurt_nobody(world: World) -> None:
     assert len(world.received(2, 0.1)) == 1
 
 
+def test_e32_a_rate_holds_for_what_a_guest_sends(tapnet: Tapnet) -> None:
+    """800 kbit/s: what went beyond a second's worth and a burst at the beginning is that much in each further second."""
+    fd, other = tapnet.plug(port(1, rate=800)), tapnet.plug(port(2))
+    for each in (fd, other):
+        os.set_blocking(each, False)
+    frame = ethernet(mac(2), mac(1), 0x0800, ip4("10.77.1.2", "10.77.1.3", 17, udp(1, 2, bytes(1000))))
+    got, seconds = [], 4
+    for _ in range(seconds):
+        count, end = 0, time.monotonic() + 1
+        while time.monotonic() < end:
+            os.write(fd, frame)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    count += len(os.read(other, 2000))
+        got.append(count)
+    assert all(70_000 < count < 130_000 for count in got[1:]), got
+    os.close(fd)
+    os.close(other)
+
+
 def test_e33_two_cards_with_one_mac(tapnet: Tapnet, namespace: Namespace) -> None:
     """In one batch, one after the other, and by two segments that are one bridge of the host's."""
     namespace.run("ip", "link", "add", "host0", "type", "bridge")

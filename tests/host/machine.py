@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import os
@@ -139,7 +140,13 @@ class Host:
 
 
 def image(name: str, public_key: str) -> str:
-    """The folder of an image, made once per machine and again whenever the code that makes it changes."""
+    """The folder of an image, made once per machine and again whenever the code that makes it changes; by one at a time."""
+    with open(f"{STATE}/.images", "w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _image(name, public_key)
+
+
+def _image(name: str, public_key: str) -> str:
     sources = [*glob.glob(f"{TREE}/vmshell/admin/*.py"), f"{TREE}/tests/guests.py", netguest.__file__, str(netguest.FRAMES)]
     made_of = b"".join(open(path, "rb").read() for path in sorted(sources)) + public_key.encode()
     digest = hashlib.sha256(made_of).hexdigest()[:16]
@@ -153,7 +160,7 @@ def image(name: str, public_key: str) -> str:
         if name == "echo":
             echo_image(layout)
         elif name == "netdemo":
-            image("demo", public_key)
+            _image("demo", public_key)
             netguest.build(layout, public_key)
         else:
             admin = [sys.executable, f"{TREE}/vmshell/__main__.py", "admin", "--layout", layout.to_args()]

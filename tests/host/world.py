@@ -7,7 +7,9 @@ that off. `outside` is this machine, beside the host in the hosts' own network.
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +20,6 @@ import pytest
 from .guest import PATIENCE, Guest
 from .machine import Host
 
-PRIVATE = "192.168.77.1"  # beside the host as well, but not the internet
 POLICY = """\
 [host]
 dns_servers = ["{outside}"]
@@ -48,20 +49,28 @@ class World:
 @pytest.fixture(scope="module")
 def outside(host: Host) -> Iterator[str]:
     """The address of a machine beyond the host, that answers pings, names in outside.test and, on port 7, every byte."""
-    address = f"203.0.113.{100 + host.number()}"
-    subprocess.run(host.outside("ip", "addr", "replace", f"{address}/32", "dev", "lan0"), check=True)
-    subprocess.run(host.outside("ip", "addr", "replace", f"{PRIVATE}/32", "dev", "lan0"), check=True)
+    address, inner = f"203.0.113.{100 + host.number()}", private(host)
+    for own in (address, inner):
+        subprocess.run(host.outside("ip", "addr", "replace", f"{own}/32", "dev", "lan0"), check=True)
     resolver = ["dnsmasq", "-d", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--bind-interfaces"]
     resolver += ["--except-interface=lo", f"--listen-address={address}", f"--address=/outside.test/{address}"]
-    resolver += [f"--address=/private.test/{PRIVATE}"]
-    echo = ["socat", "TCP-LISTEN:7,fork,reuseaddr", "EXEC:cat"]
-    programs = [subprocess.Popen(host.outside(*argv), stderr=subprocess.DEVNULL) for argv in (resolver, echo)]
-    host.sh(f"ip route add {PRIVATE}/32 dev lan0")
+    resolver += [f"--address=/private.test/{inner}"]
+    # Bound to what is this host's: the network is shared with the hosts of other test files, which end when they like.
+    echoes = [["socat", f"TCP-LISTEN:7,fork,reuseaddr,bind={own}", "EXEC:cat"] for own in (address, inner)]
+    commands = [host.outside(*argv) for argv in (resolver, *echoes)]
+    programs = [subprocess.Popen(argv, stderr=subprocess.DEVNULL, start_new_session=True) for argv in commands]
+    host.sh(f"ip route add {inner}/32 dev lan0")
     yield address
     for program in programs:
-        program.terminate()
+        os.killpg(program.pid, signal.SIGTERM)  # with the children that hold connections of guests that are gone
         program.wait(20)
-    subprocess.run(host.outside("ip", "addr", "del", f"{address}/32", "dev", "lan0"), check=True)
+    for own in (address, inner):
+        subprocess.run(host.outside("ip", "addr", "del", f"{own}/32", "dev", "lan0"), check=True)
+
+
+def private(host: Host) -> str:
+    """An address beside the host as well, which is not the internet."""
+    return f"192.168.77.{host.number()}"
 
 
 @pytest.fixture(scope="module")

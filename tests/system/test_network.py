@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.host.guest import Connection, Guest
-from tests.host.world import PRIVATE, World, address_hex, bridge_of, colons, hardware, outside, tables, tap_of, wait_for, world
+from tests.host.world import World, address_hex, bridge_of, colons, hardware, outside, private, tables, tap_of, wait_for, world
 
 __all__ = ["outside", "world"]
 
@@ -33,7 +33,7 @@ def test_the_outside_by_name(world: World) -> None:
 
 
 def test_the_outside_is_not_a_private_network(world: World) -> None:
-    world.host.exec("nc", "-z", "-w", "5", PRIVATE, "7")
+    world.host.exec("nc", "-z", "-w", "5", private(world.host), "7")
     assert not world.web1.reaches("private.test")
     assert world.web1.run("nc -w 3 private.test 7 </dev/null")[0] != 0
 

@@ -93,7 +93,7 @@ FIREWALLS = {
         "ufw allow 22/tcp && ufw --force enable",
         "ufw reload",
         "ufw --force reset; nft delete table ip filter; nft delete table ip6 filter",
-        ("nftables chain INPUT of table ip filter", "nftables chain FORWARD of table ip filter"),
+        tuple(f"nftables chain {chain} of table {family} filter" for family in ("ip", "ip6") for chain in ("INPUT", "FORWARD")),
     ),
     "firewalld": Firewall(
         "firewall-cmd",

@@ -272,6 +272,8 @@ def test_kill_9_of_broker_and_relay(web1: Host) -> None:
     echoes(console, "without-broker")  # the broker was never in the way of these bytes
     detach(console)
     for turn in range(3):
+        # They are started again after a moment: there must be somebody to kill.
+        wait_for(lambda: "\n0\n" not in f"\n{web1.sh('systemctl show -P MainPID vmshell-relay vmshell-broker')}\n")
         web1.sh("systemctl kill -s KILL --kill-whom=main vmshell-relay vmshell-broker")
         wait_for(lambda: web1.run("alice", "list")[0] == 0)
         again = attach(web1, "alice")

@@ -53,10 +53,26 @@ def listing(*items: dict[str, object]) -> str:
 def test_closed_chains_of_others() -> None:
     closed = chain("ip", "filter", "forward", "drop")
     name = ["nftables chain FORWARD of table ip filter"]
-    assert doctor_network.closed_chains(listing(closed)) == name
-    assert doctor_network.closed_chains(listing(closed, rule("filter", "docker0"))) == name
-    assert doctor_network.closed_chains(listing(closed, rule("filter", "vtb*"))) == []
-    assert doctor_network.closed_chains(listing(closed, rule("vmshell", "vtb*"))) == name
+    assert doctor_network.closed_chains(listing(closed), ipv6=False) == name
+    assert doctor_network.closed_chains(listing(closed, rule("filter", "docker0")), ipv6=False) == name
+    assert doctor_network.closed_chains(listing(closed, rule("filter", "vtb*")), ipv6=False) == []
+    assert doctor_network.closed_chains(listing(closed, rule("vmshell", "vtb*")), ipv6=False) == name
+    six = listing(chain("ip6", "filter", "forward", "drop"))
+    assert doctor_network.closed_chains(six, ipv6=True) == ["nftables chain FORWARD of table ip6 filter"]
+    assert doctor_network.closed_chains(six, ipv6=False) == []
+
+
+def jump(chain: str, target: str) -> dict[str, object]:
+    return {"rule": {"family": "ip", "table": "filter", "chain": chain, "expr": [{"jump": {"target": target}}]}}
+
+
+def test_a_rule_counts_for_the_chain_that_leads_to_it() -> None:
+    """As ufw has it: a rule for what comes in opens nothing for what passes through."""
+    items = [chain("ip", "filter", hook, "drop") for hook in ("input", "forward")]
+    ways = (("INPUT", "before"), ("before", "user-input"), ("FORWARD", "user-forward"), ("user-forward", "FORWARD"))
+    items += [jump(*way) for way in ways]
+    items.append({"rule": {"family": "ip", "table": "filter", "chain": "user-input", "expr": [{"match": {"right": "vtb*"}}]}})
+    assert doctor_network.closed_chains(listing(*items), ipv6=False) == ["nftables chain FORWARD of table ip filter"]
 
 
 @pytest.mark.parametrize(
@@ -70,9 +86,9 @@ def test_closed_chains_of_others() -> None:
     ],
 )
 def test_chains_that_are_not_in_the_way(harmless: dict[str, object]) -> None:
-    assert doctor_network.closed_chains(listing(harmless)) == []
+    assert doctor_network.closed_chains(listing(harmless), ipv6=False) == []
 
 
 @pytest.mark.parametrize("text", ["", "nft: not found", "[]", '{"nftables": []}'])
 def test_a_listing_that_is_none(text: str) -> None:
-    assert doctor_network.closed_chains(text) == [] and not doctor_network.opened(text)
+    assert doctor_network.closed_chains(text, ipv6=False) == [] and not doctor_network.opened(text)

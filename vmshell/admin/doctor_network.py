@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import pwd
+import re
 import shutil
 import socket
 import stat
@@ -27,6 +28,7 @@ RESOLVER = ("127.77.0.53", 53)
 RESOLVER_PATIENCE = 3.0  # seconds
 BRIDGES = "vtb*"
 FORWARD4, BRIDGE_CALLS = "/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/bridge/bridge-nf-call-iptables"
+LEGACY = "/proc/net/ip_tables_names"
 ANY_ADDRESS, LISTENING = ("00000000:0035", "00000000000000000000000000000000:0035"), "0A"
 # What this host's kernel may lack, and what does not work then.
 WITHOUT = {
@@ -36,6 +38,7 @@ WITHOUT = {
     "ipv6": "guests have no IPv6",
 }
 TABLE = "vmshell"
+Place = tuple[str, str, str]  # a chain: family, table, name
 BESIDE = "see `Beside another firewall` in vmshell-admin(8)"
 
 
@@ -150,7 +153,10 @@ def check_routing(context: Context) -> Iterator[Finding]:
         yield Finding(WARN, "only root can look at the packet filter", "run doctor as root")
         return
     listing = output("nft", "-j", "list", "ruleset")
-    closed = closed_chains(listing)
+    if _read(LEGACY):
+        look = "iptables-legacy -S, and the same for ip6tables: they have to let our bridges through"
+        yield Finding(WARN, f"there are rules of iptables-legacy, at which nothing here can look; {BESIDE}", look)
+    closed = closed_chains(listing, ipv6=bool(_policy(context).host.ipv6_pool))
     if states("firewalld").get("firewalld") == "active" and not opened(listing):
         closed.append("firewalld")
     for chain in closed:
@@ -159,20 +165,35 @@ def check_routing(context: Context) -> Iterator[Finding]:
         yield Finding(OK, "no other packet filter here is in the way")
 
 
-def closed_chains(listing: str) -> list[str]:
-    """Chains of others that drop by default where packets of VMs pass, in tables that do not name our bridges; from `nft -j`."""
-    found = _objects(listing)
-    open_tables = {(item["family"], item["table"]) for kind, item in found if kind == "rule" and BRIDGES in json.dumps(item)}
+def closed_chains(listing: str, *, ipv6: bool) -> list[str]:
+    """Chains of others that drop by default where packets of VMs pass and lead to no rule that names our bridges; by `nft -j`.
+
+    *ipv6*: guests speak it.
+    """
+    rules: dict[Place, list[str]] = {}
+    for kind, item in _objects(listing):
+        if kind == "rule":
+            rules.setdefault((item["family"], item["table"], item["chain"]), []).append(json.dumps(item))
     return [
         f"nftables chain {item['name']} of table {item['family']} {item['table']}"
-        for kind, item in found
+        for kind, item in _objects(listing)
         if kind == "chain"
         and item.get("hook") in ("input", "forward")
         and item.get("policy") == "drop"
-        and item["family"] in ("ip", "inet")
+        and item["family"] in ("ip", "inet", *(("ip6",) if ipv6 else ()))
         and item["table"] != TABLE
-        and (item["family"], item["table"]) not in open_tables
+        and not _names_us((item["family"], item["table"], item["name"]), rules, set())
     ]
+
+
+def _names_us(place: Place, rules: dict[Place, list[str]], seen: set[Place]) -> bool:
+    """Does a rule of this chain, or of one that it jumps to, name our bridges?"""
+    if place in seen:
+        return False
+    seen.add(place)
+    texts = rules.get(place, [])
+    targets = {target for text in texts for target in re.findall(r'"(?:jump|goto)": \{"target": "([^"]+)"\}', text)}
+    return any(BRIDGES in text for text in texts) or any(_names_us((*place[:2], target), rules, seen) for target in targets)
 
 
 def opened(listing: str) -> bool:
