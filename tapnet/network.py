@@ -262,7 +262,8 @@ class Network:
         elements = rules.removing(self.state, before) if before else ""
         elements += rules.adding(plan.state, [*created, *changed]) if created or changed else ""
         elements += rules.opening(plan.state) if plan.openings else ""
-        plan.everything = plan.everything or plan.state.confined != self.state.confined
+        changed_shape = rules.shape(plan.state) != rules.shape(self.state)
+        plan.everything = plan.everything or changed_shape or plan.state.confined != self.state.confined
         if self.failing:
             pass  # when they can be loaded again, it is from the state
         elif plan.everything:

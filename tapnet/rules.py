@@ -4,9 +4,9 @@ Two tables of ours, nobody else's is touched. Everything that belongs to one por
 a port comes and goes as elements of sets, and a tap that no set knows is mute.
 
     bridge vmshell   prerouting   what a guest may send: its own addresses, and nothing that servers and routers say
-                     forward      on service networks: consumers to what providers publish, and the answers
-                     input        what is on somebody else's bridge never reaches the host
-                     postrouting  a guest is handed no frame that is for another
+                     forward      on service networks: who asks for what is published, and the answers
+                     input        what is on somebody else's bridge never reaches the host; the rest is the host's to judge
+                     postrouting  where there is more than one owner's: a guest is handed no frame that is for another
     inet vmshell     prerouting   a tap itself is no way into the host: not without its bridge, nor past it (E18)
                      input        of the host, a guest reaches DHCP, DNS and ping at its gateway
                      forward      between segments by openings; outside as the segment says
@@ -33,11 +33,12 @@ TABLES = ("bridge vmshell", "inet vmshell")
 BRIDGE, INET = TABLES
 HOST_DNS = "127.77.0.53"  # where dnsmasq answers the host itself
 LINK_GATEWAY = "fe80::1"
+GATEWAY_MACS = "06:ff:00:00:00:00"  # as `links.bridge_mac` makes them, without the segment
 CASTS_PER_SECOND, CASTS_BURST = 200, 400  # broadcast and multicast frames of one guest
 ECHOES_PER_SECOND = 50  # pings that the host answers, of the guests of one segment
 CONNECTIONS_MAX = 4096  # of one guest through the host at once: the table of connections is everybody's
-# Where br_netfilter is at work, bridged frames pass the host's forward hook, too. This mark says that the bridge has judged them,
-# until they leave it. What a guest has routed through its gateway, back to its own segment, does not wear it.
+# Where br_netfilter is at work, bridged frames pass the host's IP hooks, too. This mark says that they are the bridge's to judge,
+# so that nobody tracks them. It comes off what is for the host itself, and so of what the host routes.
 BRIDGED = "0x766d7368"
 NOT_INTERNET = (
     *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24"),
@@ -64,7 +65,8 @@ def _port_elements(port: Port, segment: Segment) -> tuple[Elements, Elements]:
         link["consumers" if port.isolated else "providers"] = link["serving"] = [name]
     if port.address4:
         address = ipaddress.IPv4Address(port.address4)
-        link["source4"] = [f"{name} . {address}"]
+        link["source4"] = [f"{name} . {mac} . {address}"]
+        link["own4"] = [f"{name} . {address}"]
         host["owner4"] = [f"{int(port.owner)} . {address}"]
     if port.address6:
         own = ipaddress.IPv6Address(port.address6)
@@ -169,7 +171,8 @@ WAYS = {"4": "typeof iifname . ip daddr . meta l4proto . th dport", "6": "typeof
 BRIDGE_SETS = {
     "macs": "type ifname . ether_addr",
     "llmacs": "typeof iifname . @th,208,48",  # the same for the link-layer options of neighbour discovery
-    "source4": "type ifname . ipv4_addr",
+    "source4": "type ifname . ether_addr . ipv4_addr",  # one look for every packet
+    "own4": "type ifname . ipv4_addr",  # the same for ARP
     "source6": "type ifname . ipv6_addr",
     "targets": "typeof iifname . @th,64,128",  # the same for what neighbour discovery is about
     "six": "type ifname",
@@ -198,6 +201,8 @@ INET_SETS = {
 OPEN_SETS = {BRIDGE: ("ways4", "ways6"), INET: ("ways4", "ways6", "opened4", "world4")}
 MAPS = ("rates", "world4")
 
+# No verdict maps: when the tables are replaced, the kernel empties the old maps a moment before the old chains are gone, and what
+# passes just then would be dropped.
 BRIDGE_CHAINS = f"""
   set storm {{ type ifname; flags dynamic; size 65535; timeout 10s; }}
   chain prerouting {{
@@ -205,13 +210,17 @@ BRIDGE_CHAINS = f"""
     iifname "vt*" jump guest
   }}
   chain guest {{
-    iifname . ether saddr != @macs drop
+    ether type != ip iifname . ether saddr != @macs drop
     ether daddr & 01:00:00:00:00:00 == 01:00:00:00:00:00 jump cast
-    limit name iifname map @rates drop
-    ether type vmap {{ arp : jump arp_in, ip : jump ip_in, ip6 : jump ip6_in }}
+    ether daddr & ff:ff:ff:00:00:00 != {GATEWAY_MACS} meta mark set {BRIDGED}
+    RATED
+    ether type ip jump ip_in
+    ether type ip6 jump ip6_in
+    ether type arp jump arp_in
     drop
   }}
   chain cast {{
+    iifname . ether saddr != @macs drop
     ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 drop
     add @storm {{ iifname limit rate over {CASTS_PER_SECOND}/second burst {CASTS_BURST} packets }} drop
   }}
@@ -222,14 +231,15 @@ BRIDGE_CHAINS = f"""
     arp plen != 4 drop
     arp operation != {{ request, reply }} drop
     iifname . arp saddr ether != @macs drop
-    arp operation request arp saddr ip 0.0.0.0 iifname . arp daddr ip @source4 accept
-    iifname . arp saddr ip @source4 accept
+    arp operation request arp saddr ip 0.0.0.0 iifname . arp daddr ip @own4 accept
+    iifname . arp saddr ip @own4 accept
     iifname @loose accept
     drop
   }}
   chain ip_in {{
     udp sport 67 drop
-    iifname . ip saddr @source4 accept
+    iifname . ether saddr . ip saddr @source4 accept
+    iifname . ether saddr != @macs drop
     ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept
     iifname @loose accept
     drop
@@ -237,8 +247,10 @@ BRIDGE_CHAINS = f"""
   chain ip6_in {{
     ip6 nexthdr != {{ tcp, udp, icmpv6 }} drop
     udp sport 547 drop
-    icmpv6 type vmap {{ nd-router-advert : drop, nd-redirect : drop, 138 : drop, 139 : drop, 140 : drop,
-      nd-router-solicit : jump rs_in, nd-neighbor-solicit : jump ns_in, nd-neighbor-advert : jump na_in }}
+    icmpv6 type {{ nd-router-advert, nd-redirect, 138, 139, 140 }} drop
+    icmpv6 type nd-router-solicit jump rs_in
+    icmpv6 type nd-neighbor-solicit jump ns_in
+    icmpv6 type nd-neighbor-advert jump na_in
     iifname . ip6 saddr @source6 accept
     iifname @loose accept
     drop
@@ -262,25 +274,34 @@ BRIDGE_CHAINS = f"""
     ip6 length 32 @th,192,16 0x0201 iifname . @th,208,48 @llmacs return
     drop
   }}
-  chain forward {{
-    type filter hook forward priority -300; policy accept;
-    iifname @serving jump service
-    iifname "vt*" meta mark set {BRIDGED}
-    iifname "vmshell*" meta mark set {BRIDGED}
-  }}
-  chain service {{
-    ether type arp accept
-    icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} meta mark set {BRIDGED} accept
-    iifname . ip daddr . meta l4proto . th dport @ways4 meta mark set {BRIDGED} accept
-    iifname . ip6 daddr . meta l4proto . th dport @ways6 meta mark set {BRIDGED} accept
-    tcp flags & (syn | ack) == syn drop
-    oifname . ip saddr . meta l4proto . th sport @ways4 meta mark set {BRIDGED} accept
-    oifname . ip6 saddr . meta l4proto . th sport @ways6 meta mark set {BRIDGED} accept
-    drop
-  }}
   chain input {{
     type filter hook input priority -300; policy accept;
     iifname @loose drop
+    meta mark {BRIDGED} meta mark set 0
+  }}
+"""
+
+# Every hook costs every frame, so these are there only where there is something to judge.
+SERVICE_CHAINS = """
+  chain forward {
+    type filter hook forward priority -300; policy accept;
+    iifname @serving jump service
+  }
+  chain service {
+    ether type arp accept
+    icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept
+    iifname . ip daddr . meta l4proto . th dport @ways4 accept
+    iifname . ip6 daddr . meta l4proto . th dport @ways6 accept
+    tcp flags & (syn | ack) == syn drop
+    oifname . ip saddr . meta l4proto . th sport @ways4 accept
+    oifname . ip6 saddr . meta l4proto . th sport @ways6 accept
+    drop
+  }
+"""
+OTHERS_CHAINS = f"""
+  chain uplink {{
+    type filter hook prerouting priority -299; policy accept;
+    iifname "vmshell*" meta mark set {BRIDGED}
   }}
   chain postrouting {{
     type filter hook postrouting priority 300; policy accept;
@@ -313,6 +334,7 @@ INET_CHAINS = f"""
     type filter hook prerouting priority -300; policy accept;
     iifname "vt0*" drop
     iifname @taps drop
+    meta mark {BRIDGED} notrack
   }}
   chain input {{
     type filter hook input priority -5; policy accept;
@@ -426,6 +448,12 @@ def _merged(*parts: Elements) -> Elements:
 # --- what nftables is told --------------------------------------------------------------------------------------------
 
 
+def shape(state: State) -> tuple[bool, bool, bool]:
+    """Which chains and rules there have to be: for service networks, for segments with frames of several owners, for rates."""
+    kinds = {segment.kind for segment in state.segments.values()}
+    return "service" in kinds, kinds != {"private"}, any(port.rate for port in state.ports.values())
+
+
 def everything(state: State, counts: bool = True) -> str:
     """Both tables with all that is in them, in place of what they are: one transaction, no packet passes unjudged.
 
@@ -439,7 +467,10 @@ def everything(state: State, counts: bool = True) -> str:
     for table in TABLES:
         lines += [f"add table {table}", f"delete table {table}"]
     lines += [f"table {BRIDGE} {{", *(f"  limit {tap(port)} {{ {_limit(port)} }}" for port in ports if port.rate)]
-    lines += [*_sets(BRIDGE_SETS, _merged(link, open_link)), BRIDGE_CHAINS, "}"]
+    service, others, rated = shape(state)
+    chains = BRIDGE_CHAINS.replace("RATED", "limit name iifname map @rates drop" if rated else "")
+    chains += (SERVICE_CHAINS if service else "") + (OTHERS_CHAINS if others else "")
+    lines += [*_sets(BRIDGE_SETS, _merged(link, open_link)), chains, "}"]
     lines += [f"table {INET} {{", *_sets(INET_SETS, _merged(host, open_host, confined, _segment_elements(state)))]
     counted = COUNTED if counts else ("", "")
     lines += [counted[0], INET_CHAINS.replace("COUNTED", counted[1]), *_masquerade(state), "}"]
