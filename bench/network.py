@@ -100,4 +100,4 @@ def _compare(namespace: Namespace, ports: list[Port]) -> None:
     up = [name for name, flags in namespace.links().items() if name.startswith("vt0") and "UP" in flags.split(",")]
     isolated = subprocess.run(namespace.command("bridge", "-d", "link"), capture_output=True, text=True).stdout
     assert len(up) == len(ports) == isolated.count("isolated on"), (len(up), isolated.count("isolated on"))
-    assert namespace.filter().count(f'"{tap(ports[-1])}" . {ports[-1].mac}') == 1
+    assert namespace.filter().count(f'"{tap(ports[-1])}" . {ports[-1].mac}') == 2  # by MAC, and by MAC and address
