@@ -208,6 +208,7 @@ BRIDGE_CHAINS = f"""
   chain prerouting {{
     type filter hook prerouting priority -300; policy accept;
     iifname "vt*" jump guest
+    iifname "vmshell*" meta mark set {BRIDGED}
   }}
   chain guest {{
     ether type != ip iifname . ether saddr != @macs drop
@@ -299,10 +300,6 @@ SERVICE_CHAINS = """
   }
 """
 OTHERS_CHAINS = f"""
-  chain uplink {{
-    type filter hook prerouting priority -299; policy accept;
-    iifname "vmshell*" meta mark set {BRIDGED}
-  }}
   chain postrouting {{
     type filter hook postrouting priority 300; policy accept;
     meta mark {BRIDGED} meta mark set 0
