@@ -152,7 +152,8 @@ def boot(relay: RelayProcess, qemu: Qemu, number: int = 1) -> None:
 
 
 def wait_log(layout: Layout, text: bytes) -> None:
-    until(lambda: text in Path(layout.vm_log(1), "console.log").read_bytes(), f"{text!r} in the log")
+    log = Path(layout.vm_log(1), "console.log")  # made with its first line
+    until(lambda: log.exists() and text in log.read_bytes(), f"{text!r} in the log")
 
 
 def test_no_byte_of_the_guest_is_missed_and_keys_come_back(relay: RelayProcess, qemu: Qemu) -> None:
