@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -97,10 +98,11 @@ def test_a_service_that_goes_away_meanwhile_is_called_again_once(loop: Loop, sho
 def test_a_service_that_never_reads_is_lost_in_the_end(loop: Loop, short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vmshell.broker.link._UNSENT_MAX", 100)
     with wire.listen(f"{short_tmp}/s", 0o600):
+        gc.collect()  # what tests before this one have left to it
         before = len(os.listdir("/proc/self/fd"))
         link = Told(loop, f"{short_tmp}/s")
         link.connect()
         assert len(link.answers) == MANY and all(isinstance(error, TapnetDown) for error in link.answers)
         assert link.connections == 1
         link.close()
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(os.listdir("/proc/self/fd")) <= before
