@@ -190,8 +190,8 @@ def _frame(target: str, payload: bytes, proto: int, to: str) -> bytes:
 
 
 def _prepare(namespace: Namespace) -> None:
-    path = "/proc/sys/net/bridge/bridge-nf-call-iptables"
-    namespace.run("sh", "-c", f"test ! -e {path} || echo 0 >{path}")
+    if os.path.exists("/proc/sys/net/bridge"):
+        namespace.set("bridge/bridge-nf-call-iptables", "0")
 
 
 def _pump(source: int, target: int, frame: bytes) -> float:

@@ -13,7 +13,7 @@ from pyroute2 import NetlinkError
 
 from vmshell.errors import VmshellError
 from vmshell.messages import Port, Segment, Settings
-from vmshell.names import NUMBER_MAX
+from vmshell.names import NUMBER_MAX, mac_address
 
 from . import rules, taps
 from .links import Links, held_to
@@ -23,7 +23,7 @@ from .sysctl import has_ipv6, read
 
 # A number that no VM has: the broker counts from 1 and would need years to get here.
 _NUMBER = NUMBER_MAX
-_SAMPLE = Port(number=_NUMBER, nic=15, segment=_NUMBER, mac="06:0f:00:af:ff:ff", isolated=True, rate=1000)
+_SAMPLE = Port(number=_NUMBER, nic=15, segment=_NUMBER, mac=mac_address(_NUMBER, 15), isolated=True, rate=1000)
 
 
 class Features:
@@ -54,7 +54,6 @@ class Features:
             nft.run(rules.everything(state, counts=False), check=True)
         except VmshellError as error:
             self._need(error)
-        self.found["ct-count"] = nft.accepts(rules.COUNTING)
 
     def _probe_links(self, links: Links) -> None:
         segment = Segment(segment=_NUMBER)

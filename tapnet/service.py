@@ -234,7 +234,7 @@ class Service:
         if self._features.problems:
             self._features.probe(self._network.links, self._network.nft)  # perhaps they are gone
         problems = dict.fromkeys((*self._features.problems, *self._network.problems))
-        return {"features": dict(self._features.found), "problems": list(problems)}
+        return {"features": {**self._features.found, "ct-count": self._network.counts}, "problems": list(problems)}
 
     # --- answers ---
 

@@ -19,24 +19,17 @@ import pytest
 
 from tests.frames import BROADCAST, SYN, arp, ethernet, ip4, tcp, udp
 from tests.process.networld import EVIL, GATEWAY, HERS, HIS, VICTIM, World, heard, inside, sniffer, world
-from tests.process.tapnets import PATIENCE, SETTINGS, Namespace, Tapnet, Thief, mac, passes, port, segment, unable
+from tests.process.tapnets import PATIENCE, SETTINGS, Namespace, Tapnet, Thief, mac, namespace, passes, port, segment, unable
 from vmshell import wire
 from vmshell.messages import Health, Segment, Settle, Unplug
 from vmshell.names import bridge_name, tap_name
 
-__all__ = ["world"]
+__all__ = ["namespace", "world"]
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.skipif(bool(unable()), reason=unable() or "-")]
 
 TUNSETIFF, TUNGETIFF, TUNSETPERSIST = 0x400454CA, 0x800454D2, 0x400454CB
 OFFLOADING = 0x4000  # IFF_VNET_HDR
 RESERVED = ("01:80:c2:00:00:00", "01:80:c2:00:00:02", "01:80:c2:00:00:03", "01:80:c2:00:00:0e", "01:80:c2:00:00:0f")
-
-
-@pytest.fixture
-def namespace() -> Iterator[Namespace]:
-    made = Namespace()
-    yield made
-    made.close()
 
 
 @pytest.fixture
@@ -57,7 +50,7 @@ def services(world: World) -> socket.socket:
 
     world.space.run("ip", "addr", "replace", "192.0.2.77/32", "dev", "lo")
     for name in ("all", "default", bridge_name(1), tap_name(1, 0)):
-        world.space.run("sysctl", "-qw", f"net.ipv4.conf.{name}.rp_filter=0")
+        world.space.set(f"ipv4/conf/{name}/rp_filter", "0")
     return inside(world.space, make)
 
 

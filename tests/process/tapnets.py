@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from vmshell import wire
 from vmshell.layout import PACKAGE_DIR, PYTHON_FLAGS, Layout
 from vmshell.messages import Port, Segment, Settings, Settle, ToTapnet
@@ -56,6 +58,10 @@ class Namespace:
         assert not check or done.returncode == 0, (argv, done.stdout, done.stderr)
         return done.stdout
 
+    def set(self, key: str, value: str) -> None:
+        """Write *value* to a file below /proc/sys/net."""
+        self.run("sh", "-c", f"echo {value} >/proc/sys/net/{key}")
+
     def links(self) -> dict[str, str]:
         """Every interface but lo, with its flags."""
         lines = self.run("ip", "-o", "link", "show").splitlines()
@@ -72,6 +78,13 @@ class Namespace:
         for pid in subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True).stdout.split():
             os.kill(int(pid), signal.SIGKILL)
         subprocess.run(["ip", "netns", "delete", self.name], check=True)
+
+
+@pytest.fixture
+def namespace() -> Iterator[Namespace]:
+    made = Namespace()
+    yield made
+    made.close()
 
 
 class Tapnet:

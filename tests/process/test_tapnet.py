@@ -24,6 +24,7 @@ from tests.process.tapnets import (
     Thief,
     datagram,
     mac,
+    namespace,
     passes,
     payloads,
     port,
@@ -34,17 +35,11 @@ from vmshell import wire
 from vmshell.layout import PACKAGE_DIR, PYTHON_FLAGS
 from vmshell.messages import Health, Open, Segment, Settings, Settle, Unplug
 
+__all__ = ["namespace"]
 REASON = unable()
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.skipif(bool(REASON), reason=REASON)]
 
 NOBODY = 64321  # a uid that owns nothing
-
-
-@pytest.fixture
-def namespace() -> Iterator[Namespace]:
-    made = Namespace()
-    yield made
-    made.close()
 
 
 @pytest.fixture
@@ -477,7 +472,7 @@ def test_what_is_missing_is_put_back_on_demand(tapnet: Tapnet, namespace: Namesp
     stream = Stream(one, two)
     namespace.run("tc", "qdisc", "del", "dev", "vt000003n0", "root")
     namespace.run("tc", "qdisc", "add", "dev", "vt000001n0", "root", "tbf", "rate", "8mbit", "burst", "64kb", "latency", "50ms")
-    namespace.run("sysctl", "-w", "net.ipv4.conf.vtb000001.arp_ignore=0")
+    namespace.set("ipv4/conf/vtb000001/arp_ignore", "0")
     namespace.run("ip", "link", "set", "vt000002n0", "type", "bridge_slave", "isolated", "on")
     namespace.run("ip", "tuntap", "add", "vt00000an0", "mode", "tap", "user", "0", "group", "0")
     tapnet.tell(Settle())

@@ -250,6 +250,17 @@ def test_connections_outlive(world: World, service: str) -> None:
     assert world.web2.sh("udhcpc -n -q -t 5 -T 3 -i eth0 -s /bin/true 2>&1 | grep -c obtained") == "1\n"
 
 
+def test_network_repair(world: World) -> None:
+    """What somebody took away, and nobody noticed: by the administrator's verb, on demand."""
+    host, web1, web2 = world.host, world.web1, world.web2
+    tap, mac = tap_of(world, web2), colons(hardware(web2))
+    host.sh(f"bridge fdb del {mac} dev {tap} master; ip tuntap add vt00ffffn0 mode tap user 0 group 0")
+    assert not web1.reaches("web2", 1)
+    done = host.admin("network", "repair")
+    assert "the network is as it should be" in done.stdout + done.stderr
+    assert web1.reaches("web2") and host.exec("ip", "link", "show", "vt00ffffn0", check=False).returncode != 0
+
+
 def test_a_flushed_ruleset_is_back_within_two_seconds(world: World) -> None:
     host = world.host
     before = tables(host)

@@ -12,20 +12,21 @@ from typing import Any, cast
 import pytest
 
 from tests.fakes.tapnet import Tapnet
+from vmshell.broker import journal, upkeep
 from vmshell.broker import networks as networks_module
-from vmshell.broker import upkeep
+from vmshell.broker.access import Peer
 from vmshell.broker.addresses import WITHOUT_SUBNET, Addresses
 from vmshell.broker.cards import Card, cards_of, known_cards, port_message, segment_message
 from vmshell.broker.context import Context
 from vmshell.broker.host import Host
 from vmshell.broker.loop import Loop
 from vmshell.broker.objects import Store
-from vmshell.broker.publishing import Published, Running, openings
+from vmshell.broker.publishing import Published, Running, handle_publish, openings
 from vmshell.broker.resolving import configuration, entries
 from vmshell.broker.vms import Vm
-from vmshell.errors import NetworkFailed, NoAddress, StorageFailed, VmshellError
+from vmshell.errors import NetworkFailed, NoAddress, PortTaken, StorageFailed, TooOften, VmshellError
 from vmshell.layout import Layout
-from vmshell.messages import OPENINGS_MAX
+from vmshell.messages import OPENINGS_MAX, Publish
 from vmshell.model.addressing import Plan
 from vmshell.model.definition import Definition, Nic
 from vmshell.model.policy import parse
@@ -301,6 +302,79 @@ def test_on_a_service_network_consumers_are_let_in_one_by_one(context: Context) 
     assert {source for source, *_ in ways(context, carol, card, running)} == {"vt000002n0", "vt000003n0"}
     bob.published = [Published(80, "tcp", "world", 8080)]
     assert ways(context, bob, running[1][1][0], running) == set(), "a consumer offers nothing"
+
+
+class Answer:
+    """A call whose peer is alice."""
+
+    def __init__(self) -> None:
+        self.peer = Peer(1001, "alice", admin=False)
+        self.replies: list[dict[str, object]] = []
+
+    def reply(self, answer: dict[str, object]) -> None:
+        self.replies.append(answer)
+
+
+def publish(context: Context, vm: Vm, **more: Any) -> list[dict[str, object]]:
+    call = Answer()
+    handle_publish(context, cast(Any, call), Publish(vm=vm.name, **more), vm)
+    return call.replies
+
+
+@pytest.fixture
+def alices(context: Context, monkeypatch: pytest.MonkeyPatch) -> Vm:
+    """A VM of hers that is off, saved by nobody."""
+    vm = machine(context, 1, "alice", Nic())
+    monkeypatch.setattr(context.registry, "of", lambda uid: [vm])
+    monkeypatch.setattr(context.registry, "save", lambda vm: None)
+    monkeypatch.setattr(journal, "_buckets", {})
+    return vm
+
+
+def test_a_port_that_the_host_listens_on_is_not_led_elsewhere(context: Context, alices: Vm) -> None:
+    host = context.host
+    for address, proto, taken in (("0.0.0.0", "tcp", True), ("127.0.0.1", "tcp", False), ("0.0.0.0", "udp", True)):
+        with socket.socket(type=socket.SOCK_STREAM if proto == "tcp" else socket.SOCK_DGRAM) as sock:
+            sock.bind((address, 0))
+            if proto == "tcp":
+                sock.listen()
+            assert host.listens(sock.getsockname()[1], proto) is taken, (address, proto)
+            port = sock.getsockname()[1]
+        assert not host.listens(port, proto)
+    with socket.create_server(("0.0.0.0", 0)) as sock:
+        port = sock.getsockname()[1]
+        context.policy = parse(POLICY.replace("2000-8999", f"{port}-{port}"), "policy.toml")
+        with pytest.raises(PortTaken, match=str(port)):
+            publish(context, alices, port=80, to="world", host_port=port)
+        assert alices.published == []
+    assert publish(context, alices, port=80, to="world", host_port=port)[0]["pending"] == ""
+
+
+def test_what_cannot_be_saved_is_not_published(context: Context, alices: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(context, alices, port=80, to="bob")
+
+    def full(vm: Vm) -> None:
+        raise StorageFailed(problem="the disk is full")
+
+    before = list(alices.published)
+    monkeypatch.setattr(context.registry, "save", full)
+    for more in ({"port": 81, "to": "@staff"}, {"port": 80, "to": "bob", "remove": True}):
+        with pytest.raises(StorageFailed):
+            publish(context, alices, **more)
+    assert alices.published == before
+
+
+def test_nothing_is_published_without_a_line_in_the_journal(
+    context: Context, alices: Vm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(journal.BURST):
+        publish(context, alices, port=80, to="bob")
+    with pytest.raises(TooOften, match="publish came more often than 60 times"):
+        publish(context, alices, port=81, to="bob")
+    assert {item.port for item in alices.published} == {80}
+    publish(context, alices, port=80, to="bob", remove=True)  # to close is another share
+    lines = [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()]
+    assert lines.count("publish") == journal.BURST and lines[-1] == "unpublish"
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

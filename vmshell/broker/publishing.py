@@ -78,13 +78,10 @@ def _with(context: Context, vm: Vm, request: Publish) -> list[Published]:
     new = Published(request.port, request.proto, request.to, host_port)
     others = [item for item in vm.published if (item.port, item.proto, item.to) != (new.port, new.proto, new.to)]
     refuse(_verdicts(context, vm, new, others), vm.ref)
-    if host_port:
-        taken = [item for other in context.registry for item in (others if other is vm else other.published)]
-        mine = any((item.host_port, item.proto) == (host_port, new.proto) for item in vm.published)
-        if any((item.host_port, item.proto) == (host_port, new.proto) for item in taken):
-            raise PortTaken(port=host_port)
-        if not mine and context.host.listens(host_port, new.proto):
-            raise PortTaken(port=host_port)
+    published = [item for other in context.registry for item in (others if other is vm else other.published)]
+    led_elsewhere = any((item.host_port, item.proto) == (host_port, new.proto) for item in published)
+    if host_port and (led_elsewhere or context.host.listens(host_port, new.proto)):
+        raise PortTaken(port=host_port)
     return [*others, new]
 
 

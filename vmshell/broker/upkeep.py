@@ -114,7 +114,8 @@ class Upkeep:
 
     def meet(self, uid: int) -> None:
         """*uid* is a member who is here. Who was none when the list was made, or was not in it, gets into it now (A06)."""
-        if uid and self._context.policy.host.ssh_forwarding and uid not in self._confined:
+        apart = self._context.policy.host.ssh_forwarding and not self._context.layout.embedded
+        if uid and apart and uid not in self._confined:
             self._met.add(uid)
             self._tell_settings()
 
