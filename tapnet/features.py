@@ -61,13 +61,7 @@ class Features:
         try:
             fd = taps.create(name)
             links.make_bridge(segment)
-            try:
-                links.limits = True
-                links.plug([_SAMPLE], {_NUMBER: segment})
-            except VmshellError:
-                links.limits = False
-                links.plug([_SAMPLE], {_NUMBER: segment})
-            self.found["tc-tbf"] = links.limits
+            self._probe_limits(links, segment)
             link = links.link(name)
             if link is None or link.held != held_to(_SAMPLE):
                 self.problems.append("this kernel's bridges cannot isolate a port; Linux 4.18 and later can")
@@ -78,6 +72,20 @@ class Features:
             if fd >= 0:
                 os.close(fd)
             links.remove_bridge(segment)
+
+    def _probe_limits(self, links: Links, segment: Segment) -> None:
+        """Plug the sample with all that limits it, and if that fails with less."""
+        for limits, fair in ((True, True), (True, False), (False, False)):
+            links.limits, links.fair = limits, fair
+            try:
+                links.plug([_SAMPLE], {_NUMBER: segment})
+                break
+            except VmshellError:
+                if not limits:
+                    raise
+        self.found["tc-tbf"] = links.limits
+        if links.limits:
+            self.found["tc-fq_codel"] = links.fair
 
 
 def _works(attempt: Callable[[Segment], None], segment: Segment) -> bool:

@@ -32,7 +32,8 @@ _ADDRESS, _MASTER, _LINKINFO, _SLAVE_KIND, _SLAVE_DATA = 1, 10, 18, 4, 5
 _GUARD, _LEARNING, _UNICAST_FLOOD, _ISOLATED = 5, 8, 9, 33
 _LLADDR, _NOARP, _NTF_MASTER = 2, 0x40, 0x04
 _TCA_KIND, _TCA_OPTIONS, _TBF_PARMS, _TBF_RATE64, _TBF_BURST, _ETHERNET = 1, 2, 1, 4, 6, 1
-_ROOT = 0xFFFFFFFF
+_CODEL_TARGET, _CODEL_LIMIT, _CODEL_MEMORY = 1, 2, 9
+_ROOT, _BUCKET, _BUCKET_CLASS = 0xFFFFFFFF, 0x10000, 0x10001
 _UP = 1
 _IFINFO = struct.Struct("=BxHiII")  # family, device type, index, flags, change
 _NEIGHBOUR = struct.Struct("=B3xiHBB")  # family, index, state, flags, type
@@ -42,6 +43,10 @@ _TBF = struct.Struct("=BBHhHI12xIII")  # rate: cells, link layer, overhead, alig
 BURST_SECONDS = 0.02
 BURST_LEAST = 1 << 16  # one segment as QEMU hands it over
 QUEUE_SECONDS = 0.1
+FRAME_MAX = 1514  # octets
+# Of fq_codel (tc-fq_codel(8)): microseconds that a packet may wait, at least 1.5 times what the largest takes; packets and octets held.
+CODEL_TARGET = 5000
+CODEL_PACKETS, CODEL_MEMORY = 1000, 4 << 20
 
 
 @dataclass
@@ -61,10 +66,13 @@ class Link:
 
 
 class Links:
-    """Our two sockets to the kernel: one by pyroute2, one for many messages at once. `limits`: the kernel has token buckets."""
+    """Our two sockets to the kernel: one by pyroute2, one for many messages at once.
+
+    `limits`: the kernel has token buckets. `fair`: it has fq_codel, so that who downloads at his limit can still type.
+    """
 
     def __init__(self) -> None:
-        self.limits = True
+        self.limits = self.fair = True
         self._ip = IPRoute()
         self._channel = netlink.Channel(socket.NETLINK_ROUTE)
 
@@ -160,7 +168,11 @@ class Links:
         own = socket.if_nametoindex(name)
         sysctl.no_ipv6(name)
         self._ip.link("set", index=own, master=index, ifalias=ALIAS)
-        self._ip.link("set", index=own, state="up")
+        try:
+            self._ip.link("set", index=own, state="up")
+        except NetlinkError as error:
+            if error.code != errno.ENETDOWN:  # its interface is down, and takes the VLAN along when it comes up
+                raise
 
     def remove_bridge(self, segment: Segment) -> None:
         """Delete the bridge, and its VLAN, if they are of our making."""
@@ -184,7 +196,9 @@ class Links:
             segment = segments[port.segment]
             if port.segment not in masters:
                 masters[port.segment] = _index(bridge(segment))
-            steps = _plug(port, _index(tap(port)), masters[port.segment], port.rate if self.limits else 0)
+            index = _index(tap(port))
+            limits = _limits(index, port.rate, self.fair) if port.rate and self.limits else []
+            steps = _plug(port, index, masters[port.segment], limits)
             messages += steps
             names += [tap(port)] * len(steps)
         for name, code in zip(names, self._channel.run(messages), strict=True):
@@ -228,7 +242,7 @@ def held_to(port: Port) -> tuple[int, ...]:
     return (int(port.isolated), 0, 0, 1)
 
 
-def _plug(port: Port, index: int, master: int, rate: int) -> list[bytes]:
+def _plug(port: Port, index: int, master: int, limits: list[bytes]) -> list[bytes]:
     """The messages that plug a tap: into the bridge, what it may there, where its MAC is, its rate, and only then up."""
     guest = bytes.fromhex(port.mac.replace(":", ""))
     # Our end has the highest MAC of all, so that a bridge of the host never takes it for its own (E29).
@@ -244,19 +258,28 @@ def _plug(port: Port, index: int, master: int, rate: int) -> list[bytes]:
             _NEIGHBOUR.pack(socket.AF_BRIDGE, index, _NOARP, _NTF_MASTER, 0) + attribute(_LLADDR, guest),
         ),
     ]
-    if rate:
-        steps.append(message(_NEWQDISC, netlink.CREATE | netlink.REPLACE, _limit(index, rate)))
-    return [*steps, message(_NEWLINK, 0, _IFINFO.pack(0, 0, index, _UP, _UP))]
+    return [*steps, *limits, message(_NEWLINK, 0, _IFINFO.pack(0, 0, index, _UP, _UP))]
 
 
-def _limit(index: int, rate: int) -> bytes:
-    """A token bucket of *rate* kbit/s as the tap's only queue."""
+def _limits(index: int, rate: int, fair: bool) -> list[bytes]:
+    """The messages that hold what a guest receives to *rate* kbit/s: a token bucket, and in it one queue, or one for each flow."""
     speed = rate * 125
     burst = max(BURST_LEAST, int(speed * BURST_SECONDS))
     limit = min(burst + int(speed * QUEUE_SECONDS), 0xFFFFFFFF)
     parameters = _TBF.pack(0, _ETHERNET, 0, 0, 0, min(speed, 0xFFFFFFFF), limit, 0, 0)
-    options = nested(_TCA_OPTIONS, attribute(_TBF_PARMS, parameters), u64(_TBF_RATE64, speed), u32(_TBF_BURST, burst))
-    return _TRAFFIC.pack(0, index, 0, _ROOT, 0) + attribute(_TCA_KIND, b"tbf\0") + options
+    bucket = [attribute(_TBF_PARMS, parameters), u64(_TBF_RATE64, speed), u32(_TBF_BURST, burst)]
+    queues = [_queue(index, _BUCKET, _ROOT, b"tbf", bucket)]
+    if fair:
+        target = max(CODEL_TARGET, FRAME_MAX * 1_500_000 // speed)
+        bounds = [u32(_CODEL_TARGET, target), u32(_CODEL_LIMIT, CODEL_PACKETS), u32(_CODEL_MEMORY, CODEL_MEMORY)]
+        queues.append(_queue(index, 0, _BUCKET_CLASS, b"fq_codel", bounds))
+    return queues
+
+
+def _queue(index: int, handle: int, parent: int, kind: bytes, options: list[bytes]) -> bytes:
+    """The message that makes a queue of an interface, or gives the one that is there these options."""
+    body = _TRAFFIC.pack(0, index, handle, parent, 0) + attribute(_TCA_KIND, kind + b"\0") + nested(_TCA_OPTIONS, *options)
+    return message(_NEWQDISC, netlink.CREATE | netlink.REPLACE, body)
 
 
 def _addresses(segment: Segment) -> set[tuple[str, int]]:

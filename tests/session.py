@@ -94,7 +94,7 @@ class Session:
                 stderr=errors,
                 start_new_session=True,
             )
-        self.wait_for(lambda: self._answers(), "the broker to answer", 20)
+        self.wait_for(lambda: self._answers(), "the broker to answer", 60)
 
     def _answers(self) -> bool:
         assert self.broker is not None
@@ -198,7 +198,7 @@ class Session:
         for pid in self.holders():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.wait_for(lambda: not self.pids() and not any(_alive(pid) for pid in qemus), "every process to end", 30)
+        self.wait_for(lambda: not self.pids() and not any(_alive(pid) for pid in qemus), "every process to end", 60)
 
 
 def _alive(pid: int) -> bool:
@@ -214,7 +214,7 @@ def descriptors_steady(pid: int, slack: int = 2) -> Iterator[None]:
     """Fail if process *pid* holds more descriptors afterwards than before."""
     before = len(os.listdir(f"/proc/{pid}/fd"))
     yield
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while len(os.listdir(f"/proc/{pid}/fd")) > before + slack:
         assert time.monotonic() < until, f"{before} descriptors before, {len(os.listdir(f'/proc/{pid}/fd'))} now"
         time.sleep(0.05)

@@ -83,14 +83,14 @@ def test_D09_one_users_connections_leave_room_for_others(host: Host) -> None:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             sock.connect("/run/vmshell/broker.sock")
             held.append(sock)
-        time.sleep(30)
+        time.sleep(300)
         """
     )
     host.sh(f"systemd-run --quiet --unit=hoard --uid=alice --gid=vmusers /usr/bin/python3 -IS -c '{hoard}'")
     try:
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 90
         while "ok" in ask(host, as_user("alice"), WHOAMI)[0]:
-            assert time.monotonic() < deadline, "alice was never refused"
+            assert time.monotonic() < deadline, host.exec("systemctl", "status", "hoard", check=False).stdout
         (answer,) = ask(host, as_user("alice"), WHOAMI)
         assert answer["error"]["code"] == "too-many"  # type: ignore[index]
         (answer,) = ask(host, as_user("bob"), WHOAMI)

@@ -200,7 +200,7 @@ def test_A05_scp(host: Host, tmp_path: Path, argv: tuple[str, ...]) -> None:
 )
 def test_A05_servers_of_other_programs(host: Host, text: str) -> None:
     """They send binary data and wait for an answer in kind: the shell must neither hang nor choke."""
-    status, out, _ = host.run("alice", text, stdin="\x00\x01\x00\x00binary\n" * 1000, timeout=30)
+    status, out, _ = host.run("alice", text, stdin="\x00\x01\x00\x00binary\n" * 1000, timeout=60)
     assert status not in (0, 255) and "root:" not in out
 
 
@@ -434,7 +434,7 @@ def forwarding(host: Host, user: str, *argv: str) -> Iterator[None]:
         yield
     finally:
         os.killpg(ssh.pid, signal.SIGTERM)
-        ssh.wait(timeout=20)
+        ssh.wait(timeout=60)
 
 
 def read_from(path: Path, send: bytes = b"") -> str:

@@ -123,7 +123,7 @@ class FakeBroker:
         return {"name": body["vm"], "state": "running", "accel": "kvm"}, end.other_fd
 
     def next_console(self, number: int = 0) -> ConsoleEnd:
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60
         while len(self.consoles) <= number:
             assert time.monotonic() < until, "nobody asked for a console"
             time.sleep(0.01)

@@ -14,7 +14,7 @@ from vmshell.layout import PACKAGE_DIR, Layout
 
 REPOSITORY = Path(PACKAGE_DIR).parent
 PROMPT = "vmshell> "
-LONG = 30  # seconds: other builds share the cores
+LONG = 60  # seconds: other builds share the cores
 
 
 def starter(folder: Path) -> str:

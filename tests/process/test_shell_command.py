@@ -117,7 +117,7 @@ def test_no_process_is_started_for_any_text(broker: FakeBroker, short_tmp: Path)
 
 
 def test_a_hundred_kilobytes_are_refused_quickly(broker: FakeBroker, short_tmp: Path) -> None:
-    done = run(short_tmp, broker.layout, "-c", "x" * 100_000, timeout=20)
+    done = run(short_tmp, broker.layout, "-c", "x" * 100_000, timeout=60)
     assert done.returncode == 2 and b"limit is 4096" in done.stderr and len(done.stderr) < 1024
 
 
@@ -136,7 +136,7 @@ def test_login_program_names(broker: FakeBroker, short_tmp: Path) -> None:
             executable=starter(short_tmp),
             env=environment(),
             capture_output=True,
-            timeout=30,
+            timeout=60,
         )
         assert done.returncode == 0 and b"web1" in done.stdout
 
@@ -317,7 +317,7 @@ def test_hostile_environment_changes_nothing(broker: FakeBroker, short_tmp: Path
         env=hostile,
         cwd=home,
         capture_output=True,
-        timeout=30,
+        timeout=60,
     )
     assert done.returncode == 0 and b"web1" in done.stdout and done.stderr == b""
     assert not marker.exists()
@@ -348,7 +348,7 @@ def test_missing_descriptors(broker: FakeBroker, short_tmp: Path, closed: str) -
         ["/bin/sh", "-c", f"( {command} ) 9>&1", starter(short_tmp), broker.layout.to_args()],
         env=environment(),
         capture_output=True,
-        timeout=30,
+        timeout=60,
     )
     assert done.stdout.endswith(b"0\n")
     assert broker.verbs() == ["info"]
@@ -370,7 +370,7 @@ def test_a_directory_that_is_gone(broker: FakeBroker, short_tmp: Path) -> None:
         ],
         env=environment(),
         capture_output=True,
-        timeout=30,
+        timeout=60,
     )
     assert done.returncode == 0 and b"web1" in done.stdout
 
@@ -381,7 +381,7 @@ def test_a_reader_that_leaves(broker: FakeBroker, short_tmp: Path) -> None:
         ["/bin/sh", "-c", '"$0" --layout "$1" list | true', starter(short_tmp), broker.layout.to_args()],
         env=environment(),
         capture_output=True,
-        timeout=30,
+        timeout=60,
     )
     assert done.stderr == b""
 

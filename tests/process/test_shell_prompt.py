@@ -319,5 +319,5 @@ def test_without_prompt_toolkit_there_is_a_plain_prompt(broker: FakeBroker, shor
 def test_a_broken_installation_says_one_sentence(short_tmp: Path, layout: Layout) -> None:
     path = Path(starter(short_tmp))
     path.write_text(path.read_text().replace("vmshell.shell.main", "vmshell.shell.gone"))
-    done = subprocess.run([str(path)], env=environment(), capture_output=True, timeout=30)
+    done = subprocess.run([str(path)], env=environment(), capture_output=True, timeout=60)
     assert done.stderr == b"vmshell: cannot start; tell the administrator\n" and done.returncode == 1

@@ -364,6 +364,11 @@ def test_a_vlan_of_the_hosts_interface(tapnet: Tapnet, namespace: Namespace) -> 
     fd = tapnet.plug(vlan)
     assert "vlan protocol 802.1Q id 12" in namespace.detail("vmshell000002")
     assert "master vtb000002" in namespace.detail("vmshell000002")
+    # The interface was down, which keeps no VM from starting.
+    assert "UP" not in namespace.links()["vmshell000002"].split(",")
+    for name in ("wire0", "wire1"):
+        namespace.run("ip", "link", "set", name, "up")
+    assert "UP" in namespace.links()["vmshell000002"].split(",")
     close(fd)
     tapnet.tell(Unplug(number=1, nic=0))
     assert set(namespace.links()) == {"wire0", "wire1"}
@@ -383,7 +388,7 @@ class Stream:
         self._threads = [threading.Thread(target=self._send), threading.Thread(target=self._receive)]
         for thread in self._threads:
             thread.start()
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while len(self.seen) < 5:
             assert time.monotonic() < end or self.lost() < 0, "nothing passes"
             time.sleep(0.01)
@@ -631,6 +636,22 @@ def test_elements_that_somebody_took_away_hinder_nobody(tapnet: Tapnet, namespac
     assert ["ok" in body for _, body, _ in answers] == [True, True], answers
     assert '"vt000001n0"' not in namespace.filter() and '"vt000002n0"' in namespace.filter()
     close(one, answers[1][2])
+
+
+def test_who_receives_at_his_limit_has_a_queue_for_each_flow(tapnet: Tapnet, namespace: Namespace) -> None:
+    tapnet.tell(segment())
+    fd = tapnet.plug(port(1, rate=1000))
+    for rate, target in ((1000, "18.2ms"), (5000, "5ms")):
+        tapnet.tell(port(1, create=False, rate=rate))  # the second time the queues are there
+        shown = namespace.run("tc", "qdisc", "show", "dev", "vt000001n0")
+        assert f"rate {rate // 1000}Mbit" in shown
+        if tapnet.ask(Health())[0]["ok"]["features"]["tc-fq_codel"]:
+            assert "qdisc fq_codel" in shown and "parent 1:1 limit 1000p" in shown and f"target {target}" in shown
+        else:
+            assert shown.count("qdisc") == 1
+    tapnet.tell(port(1, create=False))
+    assert "tbf" not in namespace.run("tc", "qdisc", "show", "dev", "vt000001n0")
+    close(fd)
 
 
 def test_settings_segments_ports_and_openings_change(tapnet: Tapnet, namespace: Namespace) -> None:

@@ -26,7 +26,7 @@ TREE = [
 @pytest.mark.parametrize("reader", [["cpio"], ["busybox", "cpio"]])
 def test_other_programs_read_the_archive(reader: list[str]) -> None:
     entries = [*TREE, cpio.directory("dev"), cpio.character_device("dev/console", 5, 1)]
-    listing = subprocess.run([*reader, "-tv"], input=cpio.archive(entries), capture_output=True, timeout=30, check=True)
+    listing = subprocess.run([*reader, "-tv"], input=cpio.archive(entries), capture_output=True, timeout=60, check=True)
     lines = listing.stdout.decode().splitlines()
     assert len(lines) == len(entries)
     by_name = {line.split(" -> ")[0].split()[-1]: line for line in lines}
@@ -41,7 +41,7 @@ def test_other_programs_read_the_archive(reader: list[str]) -> None:
 
 
 def test_unpacked_it_is_the_tree_again(tmp_path: Path) -> None:
-    subprocess.run(["cpio", "-idm", "--quiet"], cwd=tmp_path, input=cpio.archive(TREE), timeout=30, check=True)
+    subprocess.run(["cpio", "-idm", "--quiet"], cwd=tmp_path, input=cpio.archive(TREE), timeout=60, check=True)
     written = tmp_path / "written"
     cpio.write_tree(TREE, str(written))
     for root in (tmp_path, written):
@@ -80,7 +80,7 @@ def test_every_file_of_the_guest_has_its_folder_before_it() -> None:
 
 @pytest.mark.parametrize("name", ["_START", "_STOP", "_UDHCPC", "_INIT_FOR_DISK", "_LOAD_MODULES", "_PROFILE", "_POWER_BUTTON"])
 def test_the_guests_scripts_parse(name: str) -> None:
-    subprocess.run(["busybox", "sh", "-n"], input=getattr(guest, name), text=True, timeout=30, check=True)
+    subprocess.run(["busybox", "sh", "-n"], input=getattr(guest, name), text=True, timeout=60, check=True)
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_the_boot_sector_keeps_grubs_code_and_gets_our_partition(tmp_path: Path)
     image = tmp_path / "disk"
     image.write_bytes(sector)
     os.truncate(image, 128 << 20)
-    report = subprocess.run(["busybox", "fdisk", "-l", str(image)], capture_output=True, text=True, timeout=30, check=False)
+    report = subprocess.run(["busybox", "fdisk", "-l", str(image)], capture_output=True, text=True, timeout=60, check=False)
     line = next(line for line in report.stdout.splitlines() if line.startswith(f"{image}1"))
     assert {"*", "2048", "262143", "83", "Linux"} <= set(line.split())
 

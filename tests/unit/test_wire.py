@@ -154,7 +154,7 @@ def test_a_process_without_the_json_module_refuses_the_same() -> None:
         "    except ProtocolError: continue\n"
         "    raise AssertionError(frame)\n"
     )
-    subprocess.run([sys.executable, "-IS", "-c", program], check=True, timeout=20)
+    subprocess.run([sys.executable, "-IS", "-c", program], check=True, timeout=60)
 
 
 def test_what_a_peer_said_before_it_hung_up_is_heard(pair: tuple[socket.socket, socket.socket]) -> None:

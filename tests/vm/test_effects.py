@@ -83,7 +83,7 @@ def run(session: Session, line: str) -> Iterator[tuple[Viewer, str]]:
         viewer.close()
         if name in names(session):
             session.ask(messages.Kill(vm=name))
-        session.wait_for(lambda: name not in names(session), f"{name} to be forgotten", 30)
+        session.wait_for(lambda: name not in names(session), f"{name} to be forgotten", 60)
 
 
 def names(session: Session) -> list[str]:

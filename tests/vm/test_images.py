@@ -352,7 +352,7 @@ def test_an_ordinary_user_builds_the_same_disk(images: Path, short_tmp: Path) ->
     partition = f"{layout.images}/demo-disk/disk.raw?offset={1 << 20}"
     for path in ("/", "/bin", "/bin/busybox", "/bin/sh", "/etc/shadow", "/boot/grub/grub.cfg", "/sbin"):
         debugfs = ["/usr/sbin/debugfs", "-R", f"stat {path}", partition]
-        said = subprocess.run(debugfs, capture_output=True, text=True, timeout=30, check=True)
+        said = subprocess.run(debugfs, capture_output=True, text=True, timeout=60, check=True)
         owner = next(line for line in said.stdout.splitlines() if line.startswith("User:")).split()
         assert owner[:4] == ["User:", "0", "Group:", "0"], path
     assert Catalogue(layout).problem(Catalogue(layout).read("demo-disk")) == ""

@@ -312,9 +312,9 @@ def test_a_vm_that_ended_while_there_was_no_broker_is_off_and_its_consoles_hear_
     for victim in {pid, *echo.qemu_pids()}:
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
-    echo.wait_for(lambda: not [alive for alive in echo.qemu_pids() if not zombie(alive)], "QEMU to be gone", 20)
+    echo.wait_for(lambda: not [alive for alive in echo.qemu_pids() if not zombie(alive)], "QEMU to be gone", 60)
     echo.start_broker()
-    echo.wait_for(lambda: row(echo)["state"] in ("off", "failed"), "the end to be seen", 20)
+    echo.wait_for(lambda: row(echo)["state"] in ("off", "failed"), "the end to be seen", 60)
     assert viewer.wait_notice("end")["reason"]
     viewer.close()
     boot_with_console(echo).wait_output(READY)

@@ -322,7 +322,7 @@ def test_stopped_at_any_moment_it_leaves_nothing(layout: Layout, stand: Stand, n
         process = start(layout, stand)
         time.sleep(chance.uniform(0.02, 0.6))
         process.send_signal(number)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=60)
         # Before main() has begun, Python's own answer to SIGINT is a KeyboardInterrupt.
         assert b"Traceback" not in errors or number == signal.SIGINT, errors
 
@@ -357,4 +357,4 @@ def test_killed_outright_it_takes_its_guests_along(layout: Layout, stand: Stand)
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         process.kill()
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)

@@ -87,7 +87,7 @@ def test_out_by_passt_and_in_by_a_forward(session: Session) -> None:
 
     # passt goes with its QEMU.
     session.ask(messages.Kill(vm="web1"))
-    session.wait_for(lambda: not passts(port), "passt to end", 30)
+    session.wait_for(lambda: not passts(port), "passt to end", 60)
     viewer.close()
 
     # A port that somebody else has by now would lead whoever asks for web1 to them.

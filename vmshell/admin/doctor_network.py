@@ -33,6 +33,7 @@ ANY_ADDRESS, LISTENING = ("00000000:0035", "00000000000000000000000000000000:003
 # What this host's kernel may lack, and what does not work then.
 WITHOUT = {
     "tc-tbf": "net_rate does not hold for what guests receive (modprobe sch_tbf)",
+    "tc-fq_codel": "a guest that receives at its net_rate waits up to 0.1 s for each packet (modprobe sch_fq_codel)",
     "ct-count": "one guest may fill the table of connections (modprobe nft_connlimit)",
     "vlan": "there are no networks by VLAN (modprobe 8021q)",
     "ipv6": "guests have no IPv6",

@@ -222,7 +222,7 @@ class Session:
             return
         if not all_among(keys, answer.get("keys")):
             self._others_kept = True
-            os.kill(self._pid, signal.SIGTERM)
+            os.kill(self._pid, signal.SIGKILL)  # of the others ssh takes note only when its connection next says something
 
     def _give_terminal_back(self) -> None:
         """In sane modes, and without what the guest's last bytes made it type: no prompt after us may read that (E03)."""
@@ -237,7 +237,7 @@ class Session:
     def _close(self) -> None:
         """End ssh if it still runs (we are to end), and leave nothing behind."""
         if self._pid:
-            os.kill(self._pid, signal.SIGHUP)
+            os.kill(self._pid, signal.SIGKILL)  # as above
             self._pid = 0
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
