@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.frames import BROADCAST, SYN, arp, ethernet, ip4, tcp, udp
-from tests.process.networld import EVIL, GATEWAY, HERS, HIS, VICTIM, World, heard, inside, sniffer, world
+from tests.frames import BROADCAST, SYN, arp, ethernet, ip4, tagged, tcp, udp
+from tests.process.networld import EVIL, GATEWAY, HERS, HIS, VICTIM, World, frames_from, heard, inside, sniffer, world
 from tests.process.tapnets import PATIENCE, SETTINGS, Namespace, Tapnet, Thief, mac, namespace, passes, port, segment, unable
 from vmshell import wire
 from vmshell.messages import Health, Segment, Settle, Unplug
@@ -96,6 +96,34 @@ def test_e20_a_tap_without_its_bridge_is_no_way_into_the_host(world: World) -> N
     while "master" not in world.space.detail(tap_name(1, 0)):
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_e17_a_guest_on_a_vlan_is_on_no_other(tapnet: Tapnet, namespace: Namespace) -> None:
+    if not tapnet.ask(Health())[0]["ok"]["features"]["vlan"]:
+        pytest.skip("this kernel has no VLANs (8021q)")
+    namespace.run("ip", "link", "add", "wire0", "up", "type", "veth", "peer", "name", "wire1")
+    namespace.run("ip", "link", "set", "wire1", "up")
+    for vlan in ("12", "13"):
+        namespace.run("ip", "link", "add", "link", "wire1", "name", f"far{vlan}", "up", "type", "vlan", "id", vlan)
+    tapnet.tell(Segment(segment=2, kind="bridged", parent="wire0", vlan=12))
+    guest = tapnet.plug(port(1, segment=2, address4=""))
+    os.set_blocking(guest, False)
+    mark = os.urandom(8)
+    outwards = ethernet(BROADCAST, mac(1), 0x0800, ip4(HIS, HERS, 17, udp(40000, 7777, mark)))
+    inwards = ethernet(mac(1), VICTIM, 0x0800, ip4(HERS, HIS, 17, udp(40000, 7777, mark)))
+    with sniffer(namespace, "far12") as right, sniffer(namespace, "far13") as wrong, sniffer(namespace, "wire1") as wire1:
+        os.write(guest, outwards)
+        assert outwards in heard(right) and outwards not in heard(wrong)
+        heard(wire1)
+        for kind in (0x8100, 0x88A8):
+            for vlan in (0, 12, 13):
+                os.write(guest, tagged(outwards, kind, vlan))
+        assert not any(mark in frame for frame in heard(wire1))
+        for far, comes in ((right, True), (wrong, False), (wire1, False)):
+            far.send(inwards)
+            got = list(frames_from(lambda: os.read(guest, 1 << 16), guest, 0.2))
+            assert (inwards in got) is comes
+    os.close(guest)
 
 
 @pytest.mark.parametrize("flags", [0x1002, 0x1002 | OFFLOADING, 0x1002 | 0x0100])
