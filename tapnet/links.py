@@ -44,7 +44,8 @@ BURST_SECONDS = 0.02
 BURST_LEAST = 1 << 16  # one segment as QEMU hands it over
 QUEUE_SECONDS = 0.1
 FRAME_MAX = 1514  # octets
-# Of fq_codel (tc-fq_codel(8)): microseconds that a packet may wait, at least 1.5 times what the largest takes; packets and octets held.
+# Of fq_codel, as in tc-fq_codel(8): microseconds that a packet may wait (or 1.5 times what the largest frame takes, if that is
+# more); packets and octets held.
 CODEL_TARGET = 5000
 CODEL_PACKETS, CODEL_MEMORY = 1000, 4 << 20
 
@@ -262,7 +263,7 @@ def _plug(port: Port, index: int, master: int, limits: list[bytes]) -> list[byte
 
 
 def _limits(index: int, rate: int, fair: bool) -> list[bytes]:
-    """The messages that hold what a guest receives to *rate* kbit/s: a token bucket, and in it one queue, or one for each flow."""
+    """The messages that hold what a guest receives to *rate* kbit/s: a token bucket; in it one queue, or one for each flow."""
     speed = rate * 125
     burst = max(BURST_LEAST, int(speed * BURST_SECONDS))
     limit = min(burst + int(speed * QUEUE_SECONDS), 0xFFFFFFFF)

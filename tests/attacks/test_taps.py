@@ -103,8 +103,8 @@ def test_e17_a_guest_on_a_vlan_is_on_no_other(tapnet: Tapnet, namespace: Namespa
         pytest.skip("this kernel has no VLANs (8021q)")
     namespace.run("ip", "link", "add", "wire0", "up", "type", "veth", "peer", "name", "wire1")
     namespace.run("ip", "link", "set", "wire1", "up")
-    for vlan in ("12", "13"):
-        namespace.run("ip", "link", "add", "link", "wire1", "name", f"far{vlan}", "up", "type", "vlan", "id", vlan)
+    for far in ("12", "13"):
+        namespace.run("ip", "link", "add", "link", "wire1", "name", f"far{far}", "up", "type", "vlan", "id", far)
     tapnet.tell(Segment(segment=2, kind="bridged", parent="wire0", vlan=12))
     guest = tapnet.plug(port(1, segment=2, address4=""))
     os.set_blocking(guest, False)
@@ -119,8 +119,8 @@ def test_e17_a_guest_on_a_vlan_is_on_no_other(tapnet: Tapnet, namespace: Namespa
             for vlan in (0, 12, 13):
                 os.write(guest, tagged(outwards, kind, vlan))
         assert not any(mark in frame for frame in heard(wire1))
-        for far, comes in ((right, True), (wrong, False), (wire1, False)):
-            far.send(inwards)
+        for ear, comes in ((right, True), (wrong, False), (wire1, False)):
+            ear.send(inwards)
             got = list(frames_from(lambda: os.read(guest, 1 << 16), guest, 0.2))
             assert (inwards in got) is comes
     os.close(guest)

@@ -76,6 +76,22 @@ def test_published_to_another_user(world: World) -> None:
     assert "answer" not in evil.run(asked)[1]
 
 
+def test_published_to_a_group(world: World) -> None:
+    host, web1, evil = world.host, world.web1, world.evil
+    web1.sh("nc -ll -p 82 -e echo answer 82 >/dev/null 2>&1 &")
+    asked = f"nc -w 5 {web1.address} 82 </dev/null"
+    host.sh("groupadd team && usermod -aG team bob")
+    assert "nobody" in host.run("alice", "publish web1 82 --to @nobodys")[2]
+    web1.vmshell("publish web1 82 --to @team")
+    assert evil.sh(asked) == "answer 82\n"
+    host.sh("gpasswd -d bob team")  # the broker notices by itself
+    wait_for(lambda: "answer" not in evil.run(f"nc -w 2 {web1.address} 82 </dev/null")[1], 30)
+    host.sh("usermod -aG team bob")
+    wait_for(lambda: "answer 82" in evil.run(asked)[1], 30)
+    web1.vmshell("unpublish web1 82 --to @team")
+    assert "answer" not in evil.run(asked)[1]
+
+
 def test_published_to_the_world(world: World) -> None:
     host, web1 = world.host, world.web1
     web1.sh("netstat -ltn | grep -q ':80 ' || nc -ll -p 80 -e echo answer 80 >/dev/null 2>&1 &")
@@ -128,6 +144,20 @@ def test_a_long_uid_and_an_odd_name(world: World) -> None:
     assert not world.evil.reaches(guest.address, 1) and host.run("bob", f"connect {user}/web1:22")[0] == 3
     guest.detach()
     guest.vmshell("kill web1")
+
+
+def test_other_names_are_asked_of_whom_the_host_asks(world: World) -> None:
+    """Without dns_servers; the resolver sees it when the host asks somebody else from now on."""
+    host, web1, asked = world.host, world.web1, "nslookup outside.test"
+    host.sh("cp /etc/vmshell/policy.toml /etc/resolv.conf /root/; sed -i /dns_servers/d /etc/vmshell/policy.toml")
+    host.sh("echo nameserver 203.0.113.9 >/etc/resolv.conf; systemctl restart vmshell-broker")
+    try:
+        wait_for(lambda: world.outside not in web1.run(asked)[1])
+        host.sh(f"echo nameserver {world.outside} >/etc/resolv.conf")
+        wait_for(lambda: f"Address: {world.outside}" in web1.run(asked)[1])
+    finally:
+        host.sh("cp /root/resolv.conf /etc/; cp /root/policy.toml /etc/vmshell/; systemctl restart vmshell-broker")
+    wait_for(lambda: f"Address: {world.outside}" in web1.run(asked)[1])
 
 
 # --- sshd's own forwarding, where the administrator opens it ----------------------------------------------------------
