@@ -18,7 +18,7 @@ from . import rules, sysctl, taps
 from .checks import check_port, check_segment, check_settings, is_our_tap, orphans
 from .links import Link, Links
 from .nft import Nft
-from .state import Key, State, bridge, is_ours, key, same, tap, uplink
+from .state import Key, State, bridge, key, same, tap, uplink
 from .watch import Departures, Watch
 
 RETRY_SECONDS = 5.0  # between two tries to put right what could not be
@@ -47,6 +47,7 @@ class Plan:
         self.openings = False
         # Who has a MAC where: of two with the same, one would take the other's frames (E33).
         self.macs = {(bridge(state.segments[port.segment]), port.mac): key(port) for port in state.ports.values()}
+        self.hosts: dict[str, str] = {}  # its interfaces by MAC, once it matters: on the host's own LAN they are taken as well
         self.fds: dict[Key, int] = {}
 
 
@@ -76,15 +77,10 @@ class Network:
     # --- what the broker asks ---
 
     def change(self, messages: list[ToTapnet]) -> list[Answer]:
-        """Carry out *messages* together; if that cannot be, each by itself, so that only a bad one fails."""
+        """Carry out *messages* as one: an Answer for each, or an error raised and nothing changed."""
         if self.failing:
             self.restore(touched=False)
-        try:
-            return self._together(messages)
-        except VmshellError as error:
-            if len(messages) == 1:
-                return [Answer(error)]
-            return [answer for one in messages for answer in self.change([one])]
+        return self._together(messages)
 
     def settle(self, wanted: State) -> None:
         """From now on *wanted* is what there is to be; then as `reconcile`."""
@@ -226,8 +222,12 @@ class Network:
                 place = bridge(state.segments[message.segment]), message.mac
                 if plan.macs.setdefault(place, key(message)) != key(message):
                     raise NetworkFailed(problem=f"another card on this network has the MAC {message.mac}")
-                if not is_ours(state.segments[message.segment]):
+                if state.segments[message.segment].kind == "bridged":
                     self.links.check(state.segments[message.segment])
+                    plan.hosts = plan.hosts or {link.mac: name for name, link in self.links.survey().items()}
+                    if message.mac in plan.hosts:
+                        whose = plan.hosts[message.mac]
+                        raise NetworkFailed(problem=f"{whose} of this host has the MAC {message.mac}; the card needs another")
                 plan.fds[key(message)] = taps.create(tap(message))
                 plan.created[key(message)] = message
                 if before is not None:
@@ -273,7 +273,7 @@ class Network:
         for number in {port.segment for port in created} | (set(plan.segments) & plan.state.used()):
             self.links.make_bridge(plan.state.segments[number])
         self._route(plan.state)
-        self.links.plug([*created, *changed], plan.state.segments)
+        self._plug([*created, *changed], plan.state)
         self.links.unlimit([new for old, new in plan.changed.values() if old.rate and not new.rate])
         # Only now, when nothing can fail any more. QEMU has mostly closed its taps by itself.
         gone = [port for port in plan.removed.values() if key(port) not in plan.created]
@@ -285,13 +285,25 @@ class Network:
         for fd in plan.fds.values():
             os.close(fd)  # and the taps are gone
         self.restore(touched=False)
+        for number in set(plan.segments) & self.state.used():
+            try:
+                self.links.make_bridge(self.state.segments[number])
+            except VmshellError as error:
+                self.amiss = self.amiss or _problem(error)
         try:
-            self.links.plug([before for before, _ in plan.changed.values()], self.state.segments)
+            self._plug([self.state.ports[place] for place in plan.changed if place in self.state.ports], self.state)
         except VmshellError:
             pass  # a tap that is gone
         self._drop_bridges(list(plan.created.values()), plan.state, self.state)
 
     # --- parts ---
+
+    def _plug(self, ports: list[Port], state: State) -> None:
+        """Plugged taps are up, which without a filter none may be: then it waits until there is one."""
+        if self.down:
+            self._postponed = True
+        else:
+            self.links.plug(ports, state.segments)
 
     def _load(self, text: str) -> None:
         """One transaction, known to the watch as ours."""

@@ -38,14 +38,15 @@ CASTS_PER_SECOND, CASTS_BURST = 200, 400  # broadcast and multicast frames of on
 ECHOES_PER_SECOND = 50  # pings that the host answers, of the guests of one segment
 CONNECTIONS_MAX = 4096  # of one guest through the host at once: the table of connections is everybody's
 # Where br_netfilter is at work, bridged frames pass the host's IP hooks, too. This mark says that they are the bridge's to judge,
-# so that nobody tracks them. It comes off what is for the host itself, and so of what the host routes.
+# so that nobody tracks them, or puts fragments of different networks together. What is for the host, or to be routed by it, goes
+# to a gateway's MAC and has no mark, or is a broadcast and loses it.
 BRIDGED = "0x766d7368"
 NOT_INTERNET = (
     *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24"),
     *("192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/3"),
 )
-# Not even with outside = "all": metadata services live here.
-NEVER4 = ("127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")
+# Not even with outside = "all": metadata services live here; Azure, Alibaba and Oracle have theirs outside of 169.254.0.0/16.
+NEVER4 = ("127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3", "168.63.129.16", "100.100.100.200", "192.0.0.192")
 NEVER6 = ("fd00:ec2::/32", "fd20:ce::/32", "fe80::/10", "ff00::/8")
 
 Elements = dict[str, list[str]]  # by set, as nft writes them
@@ -62,7 +63,7 @@ def _port_elements(port: Port, segment: Segment) -> tuple[Elements, Elements]:
     if segment.kind == "bridged":
         link["loose"] = [name]
     elif segment.kind == "service":
-        link["consumers" if port.isolated else "providers"] = link["serving"] = [name]
+        link["serving"] = [name]
     if port.address4:
         address = ipaddress.IPv4Address(port.address4)
         link["source4"] = [f"{name} . {mac} . {address}"]
@@ -177,9 +178,7 @@ BRIDGE_SETS = {
     "targets": "typeof iifname . @th,64,128",  # the same for what neighbour discovery is about
     "six": "type ifname",
     "loose": "type ifname",
-    "serving": "type ifname",  # consumers and providers: everybody else pays for one look
-    "consumers": "type ifname",
-    "providers": "type ifname",
+    "serving": "type ifname",  # on a service network: everybody else pays for one look
     "ways4": WAYS["4"],
     "ways6": WAYS["6"],
     "rates": "type ifname : limit",
@@ -213,6 +212,7 @@ BRIDGE_CHAINS = f"""
   chain guest {{
     ether type != ip iifname . ether saddr != @macs drop
     ether daddr & 01:00:00:00:00:00 == 01:00:00:00:00:00 jump cast
+    ether daddr & ff:ff:ff:00:00:00 == {GATEWAY_MACS} iifname @loose drop
     ether daddr & ff:ff:ff:00:00:00 != {GATEWAY_MACS} meta mark set {BRIDGED}
     RATED
     ether type ip jump ip_in
@@ -237,8 +237,13 @@ BRIDGE_CHAINS = f"""
     iifname @loose accept
     drop
   }}
+  chain dhcp_in {{ # the MAC that DHCP itself names: in another's name nothing is asked for, declined or given back
+    iifname . @th,288,48 @llmacs return
+    drop
+  }}
   chain ip_in {{
     udp sport 67 drop
+    udp dport 67 jump dhcp_in
     iifname . ether saddr . ip saddr @source4 accept
     iifname . ether saddr != @macs drop
     ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept
@@ -278,6 +283,7 @@ BRIDGE_CHAINS = f"""
   chain input {{
     type filter hook input priority -300; policy accept;
     iifname @loose drop
+    meta mark {BRIDGED} meta pkttype host drop # to the tap's own end
     meta mark {BRIDGED} meta mark set 0
   }}
 """
@@ -309,8 +315,8 @@ OTHERS_CHAINS = f"""
 
 COUNTED = (
     "  set flows4 { type ipv4_addr; flags dynamic; size 65535; }\n  set flows6 { type ipv6_addr; flags dynamic; size 65535; }",
-    f"ct state new add @flows4 {{ ip saddr ct count over {CONNECTIONS_MAX} }} drop\n"
-    f"    ct state new add @flows6 {{ ip6 saddr ct count over {CONNECTIONS_MAX} }} drop",
+    f"add @flows4 {{ ip saddr ct count over {CONNECTIONS_MAX} }} drop\n"
+    f"    add @flows6 {{ ip6 saddr ct count over {CONNECTIONS_MAX} }} drop",
 )
 
 COUNTING = f"""
@@ -325,13 +331,18 @@ table inet vmshellprobe {{
 """
 
 # Of what crosses by an opening, every packet is held to it, both ways: what is closed is closed for connections that stand, too.
+# So is all that a user's socket sends first: a connection that is remembered is not its next user's. Only what has no uid any
+# more, the end of a TCP connection whose socket is closed, goes by that it is established.
 INET_CHAINS = f"""
   set echoes {{ type ifname; flags dynamic; size 65535; timeout 10s; }}
   chain prerouting {{
-    type filter hook prerouting priority -300; policy accept;
+    type filter hook prerouting priority -450; policy accept;
     iifname "vt0*" drop
     iifname @taps drop
     meta mark {BRIDGED} notrack
+  }}
+  chain counted {{
+    COUNTED
   }}
   chain input {{
     type filter hook input priority -5; policy accept;
@@ -340,6 +351,7 @@ INET_CHAINS = f"""
   chain from_guest {{
     ct state established,related accept
     ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept
+    ct state new jump counted
     iifname . ip daddr @gateway4 jump gateway
     icmpv6 type {{ nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert }} accept
     ip6 daddr ff02::1:2 udp sport 546 udp dport 547 accept
@@ -363,10 +375,10 @@ INET_CHAINS = f"""
   chain across {{
     meta mark {BRIDGED} accept
     ct state invalid drop
+    ct state new jump counted
     oifname "vtb*" jump between
     ct direction reply ct status dnat jump answered
     ct state established,related accept
-    COUNTED
     ip daddr {{ {", ".join(NEVER4)} }} drop
     ip6 daddr {{ {", ".join(NEVER6)} }} drop
     iifname @outside_all accept
@@ -396,10 +408,12 @@ INET_CHAINS = f"""
   chain output {{
     type filter hook output priority -5; policy accept;
     oifname "vtb*" jump to_guest
-    meta skuid @confined ct state new jump owned
+    meta skuid @confined ct direction original jump owned
   }}
   chain to_guest {{
-    ct state established,related accept
+    ct direction reply accept
+    ct state related accept
+    tcp flags & (syn | ack) != syn ct state established accept
     ip daddr 255.255.255.255 udp sport 67 udp dport 68 accept
     udp sport 547 udp dport 546 accept
     icmpv6 type {{ nd-router-advert, nd-neighbor-solicit, nd-neighbor-advert }} accept

@@ -158,6 +158,8 @@ class Service:
         """Answer *requests* in order; those that change something and follow each other are one batch."""
         batch: list[tuple[int, ToTapnet]] = []
         for ident, message in requests:
+            if self._broker is None:
+                return  # gone meanwhile: its successor says everything anew
             changes = self._naming is None and isinstance(message, CHANGES)
             # Removals by themselves: what is removed and made again in one breath has to be gone in between.
             if batch and (not changes or isinstance(message, Unplug) != isinstance(batch[0][1], Unplug)):
@@ -171,10 +173,15 @@ class Service:
             self._change(batch)
 
     def _change(self, batch: list[tuple[int, ToTapnet]]) -> None:
+        """Carry out *batch* together; if that cannot be, each by itself, so that only a bad one fails."""
         try:
             answers = self._network.change([message for _, message in batch])
         except Exception as error:
-            answers = [Answer(_internal(error)) for _ in batch]
+            if len(batch) > 1:
+                for one in batch:
+                    self._change([one])
+                return
+            answers = [Answer(error if isinstance(error, VmshellError) else _internal(error))]
         for (ident, _), answer in zip(batch, answers, strict=True):
             self._answer(ident, answer)
 

@@ -39,6 +39,7 @@ class Watch:
         self._channel = Channel(_NETFILTER)
         self._own: set[int] = set()
         self._seen = self.generation()
+        self._awaited = 0
         self._touched = False
 
     def fileno(self) -> int:
@@ -63,12 +64,10 @@ class Watch:
     def disturbed(self) -> bool:
         """Did somebody else change our tables, or may it be so?"""
         foreign = self._read()
-        if self._seen != self.generation():
-            # Either it happened this very moment, and its notice is there now, or the notice was lost.
-            foreign = self._read() or foreign
-            now = self.generation()
-            foreign = foreign or self._seen != now
-            self._seen = now
+        now = self.generation()
+        if self._awaited > self._seen:  # since the last look, which is no moment any more: it was lost
+            foreign, self._seen = True, now
+        self._awaited = now  # the kernel counts first and gives notice then
         self._own = {number for number in self._own if number > self._seen}
         return foreign
 

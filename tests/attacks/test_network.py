@@ -9,6 +9,7 @@ import fcntl
 import os
 import socket
 import struct
+import threading
 import time
 
 import pytest
@@ -21,6 +22,7 @@ from tests.frames import (
     SYN_ACK,
     arp,
     behind,
+    dhcp,
     echo4,
     ethernet,
     icmp6,
@@ -49,6 +51,7 @@ from tests.process.networld import (
     heard,
     inside,
     outside,
+    sends,
     sniffer,
     world,
 )
@@ -97,6 +100,10 @@ FORGED: dict[str, bytes] = {
     "E12-from-nowhere": from_evil(ip4("0.0.0.0", HERS, 17, udp(68, 67))),
     "E13-dhcp-server": from_evil(ip4(HIS, "255.255.255.255", 17, udp(67, 68)), target=BROADCAST),
     "E13-dhcp-server-to-one": from_evil(ip4(HIS, HERS, 17, udp(67, 68))),
+    # In the victim's name: what it was given would be declined, and nobody else gets it then.
+    "E13-declines-for-another": from_evil(ip4("0.0.0.0", "255.255.255.255", 17, dhcp(VICTIM, 4)), target=BROADCAST),
+    "E13-gives-back-for-another": from_evil(ip4(HIS, GATEWAY, 17, dhcp(VICTIM, 7))),
+    "E13-a-hidden-name": from_evil(ip4(HIS, GATEWAY, 17, dhcp(VICTIM, 4)[:8], fragment=0x2000)),
     "E13-dhcpv6-server": six(udp(547, 546), 17),
     "E14-router-advertisement": six(RA),
     "E14-from-a-global-address": six(RA, source=HIS6),
@@ -147,7 +154,7 @@ LEGAL: dict[str, bytes] = {
     "arp-request": arp(BROADCAST, EVIL, 1, (EVIL, HIS), ("00:00:00:00:00:00", HERS)),
     "arp-reply": arp(VICTIM, EVIL, 2, (EVIL, HIS), (VICTIM, HERS)),
     "arp-probe": arp(BROADCAST, EVIL, 1, (EVIL, "0.0.0.0"), ("00:00:00:00:00:00", HIS)),
-    "dhcp-discover": from_evil(ip4("0.0.0.0", "255.255.255.255", 17, udp(68, 67)), target=BROADCAST),
+    "dhcp-discover": from_evil(ip4("0.0.0.0", "255.255.255.255", 17, dhcp(EVIL, 1)), target=BROADCAST),
     "tcp": from_evil(ip4(HIS, HERS, 6, tcp(40000, 22, SYN))),
     "ping": from_evil(ip4(HIS, HERS, 1, echo4())),
     "broadcast": from_evil(ip4(HIS, "10.77.1.255", 17, udp(137, 137)), target=BROADCAST),
@@ -398,6 +405,22 @@ def test_e22_outside_by_ipv6(world: World, outside: Namespace, number: int, segm
     assert not any(source.startswith("fd77") for source in reached.values()), "the host's own address is on it"
 
 
+@pytest.mark.parametrize("way", ["its own name server", "an opening"])
+def test_f08_nor_by_other_ways(world: World, way: str) -> None:
+    gateway, target, port = world.gateway_mac(1), GATEWAY, 53
+    if way == "an opening":
+        target, port = "10.77.4.2", 80
+        world.tapnet.tell(Open(number=7, nic=0, openings=[{"source": bridge_name(1), "proto": "udp", "port": port}]))
+    for proto in (udp, lambda own, port: tcp(own, port, SYN)):
+        number = 17 if proto is udp else 6
+        packets = [ip4(HIS, target, number, proto(20000 + n, port)) for n in range(6000)]
+        world.send(1, *(from_evil(packet, target=gateway) for packet in packets))
+    assert int(world.space.run("cat", "/proc/sys/net/netfilter/nf_conntrack_count")) < 4200
+    world.tapnet.tell(Open(number=7, nic=0, openings=[]))
+    for number in (1, 7):
+        world.received(number)
+
+
 def test_f08_one_guest_does_not_fill_the_table_of_connections(world: World, outside: Namespace) -> None:
     gateway = world.gateway_mac(1)
     packets = [ip4(HIS, "198.51.100.2", 17, udp(20000 + n, 9)) for n in range(6000)]
@@ -465,3 +488,66 @@ def test_a06_a07_confined_users_reach_nothing_else(world: World) -> None:
         assert connects(world, 4002, "127.0.0.1", 2300) == "connected", "who is not confined is not"
         world.tapnet.tell(SETTINGS)
     world.received(1)
+
+
+def test_a07_what_is_remembered_of_anothers_datagrams_opens_nothing(world: World) -> None:
+    """Who takes over the port of a socket that is closed is asked who he is, though the host still knows the connection."""
+    gateway = world.gateway_mac(1)
+
+    def answers() -> None:
+        while True:
+            for frame in world.received(1, 0.5):
+                if frame[12:14] == b"\x08\x00" and frame[23] == 17 and frame[36:38] == b"\x00\x35":
+                    back = ip4(HIS, socket.inet_ntoa(frame[26:30]), 17, udp(53, int.from_bytes(frame[34:36], "big"), b"answer"))
+                    world.send(1, from_evil(back, target=gateway))
+                    return
+
+    assert sends(world, 4002, 5555, HIS, 53) == "refused"
+    guest = threading.Thread(target=answers)
+    guest.start()
+    assert sends(world, 4001, 5555, HIS, 53) == "sent answer"
+    guest.join()
+    assert sends(world, 4002, 5555, HIS, 53) == "refused"
+    assert sends(world, 0, 5555, HIS, 53) == "sent waits"
+    world.received(1)
+
+
+def test_a06_nor_does_it_to_who_is_confined(world: World) -> None:
+    with inside(world.space, lambda: socket.socket(type=socket.SOCK_DGRAM)) as service:
+        service.bind(("127.0.0.1", 9000))
+        world.tapnet.tell(Settings(pool4=SETTINGS.pool4, pool6=SETTINGS.pool6, confined=[4001]))
+        assert sends(world, 4001, 6666, "127.0.0.1", 9000) == "refused"
+        assert sends(world, 4005, 6666, "127.0.0.1", 9000) == "sent waits"
+        service.sendto(b"answer", service.recvfrom(99)[1])  # and now it is a connection of two sides
+        assert sends(world, 4001, 6666, "127.0.0.1", 9000) == "refused"
+        world.tapnet.tell(SETTINGS)
+
+
+def test_a07_a_tcp_connection_that_is_remembered_has_no_heir(world: World) -> None:
+    """Its guest is gone in the middle of it and does not confirm the end; then it, or another with its address, is back."""
+    gateway = world.gateway_mac(1)
+    world.space.set("ipv4/tcp_orphan_retries", "1")
+    stop = threading.Event()
+
+    def guest() -> None:
+        while not stop.is_set():
+            for frame in world.received(1, 0.05):
+                if frame[12:14] == b"\x08\x00" and frame[23] == 6 and frame[47] & 0x12 == SYN:
+                    sequence = int.from_bytes(frame[38:42], "big") + 1
+                    back = int.from_bytes(frame[34:36], "big")
+                    segment = struct.pack("!HHIIBBHHH", 22, back, 1000, sequence, 0x50, SYN_ACK, 1024, 0, 0)
+                    world.send(1, from_evil(ip4(HIS, socket.inet_ntoa(frame[26:30]), 6, segment), target=gateway))
+
+    answering = threading.Thread(target=guest)
+    answering.start()
+    try:
+        assert connects(world, 4001, HIS, 22, own=5555) == "connected"
+        until = time.monotonic() + 60
+        while f":{5555:04X}" in world.space.run("cat", "/proc/net/tcp"):
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        assert connects(world, 4002, HIS, 22, own=5555) == "refused"
+        assert connects(world, 4001, HIS, 22, own=5556) == "connected"
+    finally:
+        stop.set()
+        answering.join()

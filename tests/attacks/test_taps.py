@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 
 from tests.frames import BROADCAST, SYN, arp, ethernet, ip4, tagged, tcp, udp
-from tests.process.networld import EVIL, GATEWAY, HERS, HIS, VICTIM, World, frames_from, heard, inside, sniffer, world
+from tests.process.networld import EVIL, GATEWAY, HERS, HIS, VICTIM, World, frames_from, heard, inside, outside, sniffer, world
 from tests.process.tapnets import PATIENCE, SETTINGS, Namespace, Tapnet, Thief, mac, namespace, passes, port, segment, unable
 from vmshell import wire
 from vmshell.messages import Health, Segment, Settle, Unplug
 from vmshell.names import bridge_name, tap_name
 
-__all__ = ["namespace", "world"]
+__all__ = ["namespace", "outside", "world"]
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.skipif(bool(unable()), reason=unable() or "-")]
 
 TUNSETIFF, TUNGETIFF, TUNSETPERSIST = 0x400454CA, 0x800454D2, 0x400454CB
@@ -121,9 +121,72 @@ def test_e17_a_guest_on_a_vlan_is_on_no_other(tapnet: Tapnet, namespace: Namespa
         assert not any(mark in frame for frame in heard(wire1))
         for ear, comes in ((right, True), (wrong, False), (wire1, False)):
             ear.send(inwards)
-            got = list(frames_from(lambda: os.read(guest, 1 << 16), guest, 0.2))
-            assert (inwards in got) is comes
+            assert (inwards in got(guest)) is comes
     os.close(guest)
+
+
+@pytest.fixture
+def bridged(tapnet: Tapnet, namespace: Namespace) -> Iterator[dict[int, int]]:
+    """Taps by VM: 1 and 2 on a network of ours, 5 on the host's own, `host0`, of which wire1 is another machine."""
+    namespace.run("ip", "link", "add", "host0", "up", "type", "bridge")
+    namespace.run("ip", "link", "add", "wire0", "master", "host0", "up", "type", "veth", "peer", "name", "wire1")
+    namespace.run("ip", "link", "set", "wire1", "up")
+    tapnet.tell(Segment(segment=2, kind="bridged", bridge="host0"))
+    taps = {number: tapnet.plug(port(number)) for number in (1, 2)}
+    taps[5] = tapnet.plug(port(5, segment=2, address4=""))
+    for tap in taps.values():
+        os.set_blocking(tap, False)
+    yield taps
+    for tap in taps.values():
+        os.close(tap)
+
+
+def got(tap: int, seconds: float = 0.2) -> list[bytes]:
+    return list(frames_from(lambda: os.read(tap, 1 << 16), tap, seconds))
+
+
+def test_e14_fragments_of_two_networks_are_not_put_together(bridged: dict[int, int], namespace: Namespace) -> None:
+    """Where br_netfilter is at work. Who is on the host's own network names any source: with the other half of a datagram of
+    somebody else's he would read it, or write into it."""
+    datagram = udp(40000, 7777, b"S" * 600)
+    head, tail = (
+        ethernet(mac(2), mac(1), 0x0800, ip4(HIS, HERS, 17, part, fragment=place))
+        for part, place in ((datagram[:304], 0x2000), (datagram[304:], 304 // 8))
+    )
+    evil = ethernet(BROADCAST, mac(5), 0x0800, b"")
+    with sniffer(namespace, "wire1") as wire1:
+        os.write(bridged[5], evil + ip4(HIS, HERS, 17, b"E" * 304, fragment=304 // 8))
+        os.write(bridged[1], head)
+        assert [frame[14:] for frame in got(bridged[2]) if b"SSS" in frame] in ([], [head[14:]]), "he wrote into it"
+        assert not any(b"SSS" in frame for frame in heard(wire1))
+        os.write(bridged[5], evil + ip4(HIS, HERS, 17, udp(40000, 7777, b"E" * 600)[:304], fragment=0x2000))
+        for frame in (head, tail):
+            os.write(bridged[1], frame)
+        assert not any(b"SSS" in frame for frame in heard(wire1, 0.3)), "he read it"
+        arrived = b"".join(frame[34:] for frame in got(bridged[2]))
+        assert arrived.count(b"S") == 600 and b"E" not in arrived
+
+
+def test_f08_a_bridged_guest_does_not_fill_the_table_of_connections(bridged: dict[int, int], namespace: Namespace) -> None:
+    """Nor does it by frames to MACs like those of our gateways, which the host judges."""
+    for number in range(3000):
+        frame = ip4("192.0.2.77", "192.0.2.9", 17, udp(10000 + number, 9))
+        os.write(bridged[5], ethernet("06:ff:00:12:34:56", mac(5), 0x0800, frame))
+    assert int(namespace.run("cat", "/proc/sys/net/netfilter/nf_conntrack_count")) < 100
+
+
+@pytest.mark.parametrize("called", ["0", "1"])
+def test_e22_the_taps_own_end_is_no_way_out(world: World, outside: Namespace, called: str) -> None:
+    """With br_netfilter (*called*) what went there was routed as nobody's connection: outside it had the guest's own address."""
+    switch = "bridge/bridge-nf-call-iptables"
+    if os.path.exists(f"/proc/sys/net/{switch}"):
+        world.space.set(switch, called)
+    packet = ip4(HIS, "198.51.100.2", 17, udp(3333, 9, b"outwards"))
+    with sniffer(outside, "eth0") as wire:
+        for target in ("fe" + EVIL[2:], world.gateway_mac(1)):
+            world.send(1, ethernet(target, EVIL, 0x0800, packet))
+        datagrams = [frame[26:30] for frame in heard(wire, 0.3) if frame[12:14] == b"\x08\x00" and frame[23] == 17]
+    assert list(map(socket.inet_ntoa, datagrams)) == ["198.51.100.1"]
 
 
 @pytest.mark.parametrize("flags", [0x1002, 0x1002 | OFFLOADING, 0x1002 | 0x0100])

@@ -154,14 +154,24 @@ def outside(world: World) -> Iterator[Namespace]:
     other.close()
 
 
-def connects(world: World, uid: int, address: str, port: int) -> str:
+def connects(world: World, uid: int, address: str, port: int, own: int = 0) -> str:
     """What becomes of a connection by *uid*: `refused` at once, or `waits` because the packet went out."""
-    code = (
-        "import os, socket, sys; os.setgroups([]); os.setresgid(4999, 4999, 4999);"
-        f"os.setresuid({uid}, {uid}, {uid}); s = socket.socket(); s.settimeout(0.7)\n"
-        f"try: s.connect(('{address}', {port})); print('connected')\n"
+    made = f"s = socket.socket(); s.bind(('', {own})); s.settimeout(0.7)"
+    return _as_user(world, uid, f"{made}; s.connect(('{address}', {port})); print('connected')")
+
+
+def sends(world: World, uid: int, own: int, address: str, port: int) -> str:
+    """What becomes of a datagram of *uid*'s from port *own*: `refused` at once, `sent` because it went out, and any answer."""
+    datagram = f"s.bind(('', {own})); s.settimeout(0.7); s.sendto(b'question', ('{address}', {port})); print('sent', flush=True)"
+    return _as_user(world, uid, f"s = socket.socket(type=socket.SOCK_DGRAM); {datagram}; print(s.recv(99).decode())")
+
+
+def _as_user(world: World, uid: int, code: str) -> str:
+    whole = (
+        "import os, socket; os.setgroups([]); os.setresgid(4999, 4999, 4999);"
+        f"os.setresuid({uid}, {uid}, {uid})\ntry: {code}\n"
         "except TimeoutError: print('waits')\n"
         "except OSError: print('refused')"
     )
-    done = subprocess.run(world.space.command(sys.executable, "-c", code), capture_output=True, text=True)
-    return done.stdout.strip() or done.stderr
+    done = subprocess.run(world.space.command(sys.executable, "-c", whole), capture_output=True, text=True)
+    return " ".join(done.stdout.split()) or done.stderr

@@ -339,6 +339,17 @@ def settled(detail: str) -> list[str]:
     return [word for word in detail.split("numtxqueues")[0].split() if ":" not in word and "." not in word]
 
 
+def test_nobody_gets_the_hosts_mac_on_its_own_network(tapnet: Tapnet, namespace: Namespace) -> None:
+    """E33: what is for the host would be the VM's, and nobody's once the VM has ended."""
+    namespace.run("ip", "link", "add", "host0", "address", "06:11:22:33:44:55", "up", "type", "bridge")
+    tapnet.tell(segment(), Segment(segment=2, kind="bridged", bridge="host0"))
+    before = namespace.run("bridge", "fdb", "show", "br", "host0")
+    said = tapnet.refused(port(1, segment=2, address4="", mac="06:11:22:33:44:55"))
+    assert "host0 of this host has the MAC 06:11:22:33:44:55; the card needs another" in said
+    assert namespace.run("bridge", "fdb", "show", "br", "host0") == before and "vt000001n0" not in namespace.links()
+    close(tapnet.plug(port(1, address4="10.77.1.2", mac="06:11:22:33:44:55")))  # elsewhere it is in nobody's way
+
+
 def test_the_hosts_bridge_keeps_its_mac(tapnet: Tapnet, namespace: Namespace) -> None:
     """E29: a bridge takes the lowest MAC of its ports; ours are the highest there are."""
     namespace.run("ip", "link", "add", "host0", "type", "bridge")
@@ -636,6 +647,78 @@ def test_elements_that_somebody_took_away_hinder_nobody(tapnet: Tapnet, namespac
     assert ["ok" in body for _, body, _ in answers] == [True, True], answers
     assert '"vt000001n0"' not in namespace.filter() and '"vt000002n0"' in namespace.filter()
     close(one, answers[1][2])
+
+
+def test_a_broker_that_dies_while_it_names_takes_nothing_along(tapnet: Tapnet, namespace: Namespace) -> None:
+    """Its packets wait, and it is gone when they are read: a half-told story is no reason to remove what is not in it."""
+    tapnet.tell(segment())
+    one, two = tapnet.plug(port(1)), tapnet.plug(port(2))
+    tapnet.kill()
+    tapnet.start()  # which knows nothing now
+    first = tapnet.broker
+    tapnet.process.send_signal(signal.SIGSTOP)
+    tapnet.broker = tapnet.connect()
+    for message in (SETTINGS, segment(), port(1, create=False), port(2, create=False), Settle()):
+        tapnet.send(message)
+    tapnet.broker.close()
+    first.close()
+    tapnet.process.send_signal(signal.SIGCONT)
+    time.sleep(0.5)  # it is read before the next one comes
+    tapnet.broker = tapnet.connect()
+    tapnet.settle(segment(), port(1, create=False), port(2, create=False))
+    assert passes(one, two, 1, 2)
+    close(one, two)
+
+
+def test_while_there_is_no_filter_no_change_brings_a_tap_up(tapnet: Tapnet, namespace: Namespace) -> None:
+    """E31."""
+    tapnet.tell(segment())
+    fds = [tapnet.plug(port(number)) for number in (1, 2)]
+    names = [f"vt00000{number}n0" for number in (1, 2)]
+
+    def up() -> list[bool]:
+        return ["UP" in namespace.links()[name].split(",") for name in names]
+
+    def wait_until(wanted: bool) -> None:
+        end = time.monotonic() + PATIENCE
+        while up() != [wanted] * 2:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+    thief = Thief(namespace)
+    wait_until(False)
+    tapnet.tell(port(1, create=False, rate=5000), port(2, create=False, owner=4000))
+    assert up() == [False, False]
+    thief.leave()
+    wait_until(True)
+    end = time.monotonic() + PATIENCE
+    while "rate 5Mbit" not in namespace.run("tc", "qdisc", "show", "dev", names[0]):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    close(*fds)
+
+
+def test_a_segment_that_cannot_change_stays_what_it_was(tapnet: Tapnet, namespace: Namespace) -> None:
+    tapnet.tell(segment())
+    fd = tapnet.plug(port(1))
+    before = namespace.run("ip", "-o", "addr", "show", "dev", "vtb000001")
+    assert "10.77.1.1/24" in before
+    tapnet.refused(segment(gateway4="10.77.1.254/24", gateway6="ff02::5/64"))  # which the kernel gives to no interface
+    assert namespace.run("ip", "-o", "addr", "show", "dev", "vtb000001") == before
+    assert tapnet.ask(Health())[0]["ok"]["problems"] == []
+    close(fd)
+
+
+def test_what_nobody_thought_of_fails_alone(tapnet: Tapnet, namespace: Namespace) -> None:
+    """A batch that no broker sends: what is made and changed in one breath. Each of it comes about by itself."""
+    tapnet.process.send_signal(signal.SIGSTOP)
+    idents = [tapnet.send(message) for message in (segment(), port(1), port(1, create=False, rate=5000), port(2))]
+    tapnet.process.send_signal(signal.SIGCONT)
+    answers = [tapnet.receive() for _ in idents]
+    assert ["ok" in body for _, body, _ in answers] == [True, True, True, True], answers
+    assert "rate 5Mbit" in namespace.run("tc", "qdisc", "show", "dev", "vt000001n0")
+    assert passes(answers[1][2], answers[3][2], 1, 2)
+    close(*(fd for _, _, fd in answers if fd >= 0))
 
 
 def test_who_receives_at_his_limit_has_a_queue_for_each_flow(tapnet: Tapnet, namespace: Namespace) -> None:
