@@ -311,6 +311,18 @@ def test_bad_words_start_nothing(guests: Guests, words: list[str]) -> None:
     assert guests.broker.requests == [] and not (guests.folder / "told").exists()
 
 
+def test_whoever_ignores_its_children_starts_us_all_the_same(guests: Guests) -> None:
+    """Inherited, that would take ssh's exit status away, and its pid would be another's while we still mean ssh by it."""
+    guests.behave("sys.exit(7)")
+
+    def ignores() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+    words, given = guests.command("ssh", "web1"), guests.environment()
+    done = subprocess.run(words, input=b"", capture_output=True, timeout=LONG, env=given, preexec_fn=ignores)
+    assert (done.returncode, done.stderr) == (7, b"") and guests.left() == []
+
+
 # --- where it leads -----------------------------------------------------------------------------------------------------
 
 

@@ -9,16 +9,18 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from vmshell.broker import endings, start
+from vmshell.broker import context as context_module
+from vmshell.broker import endings, scratch, start
 from vmshell.broker import link as link_module
 from vmshell.broker.admission import Admission
+from vmshell.broker.context import Context
 from vmshell.broker.endings import Endings
 from vmshell.broker.fleet import Fleet, Live
 from vmshell.broker.host import Host, processes_of
@@ -29,9 +31,9 @@ from vmshell.broker.server import Call
 from vmshell.broker.vms import Registry, Vm
 from vmshell.errors import StorageFailed, TooManyRequests, VmshellError
 from vmshell.layout import Layout
-from vmshell.messages import FAILED, OFF, RUNNING, STOPPING, Order
+from vmshell.messages import FAILED, OFF, QUEUED, RUNNING, STOPPING, Forget, Order
 from vmshell.model.definition import Definition
-from vmshell.model.policy import HostPolicy
+from vmshell.model.policy import HostPolicy, Policy
 from vmshell.names import NUMBER_MAX
 
 
@@ -46,6 +48,29 @@ def loop() -> Iterator[Loop]:
         raise exc
 
     yield Loop(raised)
+
+
+@pytest.fixture
+def context(layout: Layout, loop: Loop) -> Context:
+    """All of a broker, without a client."""
+    made = Context(layout, Policy(), loop, Host(HostPolicy(), embedded=True))
+    made.facts.known = True
+    made.registry.load()
+    return made
+
+
+def defined(context: Context, name: str) -> Vm:
+    vm = context.registry.create(1000, "alice", Definition(name=name))
+    context.registry.finish_creation(vm)
+    return vm
+
+
+def turn(loop: Loop, done: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not done():
+        assert time.monotonic() < until
+        loop.after(0.01, loop.stop)
+        loop.run()
 
 
 def open_fds() -> list[str]:
@@ -68,6 +93,14 @@ class FakeClient:
 
     def send(self, body: dict[str, object], fd: int = -1) -> None:
         self.sent.append((body, fd))
+
+    def call(self) -> Call:
+        return Call(cast(Any, self), 1)
+
+    def answers(self) -> list[object]:
+        """How each answer went: the error's code, or what is said of the VM."""
+        bodies = [cast(dict[str, Any], body) for body, _ in self.sent]
+        return [body["error"]["code"] if "error" in body else body["ok"]["state"] for body in bodies if "progress" not in body]
 
 
 def test_a_console_that_comes_after_the_reply_is_closed() -> None:
@@ -287,6 +320,89 @@ def test_three_hundred_boots_that_fail_at_once_do_so_one_after_the_other(loop: L
     admission.leave(vms[0])
     loop.run()
     assert failed == list(range(2, 301))
+
+
+@pytest.mark.parametrize("step", ["image check", "overlay"])
+def test_the_late_failure_of_a_killed_boot_is_nothing_to_the_next_one(
+    context: Context, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """What it waited for fails when the VM is in its next run: that one goes on, and each caller has one answer."""
+    fail: list[Callable[[VmshellError], None]] = []
+    if step == "image check":
+        monkeypatch.setattr(context.images, "when_verified", lambda images, done: fail.append(done))
+    else:
+        monkeypatch.setattr(scratch, "make", lambda context, vm, definition, done: fail.append(lambda error: done(error, {})))
+    vm, machines = defined(context, "web1"), context.machines
+    first, killer, second = FakeClient(), FakeClient(), FakeClient()
+    machines.boot(first.call(), vm, console=False)
+    machines.kill(killer.call(), vm)
+    assert (first.answers(), killer.answers(), len(fail)) == (["vm-stopped"], ["off"], 1)
+    machines.boot(second.call(), vm, console=False)
+    turn(context.loop, lambda: len(fail) == 2)
+    run = machines.live(vm)
+    fail[0](StorageFailed(problem="the disk is full"))
+    assert machines.live(vm) is run and vm.state == QUEUED and os.path.exists(context.layout.vm_run(vm.number))
+    assert second.answers() == []
+    fail[1](StorageFailed(problem="the disk is full"))
+    assert machines.live(vm) is None and vm.state == FAILED
+    assert (first.answers(), killer.answers(), second.answers()) == (["vm-stopped"], ["off"], ["storage"])
+
+
+def test_a_run_that_was_ended_ends_no_other(layout: Layout, loop: Loop) -> None:
+    bench = Bench(layout, loop, Registry(layout))
+    os.makedirs(layout.vm_run(bench.vm.number))
+    present = bench.fleet.add(Live(bench.vm))
+    bench.endings.end_now(bench.live)
+    assert bench.fleet.get(bench.vm.number) is present and bench.vm.state == RUNNING
+    assert os.path.exists(layout.vm_run(bench.vm.number))
+
+
+# --- removing ---------------------------------------------------------------------------------------------------------
+
+
+def address(context: Context, number: int) -> int | None:
+    """The address of VM *number*'s first card, by its number in the one segment that there is."""
+    return context.addresses.known_host(0, number, 0)
+
+
+def test_rm_makes_room_on_a_full_disk(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To write down that an address is free takes room, too: it comes after the disks, and is tried until it is written."""
+
+    def full(number: int) -> None:
+        raise StorageFailed(problem="the disk is full")
+
+    sent: list[Any] = []
+    monkeypatch.setattr(context.relay, "send", lambda message, done, fd=-1: sent.append(message))
+    monkeypatch.setattr(context_module, "DELETE_AGAIN", 0.3)
+    vm = defined(context, "web1")
+    context.addresses.host("users", context.addresses.segment("users", (1000, "alice"), subnet=True), vm.number, 0)
+    Path(vm.store.folder, "root").write_bytes(b"a disk")
+    aside = f"{context.layout.vms}/1000/.rm-{vm.number}"
+    with monkeypatch.context() as trouble:
+        trouble.setattr(context.addresses, "release", full)
+        context.remove(vm)
+        turn(context.loop, lambda: not os.path.exists(f"{aside}/disks"))
+    assert [(type(message), message.number, message.purge) for message in sent] == [(Forget, vm.number, True)]
+    assert list(context.registry) == [] and address(context, vm.number) is not None
+    assert os.path.exists(aside), "a broker after this one would not know whose address it is"
+    turn(context.loop, lambda: not os.path.exists(aside))
+    assert address(context, vm.number) is None
+
+
+def test_what_a_killed_broker_has_not_given_back_the_next_one_does(layout: Layout, context: Context, loop: Loop) -> None:
+    gone, stays = defined(context, "web1"), defined(context, "web2")
+    for vm in (gone, stays):
+        context.addresses.host("users", context.addresses.segment("users", (1000, "alice"), subnet=True), vm.number, 0)
+    context.registry.set_aside(gone)
+    os.makedirs(f"{layout.vms}/1000/.rm-{stays.number}")  # what could not be deleted of one that had its number before
+    os.makedirs(f"{layout.vms}/1000/.rm-x")
+    second = Context(layout, Policy(), loop, Host(HostPolicy(), embedded=True))
+    leftovers = second.registry.load()
+    second.addresses.load()
+    for folder in leftovers:
+        second.delete_later(folder)
+    assert len(leftovers) == 3 and address(second, gone.number) is None and address(second, stays.number) is not None
+    turn(loop, lambda: os.listdir(f"{layout.vms}/1000") == ["web2"])
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

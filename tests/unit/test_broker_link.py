@@ -14,6 +14,7 @@ import pytest
 from vmshell import wire
 from vmshell.broker.link import Link
 from vmshell.broker.loop import Loop
+from vmshell.broker.tapnetlink import TapnetLink
 from vmshell.errors import TapnetDown, VmshellError
 from vmshell.messages import Health, Unplug
 
@@ -106,3 +107,41 @@ def test_a_service_that_never_reads_is_lost_in_the_end(loop: Loop, short_tmp: Pa
         assert link.connections == 1
         link.close()
         assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_an_answer_that_raises_keeps_nobody_waiting_and_the_service_is_called_again(
+    loop: Loop, short_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(error: VmshellError | None, packet: wire.Packet) -> None:
+        raise ValueError("broken")
+
+    told: list[VmshellError | None] = []
+    connections: list[int] = []
+    with wire.listen(f"{short_tmp}/s", 0o600) as listener:
+        link = TapnetLink(loop, f"{short_tmp}/s", lambda: connections.append(1))
+        link.connect()
+        for answered in (lambda error, packet: told.append(error), broken, lambda error, packet: told.append(error)):
+            link.request(Health(), answered)
+        listener.accept()[0].close()
+        turn(loop, lambda: len(connections) == 2)
+        assert [type(error) for error in told] == [TapnetDown, TapnetDown]
+        assert "ValueError: broken" in capsys.readouterr().err
+        link.close()
+
+
+def test_a_service_that_was_told_half_of_it_is_told_again(loop: Loop, short_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Otherwise it would refuse everything, for as long as it runs."""
+    told: list[VmshellError | None] = []
+    connections: list[int] = []
+
+    def tell() -> None:
+        connections.append(1)
+        if len(connections) == 1:
+            raise ValueError("broken")
+
+    with wire.listen(f"{short_tmp}/s", 0o600):
+        link = TapnetLink(loop, f"{short_tmp}/s", tell)
+        link.request(Health(), lambda error, packet: told.append(error))
+        assert [type(error) for error in told] == [TapnetDown] and "ValueError: broken" in capsys.readouterr().err
+        turn(loop, lambda: len(connections) == 2)
+        link.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,18 +13,30 @@ from typing import Any, cast
 import pytest
 
 from vmshell import messages
-from vmshell.broker import catalogue, opening
+from vmshell.broker import catalogue, opening, passt, reaching
 from vmshell.broker.access import Peer, authorise, visible
 from vmshell.broker.context import Context
 from vmshell.broker.fleet import Live
 from vmshell.broker.host import Host
 from vmshell.broker.loop import Loop
 from vmshell.broker.objects import Object
-from vmshell.broker.vms import Registry
-from vmshell.errors import ImageDamaged, NoSuchImage, NoSuchObject, NoSuchVm, NotAllowed, StorageFailed, VmExists, VmshellError
+from vmshell.broker.vms import Registry, Vm
+from vmshell.errors import (
+    ImageDamaged,
+    NoSuchImage,
+    NoSuchObject,
+    NoSuchVm,
+    NotAllowed,
+    NotConnected,
+    StorageFailed,
+    VmBusy,
+    VmExists,
+    VmshellError,
+)
 from vmshell.layout import Layout
-from vmshell.model.definition import Definition, Disk
+from vmshell.model.definition import Definition, Disk, Nic
 from vmshell.model.policy import HostPolicy, Policy
+from vmshell.model.shapes import Forward
 
 # --- records ----------------------------------------------------------------------------------------------------------
 
@@ -242,12 +256,17 @@ def test_an_image_file_is_opened_without_following_links(tmp_path: Path) -> None
 # --- words of the relay -----------------------------------------------------------------------------------------------
 
 
-def test_a_guest_that_the_host_cannot_run_is_named_in_the_list(tmp_path: Path) -> None:
-    """`internal-error` is QEMU's own name for it: the CPUs stand still, and the list says why until they run again."""
-    layout = Layout(etc=f"{tmp_path}/e", state=f"{tmp_path}/s", run=f"{tmp_path}/r", log=f"{tmp_path}/l", embedded=True)
+@pytest.fixture
+def context(registry: Registry) -> Context:
+    """Of a session, with what *registry* holds."""
     loop = Loop(lambda exc: pytest.fail(str(exc)))
-    context = Context(layout, Policy(), loop, Host(HostPolicy(), embedded=True))
-    context.registry.load()
+    made = Context(registry._layout, Policy(), loop, Host(HostPolicy(), embedded=True))
+    made.registry = registry
+    return made
+
+
+def test_a_guest_that_the_host_cannot_run_is_named_in_the_list(context: Context) -> None:
+    """`internal-error` is QEMU's own name for it: the CPUs stand still, and the list says why until they run again."""
     define(context.registry, 1000, "alice", "web1")
     (vm,) = context.registry.of(1000)
     context.machines._fleet.add(Live(vm))
@@ -259,3 +278,90 @@ def test_a_guest_that_the_host_cannot_run_is_named_in_the_list(tmp_path: Path) -
     assert (vm.state, vm.note) == ("running", "")
     context.machines.heard(messages.Event(number=vm.number + 1, word="paused"))
     assert vm.state == "running"
+
+
+# --- reaching a guest -------------------------------------------------------------------------------------------------
+
+
+class Answer:
+    """A call whose peer is alice."""
+
+    def __init__(self) -> None:
+        self.peer = ALICE
+        self.replies: list[dict[str, object]] = []
+
+    def reply(self, answer: dict[str, object]) -> None:
+        self.replies.append(answer)
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """It has a port of the host's loopback, and does not listen yet."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield sock
+
+
+def forwarding(context: Context, port: int) -> Vm:
+    """A VM that runs, with *port* leading to its sshd."""
+    nics = (Nic(), Nic(forward=(Forward("udp", port, 22), Forward("tcp", port, 22))))
+    vm = context.registry.create(1000, "alice", Definition("web1", nics=nics))
+    context.registry.finish_creation(vm)
+    context.registry.set_state(vm, messages.RUNNING)
+    return vm
+
+
+def reached(context: Context, vm: Vm) -> dict[str, object]:
+    call = Answer()
+    reaching.handle_connect(context, cast(Any, call), messages.Connect(vm=vm.name, port=22), vm)
+    (answer,) = call.replies
+    return answer
+
+
+@pytest.mark.parametrize(("program", "cure"), [("/bin/true", "boot it again"), ("/nonexistent", "apt-get install passt, then")])
+def test_nobody_is_sent_to_a_port_that_no_passt_holds(
+    context: Context, listener: socket.socket, monkeypatch: pytest.MonkeyPatch, program: str, cure: str
+) -> None:
+    """In a session without passt, and where it has ended, the first who takes the port would be shown the password."""
+    monkeypatch.setattr(passt, "PASST", program)
+    port = listener.getsockname()[1]
+    vm = forwarding(context, port)
+    with pytest.raises(NotConnected, match=f"no passt leads to it: {cure}"):
+        reached(context, vm)
+    listener.listen()
+    assert reached(context, vm) == {"name": "web1", "address": "127.0.0.1", "port": port}
+    listener.close()
+    with pytest.raises(NotConnected, match="no passt leads to it"):
+        reached(context, vm)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be somebody else")
+@pytest.mark.parametrize(("session", "other", "leads"), [(0, 12345, False), (0, 65534, True), (12345, 65534, False)])
+def test_nobody_is_sent_to_somebody_elses_port(
+    context: Context, monkeypatch: pytest.MonkeyPatch, session: int, other: int, leads: bool
+) -> None:
+    """Started by root, passt makes itself nobody's; whoever else has nobody's port is not meant."""
+    os.seteuid(other)
+    try:
+        sock = socket.create_server(("127.0.0.1", 0))
+    finally:
+        os.seteuid(0)
+    with sock:
+        vm = forwarding(context, sock.getsockname()[1])
+        monkeypatch.setattr(os, "geteuid", lambda: session)
+        if leads:
+            assert reached(context, vm)["port"] == sock.getsockname()[1]
+        else:
+            with pytest.raises(NotConnected):
+                reached(context, vm)
+
+
+def test_a_vm_in_the_making_has_no_host_keys_yet(context: Context) -> None:
+    vm = context.registry.create(1000, "alice", Definition("web1"))
+    request = messages.HostKey(vm="web1", keys=["ssh-ed25519 AAAA"])
+    with pytest.raises(VmBusy, match="web1 is creating"):
+        reaching.handle_host_key(context, cast(Any, Answer()), request, vm)
+    assert vm.host_keys == []
+    context.registry.finish_creation(vm)
+    reaching.handle_host_key(context, cast(Any, Answer()), request, vm)
+    assert vm.host_keys == request.keys

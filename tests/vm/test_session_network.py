@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -85,6 +86,11 @@ def test_out_by_passt_and_in_by_a_forward(session: Session) -> None:
     listener.join(10)
     assert reached in ([], [False])
 
+    # A broker that starts again still knows the way.
+    session.kill_broker()
+    session.start_broker()
+    assert session.ask(messages.Connect(vm="web1", port=80))["port"] == port
+
     # passt goes with its QEMU.
     session.ask(messages.Kill(vm="web1"))
     session.wait_for(lambda: not passts(port), "passt to end", 60)
@@ -95,6 +101,15 @@ def test_out_by_passt_and_in_by_a_forward(session: Session) -> None:
     with socket.create_server(("127.0.0.1", port)), taken:
         session.ask(messages.Boot(vm="web1"))
     assert session.ask(messages.Boot(vm="web1"))["state"] == "running"
+
+    # And one that has ended before its QEMU has left the port to anybody.
+    assert session.ask(messages.Connect(vm="web1", port=80))["port"] == port
+    before = session.errors().count("passt-ended")
+    for pid in passts(port):
+        os.kill(int(pid), signal.SIGKILL)
+    session.wait_for(lambda: session.errors().count("passt-ended") > before, "the end of passt to be heard", 60)
+    with pytest.raises(ReportedError, match="no passt leads to it: boot it again"):
+        session.ask(messages.Connect(vm="web1", port=80))
 
 
 def fetched(sock: socket.socket) -> bytes:

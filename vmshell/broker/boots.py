@@ -100,11 +100,13 @@ class Boots:
         """Queue *live* for its turn to boot."""
         self._context.admission.enter(live.vm, lambda: self._context.facts.when_known(lambda: self._step(live, self._prepare)))
 
-    def _step(self, live: Live, step: Callable[[Live], None]) -> None:
-        """Run a step of a boot; whatever it raises is the boot's failure."""
+    def _step(self, live: Live, step: Callable[[Live], None], error: VmshellError | None = None) -> None:
+        """Run a step of a boot; what it raises, or the *error* of what it waited for, is the boot's failure."""
         if not self._fleet.is_current(live) or live.vm.state not in (QUEUED, STARTING):
-            return  # killed while it waited
+            return  # killed while it waited, and perhaps booted again: that run has nothing to do with this one's failure
         try:
+            if error:
+                raise error
             step(live)
         except VmshellError as exc:
             self._fail(live, exc)
@@ -123,10 +125,7 @@ class Boots:
         images = starter.images_of(self._context, live.vm, definition)
 
         def verified(error: VmshellError | None) -> None:
-            if error:
-                self._fail(live, error)
-            else:
-                self._step(live, lambda live: self._make_scratch(live, images))
+            self._step(live, lambda live: self._make_scratch(live, images), error)
 
         self._context.images.when_verified(list(images.values()), verified)
 
@@ -135,10 +134,7 @@ class Boots:
 
     def _make_scratch(self, live: Live, images: dict[str, Image]) -> None:
         def made(error: VmshellError | None, overlays: dict[int, int]) -> None:
-            if error:
-                self._fail(live, error)
-            else:
-                self._step(live, lambda live: self._plug(live, images, overlays))
+            self._step(live, lambda live: self._plug(live, images, overlays), error)
 
         scratch.make(self._context, live.vm, self._booted(live), made)
 
@@ -150,10 +146,7 @@ class Boots:
             try:
                 if not self._fleet.is_current(live):
                     self._context.networks.ended(live.vm)  # its plug was pulled while the cables were made
-                elif error:
-                    self._fail(live, error)
-                else:
-                    self._step(live, lambda live: self._launch(live, images, held, cables))
+                self._step(live, lambda live: self._launch(live, images, held, cables), error)
             finally:
                 close(cables)
                 close(held)

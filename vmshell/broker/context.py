@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 
+from ..errors import VmshellError
 from ..layout import Layout
 from ..messages import Forget
 from ..model import policy as policies
@@ -23,6 +24,8 @@ from .networks import Networks
 from .relaylink import RelayLink
 from .resolving import Resolving
 from .vms import Registry, Vm
+
+DELETE_AGAIN = 60.0  # seconds
 
 
 @dataclass
@@ -82,23 +85,36 @@ class Context:
         """Delete a VM that is off. One rename makes it irrevocable; the files are deleted by a job."""
         aside = self.registry.set_aside(vm)
         self.registry.forget(vm)
-        self.resolving.forget(vm)
-        self.addresses.release(vm.number)
-        self.relay.send(Forget(number=vm.number, purge=True), lambda error: None)
         self.delete_later(aside)
+        self.relay.send(Forget(number=vm.number, purge=True), lambda error: None)
+        self.resolving.forget(vm)
         by_user(vm.uid, "rm", number=vm.number, owner=vm.owner, vm=vm.name)
 
     def delete_later(self, folder: str) -> None:
-        """Delete a folder of ours in a job; what is interrupted is found again at the next start."""
+        """Delete a folder of ours in a job, its VM's addresses given back; what is interrupted is found at the next start."""
+        what = folder
 
         def done(status: int, output: str) -> None:
             if status:
                 note("delete-failed", folder=folder, status=status)
 
         try:
-            self.jobs.start(["rm", "-rf", "--one-file-system", "--", folder], {}, done)
+            self._release(folder)
+        except VmshellError as exc:
+            # On a full disk the disks go all the same, and the folder stays as the reminder of what is left to do.
+            what = f"{folder}/disks"
+            note("release-failed", folder=folder, problem=exc)
+            self.loop.after(DELETE_AGAIN, lambda: self.delete_later(folder))
+        try:
+            self.jobs.start(["rm", "-rf", "--one-file-system", "--", what], {}, done)
         except OSError as exc:
             note("delete-failed", folder=folder, problem=exc)
+
+    def _release(self, folder: str) -> None:
+        """Give back the addresses of the VM that left *folder*, as `.rm-5`, if no other has its number by now."""
+        number = folder.rpartition("-")[2]
+        if number.isdecimal() and int(number) not in {vm.number for vm in self.registry}:
+            self.addresses.release(int(number))
 
 
 def read_policy(layout: Layout) -> Policy:

@@ -163,14 +163,16 @@ class Endings:
         """The relay first delivers what the guest said last; then the state is written and all who wait hear it."""
 
         def delivered(error: VmshellError | None = None) -> None:
-            if self._fleet.is_current(live):
-                self._finish(live)
+            self._finish(live)
 
         self._context.loop.after(FORGET_TIMEOUT, delivered)
         self._context.relay.send(Forget(number=live.vm.number, reason=live.why_it_ends()), delivered)
 
     def _finish(self, live: Live) -> None:
+        """Once for each run: whatever comes after that finds the VM off, or in its next run."""
         vm = live.vm
+        if not self._fleet.is_current(live):
+            return
         self._fleet.drop(live)
         for timer in (*live.patience, *([live.button] if live.button else [])):
             timer.cancel()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .. import wire
 from ..errors import ProtocolError, VmshellError, from_wire
-from .journal import note
+from .journal import note, unexpected
 
 if TYPE_CHECKING:
     from ..messages import Message
@@ -88,6 +88,12 @@ class Link:
             self._sock.setblocking(False)
             self._loop.watch(self._sock.fileno(), self._ready)
             self._on_connect()
+        except OSError:
+            raise
+        except Exception as exc:
+            unexpected(exc)
+            self._drop()  # half told what there is, it would refuse all that follows
+            raise ConnectionError("it could not be told what there is") from exc
         finally:
             self._connecting = False
         if self._sock is None:
@@ -149,13 +155,16 @@ class Link:
         if self._sock is not None:
             note(f"{self.name}-lost", problem=why)
         self._drop()
-        waiting, self._waiting = self._waiting, {}
-        for answered in waiting.values():
-            answered(self.down(), wire.Packet({}, []))
         # One timer, however many requests meet a service that is away.
         if not self._closed and self._again is None:
             self._again = self._loop.after(self._again_after, self.connect)
             self._again_after = min(2 * self._again_after, _AGAIN_MOST)
+        waiting, self._waiting = self._waiting, {}
+        for answered in waiting.values():
+            try:
+                answered(self.down(), wire.Packet({}, []))
+            except Exception as exc:
+                unexpected(exc)  # those behind it wait, too
 
     def _drop(self) -> None:
         if self._sock is not None:

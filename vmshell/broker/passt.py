@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PASST = "/usr/bin/passt"
 TRIES, TRY_AGAIN = 5, 0.1  # seconds
+NOBODY = 65534  # what passt makes itself where root starts it
 
 
 def available() -> bool:
@@ -62,6 +63,16 @@ def _must_be_free(forward: Forward) -> None:
                     problem = f"port {forward.host} of this host cannot lead to the guest ({(exc.strerror or str(exc)).lower()})"
                     raise NetworkFailed(problem=f"{problem}; take another one for net.forward") from exc
         time.sleep(TRY_AGAIN)  # the passt of the run before may not have ended yet
+
+
+def leads(forward: Forward) -> bool:
+    """Is *forward*'s TCP port held by a program of ours? Without its passt any user of this host may take it.
+
+    Asked of the kernel each time: a passt can end before its QEMU, and goes on while there is no broker.
+    """
+    place, uids = f"0100007F:{forward.host:04X}", {str(os.geteuid()), str(os.geteuid() or NOBODY)}
+    with open("/proc/net/tcp", encoding="ascii") as file:
+        return any(row[1] == place and row[3] == "0A" and row[7] in uids for row in map(str.split, file))  # 0A: TCP_LISTEN
 
 
 def command(card: Card) -> list[str]:

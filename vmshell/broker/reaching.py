@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import BadValue, NotAllowed, NotConnected, VmshellError, WrongState
-from ..messages import RUNNING, Connect, HostKey, Net, NetHealth, Networks
+from ..errors import BadValue, NotAllowed, NotConnected, VmBusy, VmshellError, WrongState
+from ..messages import CREATING, RUNNING, Connect, HostKey, Net, NetHealth, Networks
 from ..model.definition import Nic
+from . import passt
 from .cards import ADDRESSED, dns_name, known_cards, names_user, tap_of
 from .disk import kept
 from .journal import by_user
@@ -133,6 +134,9 @@ def _forwarded(vm: Vm, port: int) -> int:
         free = port if port >= 10_000 else port + 10_000
         problem = f"no port leads there: set {vm.name} net0.forward=tcp:{free}:{port}, then boot it again"
         raise NotConnected(vm=vm.ref, problem=problem)
+    if not passt.leads(forward):
+        cure = "boot it again" if passt.available() else "apt-get install passt, then boot it again"
+        raise NotConnected(vm=vm.ref, problem=f"no passt leads to it: {cure}")
     return forward.host
 
 
@@ -141,6 +145,8 @@ def _forwarded(vm: Vm, port: int) -> int:
 
 def handle_host_key(context: Context, call: Call, request: HostKey, vm: Vm) -> None:
     """Remember the keys of the guest's first answer: later ones are compared with them, until they are to be forgotten."""
+    if vm.state == CREATING:
+        raise VmBusy(vm=vm.ref, state=vm.state)
     keys = vm.host_keys
     if request.forget:
         keys = []

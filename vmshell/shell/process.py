@@ -12,11 +12,11 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from signal import SIG_IGN, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGTTIN, SIGTTOU, signal
+    from signal import SIG_DFL, SIG_IGN, SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGTTIN, SIGTTOU, signal
     from types import FrameType, TracebackType
 else:
     # The C module below `signal`, which would import `enum` for it: a quarter of the start-up.
-    from _signal import SIG_IGN, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGTTIN, SIGTTOU, signal
+    from _signal import SIG_DFL, SIG_IGN, SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGTTIN, SIGTTOU, signal
 
 TERM_CHARS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._+-")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -105,6 +105,7 @@ class Signals:
         # A stopped login shell would hand the terminal to whatever started it (A24); a core dump by Ctrl-\ serves nobody.
         for number in (SIGTSTP, SIGTTIN, SIGTTOU, SIGQUIT):
             signal(number, SIG_IGN)
+        signal(SIGCHLD, SIG_DFL)  # ignored, it would have the kernel bury what we start, and its pid would be anybody's
         signal(SIGINT, self._on_interrupt)
         for number in (SIGHUP, SIGTERM):
             signal(number, self._on_end)
