@@ -129,7 +129,7 @@ def test_an_answer_that_raises_keeps_nobody_waiting_and_the_service_is_called_ag
         link.close()
 
 
-def test_a_service_that_was_told_half_of_it_is_told_again(loop: Loop, short_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_service_that_was_told_half_is_told_again(loop: Loop, short_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Otherwise it would refuse everything, for as long as it runs."""
     told: list[VmshellError | None] = []
     connections: list[int] = []
