@@ -16,7 +16,7 @@ import pytest
 
 from tests.frames import BROADCAST, ethernet, icmp6, ip4, ip6, udp
 from tests.process.tapnets import Namespace, Tapnet, mac, segment, unable
-from vmshell.broker.cards import cards_of
+from vmshell.broker.cards import Card, cards_of
 from vmshell.broker.context import Context
 from vmshell.broker.host import Host
 from vmshell.broker.loop import Loop
@@ -35,8 +35,11 @@ pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.skipif(bool(REASON
 POLICY = '[host]\nipv6_pool = "fd77::/48"\ndns_servers = ["192.0.2.1"]\n'
 
 
+CHOSEN = "06:11:22:33:44:55"  # a MAC of its owner's choice
+
+
 class Net:
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, nic: Nic) -> None:
         monkeypatch.setattr("vmshell.broker.host._relay_gid", os.getgid)
         self.space = Namespace()
         self.tapnet = Tapnet(self.space, folder / "tapnet")
@@ -48,17 +51,15 @@ class Net:
         host.systemd = False
         self.context = Context(Layout(**roots, embedded=False), rules, Loop(print), host)
         self.context.resolving.begin()
-        definition = Definition("web1", nics=(Nic(),))
-        vm = Vm(1, 1001, "alice", definition, 0, Store(f"{folder}/none", "web1"))
-        cards = cards_of(self.context, vm, definition, give=True)
+        vm, cards = self.machine(1, "web1", nic)
         self.card = cards[0]
-        self.context.resolving.write(vm, cards)
+        self.context.resolving.write(vm, cards, cards)
         assert entries(self.context, vm, cards)["hosts"].count("web1.alice.vm") == 2
         plan = self.context.addresses.plan
         self.gateway = plan.gateway4(0).partition("/")[0]
         self.tapnet.settle(segment(0, gateway4=plan.gateway4(0), gateway6=plan.gateway6(0)))
         card = self.card
-        port = Port(number=1, nic=0, segment=0, mac=mac(1), address4=card.address4, address6=card.address6, create=True)
+        port = Port(number=1, nic=0, segment=0, mac=card.mac, address4=card.address4, address6=card.address6, create=True)
         self.tap = self.tapnet.plug(port)
         os.set_blocking(self.tap, False)
         self.space.run("ip", "addr", "add", "127.77.0.53/32", "dev", "lo")
@@ -77,6 +78,17 @@ class Net:
         self.tapnet.close()
         self.space.close()
 
+    def machine(self, number: int, name: str, nic: Nic) -> tuple[Vm, list[Card]]:
+        """A VM of alice's, and its cards."""
+        definition = Definition(name, nics=(nic,))
+        vm = Vm(number, 1001, "alice", definition, 0, Store(f"{self.context.layout.state}/none", name))
+        return vm, cards_of(self.context, vm, definition, give=True)
+
+    def offer(self) -> bytes:
+        """What its card is offered by DHCP."""
+        frame = ethernet(BROADCAST, self.card.mac, 0x0800, discover(self.card.mac))
+        return self.answer(frame, lambda frame: frame[34:38] == b"\0\x43\0\x44")
+
     def answer(self, frame: bytes, wanted: Callable[[bytes], bool], seconds: float = 5.0) -> bytes:
         """Send *frame* again and again until something *wanted* comes; empty if nothing does."""
         end = time.monotonic() + seconds
@@ -91,7 +103,14 @@ class Net:
 
 @pytest.fixture
 def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Net]:
-    made = Net(tmp_path, monkeypatch)
+    made = Net(tmp_path, monkeypatch, Nic())
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Net]:
+    made = Net(tmp_path, monkeypatch, Nic(mac=CHOSEN))
     yield made
     made.close()
 
@@ -114,7 +133,7 @@ def options_of(offer: bytes) -> dict[int, bytes]:
 
 
 def test_a_card_gets_its_own_address_and_names(net: Net) -> None:
-    offer = net.answer(ethernet(BROADCAST, mac(1), 0x0800, discover(mac(1))), lambda frame: frame[34:38] == b"\0\x43\0\x44")
+    offer = net.offer()
     assert offer, "no offer"
     assert str(ipaddress.IPv4Address(offer[58:62])) == net.card.address4
     options, gateway = options_of(offer), ipaddress.IPv4Address(net.gateway).packed
@@ -126,6 +145,15 @@ def test_nobody_else_gets_an_answer(net: Net) -> None:
     """Its client's address says another MAC than the frame's: the filter lets it by, dnsmasq knows nobody of that name."""
     frame = ethernet(BROADCAST, mac(1), 0x0800, discover("06:00:00:00:00:99"))
     assert net.answer(frame, lambda frame: frame[34:38] == b"\0\x43\0\x44", 2.0) == b""
+
+
+def test_e33_who_has_chosen_the_same_mac_takes_no_address_away_while_it_is_off(chosen: Net) -> None:
+    for number, name in ((2, "web2"), (3, "web0")):
+        vm, cards = chosen.machine(number, name, Nic(mac=CHOSEN))
+        assert cards[0].segment == chosen.card.segment
+        chosen.context.resolving.write(vm, cards)
+    time.sleep(0.5)
+    assert str(ipaddress.IPv4Address(chosen.offer()[58:62])) == chosen.card.address4
 
 
 def question(name: str, kind: int = 1) -> bytes:

@@ -14,19 +14,19 @@ import pytest
 from tests.fakes.tapnet import Tapnet
 from vmshell.broker import journal, upkeep
 from vmshell.broker import networks as networks_module
-from vmshell.broker.access import Peer
+from vmshell.broker.access import Peer, authorise
 from vmshell.broker.addresses import WITHOUT_SUBNET, Addresses
-from vmshell.broker.cards import Card, cards_of, known_cards, port_message, segment_message
+from vmshell.broker.cards import Card, cards_of, domain_of, known_cards, port_message, segment_message
 from vmshell.broker.context import Context
 from vmshell.broker.host import Host
 from vmshell.broker.loop import Loop
 from vmshell.broker.objects import Store
-from vmshell.broker.publishing import Published, Running, handle_publish, openings
+from vmshell.broker.publishing import Published, Running, Ways, handle_publish
 from vmshell.broker.resolving import configuration, entries
 from vmshell.broker.vms import Vm
-from vmshell.errors import NetworkFailed, NoAddress, PortTaken, StorageFailed, TooOften, VmshellError
+from vmshell.errors import BadName, NetworkFailed, NoAddress, NoSuchVm, PortTaken, StorageFailed, TooOften, VmshellError
 from vmshell.layout import Layout
-from vmshell.messages import OPENINGS_MAX, Publish
+from vmshell.messages import OPENINGS_MAX, Publish, Rm
 from vmshell.model.addressing import Plan
 from vmshell.model.definition import Definition, Nic
 from vmshell.model.policy import parse
@@ -95,6 +95,10 @@ def machine(context: Context, number: int, owner: str, *nics: Nic) -> Vm:
     assert uid is not None
     definition = Definition(f"web{number}", nics=nics)
     return Vm(number, uid, owner, definition, 0, Store(f"{context.layout.state}/none", "x"))
+
+
+def register(context: Context, *vms: Vm) -> None:
+    context.registry._vms.update({(vm.uid, vm.name): vm for vm in vms})
 
 
 # --- addresses --------------------------------------------------------------------------------------------------------
@@ -185,6 +189,21 @@ def test_no_address_is_outside_of_a_pool_that_has_become_another(tmp_path: Path)
     assert wide.known("office", None, subnet=True) is None and wide.segment("office", None, subnet=True) < 256 <= office
 
 
+def test_what_cards_stand_on_is_given_to_nobody_else_whatever_becomes_of_the_pool(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.json")
+    wide, narrow = (Addresses(path, Plan(pool, "", 28)) for pool in ("10.77.0.0/24", "10.77.0.0/26"))
+    for uid in range(6):
+        wide.host("users", wide.segment("users", (uid, "x"), subnet=True), uid + 1, 0)
+    wide.release(1)  # which ran on the first
+    narrow.load()
+    assert narrow.segment("users", (5, "x"), subnet=True) == 0  # VM 6 runs on, on what was the sixth
+    wide.load()
+    for uid in range(10, 15):
+        assert wide.segment("users", (uid, "x"), subnet=True) != 5
+    wide.release(6)
+    assert wide.segment("users", (16, "x"), subnet=True) == 5, "nothing of it is left"
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 2}', '{"version": 1, "segments": 3, "cards": {}}'])
 def test_a_damaged_list_of_addresses_is_no_empty_one(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a.json"
@@ -219,6 +238,25 @@ def test_two_users_of_one_private_network_share_no_segment(context: Context) -> 
     assert alices.address4.rpartition(".")[0] != bobs.address4.rpartition(".")[0]
 
 
+def test_no_two_have_one_segment_when_a_network_becomes_another(context: Context) -> None:
+    """Whoever runs stays where he is, alone with those of his network; and there is again what there was before."""
+
+    def segment(number: int, owner: str, network: str, text: str = POLICY) -> int:
+        context.policy = parse(text, "policy.toml")
+        vm = machine(context, number, owner, Nic(network))
+        return cards_of(context, vm, vm.definition, give=True)[0].segment
+
+    shared, bridged = segment(1, "alice", "lan"), segment(2, "alice", "office")
+    text = '[networks.lan]\nkind = "bridged"\nbridge = "br1"\n[networks.office]\nkind = "shared"\n'
+    others = [segment(3, "bob", "lan", text), segment(4, "bob", "users", text), segment(5, "bob", "office", text)]
+    assert len({shared, bridged, *others}) == 5
+    assert segment(6, "carol", "office", POLICY.replace("br0", "br1")) == others[0], "one bridge of the host is one segment"
+    vlan = POLICY.replace('bridge = "br0"', 'parent = "br0"\nvlan = 7')
+    vlans = [segment(number, "dave", "office", vlan.replace("7", str(number))) for number in (7, 8)]
+    assert len({shared, bridged, *others, *vlans}) == 7
+    assert [segment(1, "alice", "lan"), segment(2, "alice", "office"), segment(9, "dave", "lan")] == [shared, bridged, shared]
+
+
 def test_a_network_that_is_gone(context: Context) -> None:
     vm = machine(context, 1, "alice", Nic("gone"))
     with pytest.raises(NetworkFailed, match="no network gone any more"):
@@ -229,7 +267,7 @@ def test_a_network_that_is_gone(context: Context) -> None:
 
 
 def ways(context: Context, vm: Vm, card: Card, running: Running) -> set[tuple[object, ...]]:
-    found = openings(context, vm, card, running, context.host.groups_of)
+    found = Ways(context, running).to(vm, card)
     return {(way["source"], way["proto"], way["port"], way["host_port"]) for way in found}
 
 
@@ -289,6 +327,42 @@ def test_d22_the_uid_of_an_account_that_is_gone_brings_nothing_along(context: Co
     assert {(source, port) for source, _, port, _ in ways(context, alice, running[0][1][0], running)} == {
         (bridge_name(new.segment), 81)
     }
+
+
+def made_anew(context: Context) -> tuple[Vm, Vm]:
+    """web1 of the bob who is gone, and web1 of the bob who came after him with another uid."""
+    old, new = machine(context, 1, "bob", Nic(), Nic("lan")), machine(context, 2, "bob", Nic(), Nic("lan"))
+    old.uid, new.definition = 1500, old.definition
+    register(context, old, new)
+    return old, new
+
+
+def test_d22_an_account_that_was_made_anew_has_names_of_its_own(context: Context) -> None:
+    old, new = made_anew(context)
+    people = cast(Any, context.host)
+    now, people.uid_of = people.uid_of, lambda user: 1500
+    hosts = Path(context.layout.names, "hosts")
+    with Tapnet(context.layout.tapnet_socket) as tapnet:
+        plug_in(context, tapnet, old)
+        assert [line.split()[1] for line in (hosts / "1").read_text().splitlines()] == ["web1.bob.vm", "net1.web1.bob.vm"]
+        people.uid_of = lambda user: None
+        assert domain_of(context, old) == "bob.vm", "the directory does not answer"
+        people.uid_of = now
+        plug_in(context, tapnet, new)
+    assert [line.split()[1] for line in (hosts / "2").read_text().splitlines()] == ["web1.bob.vm", "net1.web1.bob.vm"]
+    assert [line.split()[1] for line in (hosts / "1").read_text().splitlines()] == ["web1.u1500.vm", "net1.web1.u1500.vm"]
+    assert "bob.vm" not in Path(context.layout.names, "dhcp-opts", "1").read_text()
+
+
+def test_d22_an_administrator_says_which_account_he_means(context: Context) -> None:
+    old, new = made_anew(context)
+    root, registry = Peer(0, "root", admin=True), cast(Any, [old, new])
+    with pytest.raises(BadName, match="several accounts were called bob; say whose by uid, 1500/web1 or 1002/web1"):
+        authorise(root, Rm(vm="bob/web1"), registry)
+    assert authorise(root, Rm(vm="1500/web1"), registry) is old and authorise(root, Rm(vm="1002/web1"), registry) is new
+    assert authorise(root, Rm(vm="bob/web1"), cast(Any, [old])) is old
+    with pytest.raises(NoSuchVm):
+        authorise(root, Rm(vm="1001/web1"), registry)
 
 
 def test_on_a_service_network_consumers_are_let_in_one_by_one(context: Context) -> None:
@@ -419,6 +493,99 @@ def plug(context: Context, vm: Vm) -> list[tuple[VmshellError | None, dict[int, 
     return found
 
 
+def plug_in(context: Context, tapnet: Tapnet, vm: Vm) -> None:
+    found = plug(context, vm)
+    tapnet.turn(context.loop, lambda: found)
+    assert found[0][0] is None
+    networks_module.close(found[0][1])
+
+
+def leases(context: Context, vm: Vm) -> list[str]:
+    """To which MACs of *vm*'s dnsmasq gives which addresses."""
+    path = Path(context.layout.names, "dhcp-hosts", str(vm.number))
+    rows = [line.split(",") for line in path.read_text().splitlines()] if path.exists() else []
+    return [f"{row[0]} {row[-1]}" for row in rows]
+
+
+def test_e33_a_mac_of_ones_own_choice_has_an_address_while_its_card_is_plugged_in(context: Context) -> None:
+    """Whoever else has chosen it takes nobody's address away: not refused, not off, not by what he has only defined."""
+    chosen = Nic("lan", mac="06:11:22:33:44:55")
+    alice, bob = machine(context, 1, "alice", chosen), machine(context, 2, "bob", Nic("lan"), chosen)
+    register(context, alice, bob)
+    with Tapnet(context.layout.tapnet_socket) as tapnet:
+        plug_in(context, tapnet, alice)
+        (card,) = context.networks.plugged(alice)
+        with pytest.raises(NetworkFailed, match="another card on this network has the MAC 06:11:22:33:44:55"):
+            plug(context, bob)
+        assert leases(context, alice) == [f"{card.mac} {card.address4}"] and leases(context, bob) == []
+        context.resolving.begin()
+        assert len(leases(context, alice)) == 1 and len(leases(context, bob)) == 1, "that of its other card"
+        context.networks.ended(alice)
+        assert leases(context, alice) == []
+        plug_in(context, tapnet, bob)
+        assert len(leases(context, bob)) == 2
+        context.networks.remove(bob, {1})
+        assert len(leases(context, bob)) == 1
+        tapnet.refuse_nic = 0
+        found = plug(context, alice)
+        tapnet.turn(context.loop, lambda: found)
+        assert found[0][0] is not None and leases(context, alice) == []
+
+
+def test_a_card_that_is_added_leaves_its_vms_others_as_they_run(context: Context) -> None:
+    vm = machine(context, 1, "alice", Nic("lan"))
+    with Tapnet(context.layout.tapnet_socket) as tapnet:
+        plug_in(context, tapnet, vm)
+        vm.booted, vm.definition = vm.definition, Definition("web1", nics=(Nic("lan", mac="06:11:22:33:44:55"), Nic()))
+        found: list[VmshellError | None] = []
+
+        def added(error: VmshellError | None, cables: dict[int, int]) -> None:
+            networks_module.close(cables)
+            found.append(error)
+
+        context.networks.add(vm, 1, added)
+        tapnet.turn(context.loop, lambda: found)
+        assert found == [None]
+        cards = context.networks.plugged(vm)
+        assert [card.mac for card in cards] == ["06:00:00:00:00:01", "06:01:00:00:00:01"]
+        assert leases(context, vm) == [f"{card.mac} {card.address4}" for card in cards]
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "now", "told"),
+    [
+        ("all", "none", "none", "none"),
+        ("none", "all", "all", "all"),
+        ("internet", "none", "all", "none"),
+        ("all", "internet", "none", "internet"),
+        ("all", "all", "none", "all"),
+    ],
+)
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_segment_does_not_become_what_its_network_was(
+    context: Context, first: str, then: str, now: str, told: str, order: tuple[int, int]
+) -> None:
+    """Two VMs run since different policies, and a new broker finds them in any order."""
+
+    def says(outside: str) -> None:
+        context.policy = parse(f'[networks.lan]\nkind = "shared"\noutside = "{outside}"\n', "policy.toml")
+
+    vms = [machine(context, 1, "alice", Nic("lan")), machine(context, 2, "bob", Nic("lan"))]
+    with Tapnet(context.layout.tapnet_socket) as tapnet:
+        for vm, outside in zip(vms, (first, then), strict=True):
+            says(outside)
+            plug_in(context, tapnet, vm)
+        says(now)
+        context.networks.close()
+        context.networks = networks_module.Networks(context)
+        for index in order:
+            context.networks.adopt(vms[index], json.loads(json.dumps(vms[index].cables)))
+        tapnet.seen.clear()
+        context.networks.connect()
+        tapnet.turn(context.loop, lambda: "settle" in tapnet.verbs())
+        assert [body.get("outside", "none") for body in tapnet.seen if body["verb"] == "segment"] == [told]
+
+
 def test_a_start_without_tapnet_is_refused(context: Context) -> None:
     ((error, cables),) = plug(context, machine(context, 1, "alice", Nic()))
     assert error is not None and error.code == "tapnet-down" and not cables
@@ -454,7 +621,7 @@ def test_one_bad_card_and_the_start_has_none(context: Context) -> None:
 
 def test_more_openings_than_a_message_holds_hurt_nobody(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     many = [{"source": "", "proto": "tcp", "port": 80, "host_port": port} for port in range(1, 1000)]
-    monkeypatch.setattr(upkeep, "openings", lambda context, vm, card, running, groups_of: many)
+    monkeypatch.setattr(Ways, "to", lambda ways, vm, card: many)
     with Tapnet(context.layout.tapnet_socket) as tapnet:
         found = plug(context, machine(context, 1, "alice", Nic()))
         tapnet.turn(context.loop, lambda: found and "open" in tapnet.verbs())

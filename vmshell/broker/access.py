@@ -6,7 +6,7 @@ Runs in: the broker. Pure: looks at the registry, touches nothing.
 
 from __future__ import annotations
 
-from ..errors import NoSuchVm, NotAllowed
+from ..errors import BadName, NoSuchVm, NotAllowed
 from ..messages import SHELF, List, Request, StoreRequest, VmRequest
 from .vms import Registry, Vm
 
@@ -28,9 +28,9 @@ class Peer:
 
 
 def authorise(peer: Peer, request: Request, registry: Registry) -> Vm | None:
-    """Return the VM that *request* is about (None for requests about no VM), or raise NoSuchVm or NotAllowed.
+    """Return the VM that *request* is about (None for requests about no VM), or raise NoSuchVm, NotAllowed or BadName.
 
-    A VM is its owner's; an administrator (root, on an installed host) may name anybody's as `owner/name`.
+    A VM is its owner's; an administrator (root, on an installed host) may name anybody's as `owner/name` or `uid/name`.
     """
     if isinstance(request, List) and request.all and not peer.admin:
         raise NotAllowed(what="`list --all`", who="administrators")
@@ -60,4 +60,9 @@ def visible(peer: Peer, registry: Registry, *, everyone: bool) -> list[Vm]:
 
 
 def _named(registry: Registry, owner: str, name: str) -> Vm | None:
-    return next((vm for vm in registry if vm.owner == owner and vm.name == name), None)
+    """The VM that an administrator means; raises BadName where the account was made anew, and both have such a VM (D22)."""
+    found = [vm for vm in registry if vm.name == name and owner in (vm.owner, str(vm.uid))]
+    if len(found) > 1:
+        names = " or ".join(f"{vm.uid}/{name}" for vm in found)
+        raise BadName(what="VM", value=f"{owner}/{name}", rule=f"several accounts were called {owner}; say whose by uid, {names}")
+    return found[0] if found else None

@@ -28,7 +28,10 @@ WITHOUT_SUBNET = 1 << 23  # segments from here on stand for bridges whose addres
 
 
 class Addresses:
-    """`segments`: by `network` or `network/uid/name`; `cards`: by segment, then by `number/nic`, its address's number there."""
+    """`segments`: by `network` or `network/uid/name`, of a bridge of the host's by what it is and not by who calls it what.
+
+    `cards`: by segment, then by `number/nic`, its address's number there.
+    """
 
     def __init__(self, path: str, plan: Plan) -> None:
         self._path = path
@@ -54,7 +57,8 @@ class Addresses:
         """The number of the segment, given now if it has none; raises NoAddress."""
         key = _key(network, owner)
         if self.known(network, owner, subnet=subnet) is None:
-            taken = set(self._segments.values())
+            # Also what stands for no network any more, since the pools have become others: VMs may still run there.
+            taken = {*self._segments.values(), *self._cards}
             numbers = range(self.plan.segments) if subnet else range(WITHOUT_SUBNET, NUMBER_MAX + 1)
             number = next((number for number in numbers if number not in taken), None)
             if number is None:

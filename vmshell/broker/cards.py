@@ -93,7 +93,9 @@ def _card(context: Context, vm: Vm, index: int, nic: Nic, *, give: bool) -> Card
     addresses, plan = context.addresses, context.addresses.plan
     owner = (vm.uid, vm.owner) if network.kind == "private" else None
     subnet = network.kind in ADDRESSED
-    segment = addresses.segment(nic.network, owner, subnet=subnet) if give else addresses.known(nic.network, owner, subnet=subnet)
+    # A network may become another in the policy: who runs on one bridge of the host's is never moved to a second one.
+    place = nic.network if subnet else f"#{network.bridge}#{network.parent}#{network.vlan}"
+    segment = addresses.segment(place, owner, subnet=subnet) if give else addresses.known(place, owner, subnet=subnet)
     if segment is None:
         return Card(index, nic, network, mac)
     if not subnet:
@@ -152,5 +154,11 @@ def dns_name(context: Context, vm: Vm, cards: list[Card], card: Card) -> str:
     if not card.address4:
         return ""
     first = next(other for other in cards if other.address4)
-    name = f"{vm.name}.{label(vm.owner, vm.uid)}.{context.policy.host.dns_domain}"
+    name = f"{vm.name}.{domain_of(context, vm)}"
     return name if card is first else f"{card.name}.{name}"
+
+
+def domain_of(context: Context, vm: Vm) -> str:
+    """`alice.vm`; where the account was made anew, the VMs of the old one are in `u1001.vm` (D22)."""
+    owner = vm.owner if context.host.uid_of(vm.owner) in (None, vm.uid) else ""
+    return f"{label(owner, vm.uid)}.{context.policy.host.dns_domain}"

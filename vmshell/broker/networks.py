@@ -5,6 +5,7 @@ Runs in: the broker.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from .. import wire
 from ..errors import NetworkFailed, TapnetDown, VmshellError
 from ..messages import Health, Settle, Unplug
 from . import passt
-from .cards import WITH_TAP, cards_of, port_message, restored, saved, segment_message
+from .cards import WITH_TAP, cards_of, known_cards, port_message, restored, saved, segment_message
 from .journal import note
 from .tapnetlink import TapnetLink
 from .upkeep import Upkeep
@@ -64,17 +65,30 @@ class Networks:
         if any(card.address4 for card in wanted):
             if not os.path.exists(DNSMASQ):
                 raise NetworkFailed(problem="dnsmasq is not installed, so guests get no addresses: apt-get install dnsmasq-base")
-            self._context.resolving.write(vm, cards)
+            self._name(vm, cards, wanted)
         self._make(vm, wanted, done)
 
     def add(self, vm: Vm, index: int, done: Plugged) -> None:
         """Make the cable of one more card of a VM that runs."""
-        cards = cards_of(self._context, vm, vm.definition, give=True)
-        if cards[index].network.kind not in WITH_TAP:
+        card = cards_of(self._context, vm, vm.definition, give=True)[index]
+        if card.network.kind not in WITH_TAP:
             done(None, {})
             return
-        self._context.resolving.write(vm, cards)
-        self._make(vm, [cards[index]], done)
+        # Its others as they run, not as they are defined by now.
+        self._name(vm, sorted([*known_cards(self._context, vm), card], key=lambda card: card.index), [card])
+        self._make(vm, [card], done)
+
+    def _name(self, vm: Vm, cards: list[Card], coming: list[Card]) -> None:
+        """Have dnsmasq know *cards*, of which *coming* are about to be plugged in; raises NetworkFailed if a MAC is taken."""
+        # tapnet looks, too, but by then dnsmasq would have taken the other card's address away.
+        taken = {(card.segment, card.mac) for other, theirs in self._plugged.values() if other is not vm for card in theirs}
+        if twin := next((card for card in coming if (card.segment, card.mac) in taken), None):
+            raise NetworkFailed(problem=f"another card on this network has the MAC {twin.mac}")
+        context = self._context
+        for other in context.registry:
+            if other.owner == vm.owner and other.uid != vm.uid:  # its account was made anew: it is called otherwise now (D22)
+                context.resolving.write(other, known_cards(context, other))
+        context.resolving.write(vm, cards, coming)
 
     def _make(self, vm: Vm, wanted: list[Card], done: Plugged) -> None:
         """Ask for taps; in the end every card has one, or none of them is left."""
@@ -116,6 +130,8 @@ class Networks:
             self.upkeep.forget((vm.number, index))
             self._ask(Unplug(number=vm.number, nic=index))
         self.upkeep.open_ports()
+        with contextlib.suppress(OSError):  # a full disk keeps no VM from its end
+            self._context.resolving.write(vm, known_cards(self._context, vm))
 
     def adopt(self, vm: Vm, cables: object) -> None:
         """A VM that went on while there was no broker keeps its cables, also on a network that the policy no longer has."""
@@ -147,11 +163,20 @@ class Networks:
     def _tell_all(self) -> None:
         """All that there is to be; tapnet compares it with what the kernel has."""
         self.upkeep.begin()
-        cards = {card.segment: card for _, cards in self._plugged.values() for card in cards}
-        for card in cards.values():
+        plugged = [card for _, cards in self._plugged.values() for card in cards]
+        for card in {card.segment: card for card in sorted(plugged, key=self._weight)}.values():
             self._ask(segment_message(self._context, card))
         self.upkeep.refresh()
         self._ask(Settle())
+
+    def _weight(self, card: Card) -> tuple[bool, ...]:
+        """Of cards that came to one segment at different times, the last by this says what it is.
+
+        That is one that came while the network was what it is in the policy now; without any, one from when it was narrowest.
+        """
+        kept, now = card.network, self._context.policy.catalogues.networks.get(card.nic.network)
+        current = now is not None and (now.kind, now.outside) == (kept.kind, kept.outside)
+        return current, kept.outside != "all", kept.outside == "none", kept.kind == "service"
 
     def _ask(self, message: ToTapnet, failed: Callable[[VmshellError], None] | None = None) -> None:
         def answered(error: VmshellError | None, packet: wire.Packet) -> None:

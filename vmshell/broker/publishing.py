@@ -5,19 +5,22 @@ Runs in: the broker.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
-from ..errors import BadValue, NoPortToReach, PortTaken, TooOften
+from .. import wire
+from ..errors import BadValue, NoPortToReach, PortTaken, TooOften, VmBusy
+from ..messages import CREATING
 from ..model.decide import Verdict, refuse
 from ..model.limitkinds import port_range
 from ..names import bridge_name, tap_name
+from .cards import names_user
 from .disk import kept
 from .journal import BURST, by_user, has_share
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ..errors import VmshellError
     from ..messages import Publish
     from .cards import Card
@@ -25,26 +28,30 @@ if TYPE_CHECKING:
     from .server import Call
     from .vms import Vm
 
-    GroupsOf = Callable[[str], frozenset[str]]
-
 WORLD = "world"
 Running = list[tuple["Vm", "list[Card]"]]
 
 
 @dataclass(frozen=True)
 class Published:
-    """A port of a VM, for a user, a `@group` or the `world`; for the world by *host_port* of the host."""
+    """A port of a VM, for a user, a `@group` or the `world`; for the world by *host_port* of the host.
+
+    *uid* is the user's: another account that gets the name later is not meant (D22). Old records have 0, which is anybody's.
+    """
 
     port: int
     proto: str
     to: str
     host_port: int = 0
+    uid: int = 0
 
 
 # --- the verb ---------------------------------------------------------------------------------------------------------
 
 
 def handle_publish(context: Context, call: Call, request: Publish, vm: Vm) -> None:
+    if vm.state == CREATING:
+        raise VmBusy(vm=vm.ref, state=vm.state)
     what = "unpublish" if request.remove else "publish"
     if not has_share(call.peer.uid, what):
         raise TooOften(what=what, limit=BURST)
@@ -55,7 +62,8 @@ def handle_publish(context: Context, call: Call, request: Publish, vm: Vm) -> No
     by_user(call.peer.uid, what, number=vm.number, owner=vm.owner, vm=vm.name, **said)
 
     def told(error: VmshellError | None) -> None:
-        call.reply({"name": vm.ref, **said, "pending": error.sentence() if error else ""})
+        waits = "" if request.remove else context.networks.upkeep.waits(vm)
+        call.reply({"name": vm.ref, **said, "pending": error.sentence() if error else waits})
 
     context.networks.upkeep.open_ports(told)
 
@@ -73,11 +81,14 @@ def _with(context: Context, vm: Vm, request: Publish) -> list[Published]:
     if context.layout.embedded:
         rule = "in session mode the ports that lead to a guest stand in its definition: set NAME net0.forward=tcp:8080:80"
         raise BadValue(field="publish", value=request.port, rule=rule)
-    _must_exist(context, request.to)
+    uid = _uid_of(context, request.to)
     host_port = (request.host_port or request.port) if request.to == WORLD else 0
-    new = Published(request.port, request.proto, request.to, host_port)
+    new = Published(request.port, request.proto, request.to, host_port, uid)
     others = [item for item in vm.published if (item.port, item.proto, item.to) != (new.port, new.proto, new.to)]
     refuse(_verdicts(context, vm, new, others), vm.ref)
+    if len(json.dumps([vars(item) for item in (*others, new)])) > wire.FRAME_MAX // 2:  # `net` and `info` say it in one message
+        rule = f"{vm.ref} has published {len(others)} ports, and its list is full: unpublish some, or publish to a group"
+        raise BadValue(field="publish", value=request.port, rule=rule)
     published = [item for other in context.registry for item in (others if other is vm else other.published)]
     led_elsewhere = any((item.host_port, item.proto) == (host_port, new.proto) for item in published)
     if host_port and (led_elsewhere or context.host.listens(host_port, new.proto)):
@@ -85,26 +96,20 @@ def _with(context: Context, vm: Vm, request: Publish) -> list[Published]:
     return [*others, new]
 
 
-def _must_exist(context: Context, to: str) -> None:
-    if to == WORLD:
-        return
-    known = context.host.is_group(to[1:]) if to.startswith("@") else context.host.uid_of(to) is not None
-    if not known:
+def _uid_of(context: Context, to: str) -> int:
+    """The uid of the user whom *to* names, else 0; raises BadValue if there is nobody of that name."""
+    uid = 0 if to == WORLD or (to.startswith("@") and context.host.is_group(to[1:])) else context.host.uid_of(to)
+    if uid is None:
         raise BadValue(field="to", value=to, rule="a user of this host, @GROUP, or world")
+    return uid
 
 
 def _verdicts(context: Context, vm: Vm, new: Published, others: list[Published]) -> list[Verdict]:
     effective = context.effective(vm.owner)
     count = sum(len(other.published) for other in context.registry.of(vm.uid) if other is not vm) + len(others)
     most, ports = effective.limits.published_max, effective.limits.forward_ports
-    section = effective.section("published_max")
-    found = [
-        Verdict(
-            *("published_max", section, "published ports in all", "1", str(count), str(most), str(max(0, most - count))),
-            ok=count < most,
-            vm=vm.ref,
-        )
-    ]
+    said = ("published ports in all", "1", str(count), str(most), str(max(0, most - count)))
+    found = [Verdict("published_max", effective.section("published_max"), *said, count < most, vm.ref)]
     if new.to == WORLD:
         nearest = f"a port from {ports}" if ports else "@GROUP or a user"
         section = effective.section("forward_ports")
@@ -117,55 +122,71 @@ def _verdicts(context: Context, vm: Vm, new: Published, others: list[Published])
 
 
 def granted(context: Context, vm: Vm, item: Published) -> bool:
-    """Does the policy still let its owner publish this? It may have changed since; then the first go on the longest."""
-    limits = context.effective(vm.owner).limits
-    if item.to == WORLD and item.host_port not in port_range(limits.forward_ports):
-        return False
-    before = sum(len(other.published) for other in context.registry.of(vm.uid) if other.number < vm.number)
-    return before + vm.published.index(item) < limits.published_max
+    """Does the policy still let its owner publish this?"""
+    return item in Ways(context, []).granted(vm)
 
 
-def openings(context: Context, vm: Vm, card: Card, running: Running, groups_of: GroupsOf) -> list[dict[str, object]]:
-    """Every way to *card* that its VM's grants make, given who runs."""
-    found: dict[tuple[str, str, int, int], dict[str, object]] = {}
-    for item in vm.published:
-        service = card.network.kind == "service"
-        if (service and not card.provides) or not granted(context, vm, item):
-            continue
-        if service:
-            sources = [(tap, 0) for tap in _consumers(item.to, vm, card, running, groups_of)]
-        elif item.to == WORLD:
-            sources = [("", item.host_port)]
-        else:
-            segments = _segments(context, item.to, groups_of)
-            sources = [(bridge_name(segment), 0) for segment in segments if segment != card.segment]
-        for source, host_port in sources:
-            key = (source, item.proto, item.port, host_port)
-            found[key] = {"source": source, "proto": item.proto, "port": item.port, "host_port": host_port}
-    return list(found.values())
+class Ways:
+    """What the grants open, given who runs. Made for one look: however many they are, it asks about every account once."""
 
+    def __init__(self, context: Context, running: Running) -> None:
+        self._context = context
+        self._running = running
+        self._effective, self._vms_of = cache(context.effective), cache(context.registry.of)
+        self._user_of, self._groups_of = cache(context.host.user_of), cache(context.host.groups_of)
+        self._private, self._bridges = cache(context.addresses.private), cache(self._bridges_of)
 
-def _consumers(to: str, vm: Vm, card: Card, running: Running, groups_of: GroupsOf) -> list[str]:
-    """The taps of others on *card*'s segment, of those whom *to* means."""
-    return [
-        tap_name(other.number, each.index)
-        for other, cards in running
-        for each in cards
-        if each.segment == card.segment and other is not vm and _means(to, other.owner, groups_of)
-    ]
+    def granted(self, vm: Vm) -> list[Published]:
+        """What the policy still lets its owner publish. It may have changed since; then the first go on the longest."""
+        limits = self._effective(vm.owner).limits
+        ports = port_range(limits.forward_ports)
+        before = sum(len(other.published) for other in self._vms_of(vm.uid) if other.number < vm.number)
+        left = vm.published[: max(0, limits.published_max - before)]
+        return [item for item in left if item.to != WORLD or item.host_port in ports]
 
+    def to(self, vm: Vm, card: Card) -> list[dict[str, object]]:
+        """Every way to *card*, those of single users first: there may be more of them than tapnet takes."""
+        service, now = card.network.kind == "service", self._context.policy.catalogues.networks.get(card.nic.network)
+        asked = now if now and now.kind == "service" else None  # gone from the policy: who runs on it goes on as he was
+        if service and not (card.provides and (asked is None or names_user(asked.providers, vm.owner, self._context))):
+            return []
+        found: dict[tuple[str, str, int, int], dict[str, object]] = {}
+        # On a service network the world is one more group: all who run on it.
+        for item in sorted(self.granted(vm), key=lambda item: item.to.startswith("@") or (service and item.to == WORLD)):
+            host_port = 0 if service else item.host_port
+            if service:
+                sources = self._consumers(item, vm, card, card.nic.network if asked else "")
+            else:
+                sources = [""] if item.to == WORLD else self._bridges(item.to, item.uid)
+            for source in sources:
+                key = (source, item.proto, item.port, host_port)
+                found[key] = {"source": source, "proto": item.proto, "port": item.port, "host_port": host_port}
+        own = bridge_name(card.segment)
+        return [way for way in found.values() if way["source"] != own]
 
-def _segments(context: Context, to: str, groups_of: GroupsOf) -> list[int]:
-    """The private segments of those whom *to* means."""
-    return [
-        segment
-        for (uid, user), segments in context.addresses.private().items()
-        if _means(to, user, groups_of) and context.host.user_of(uid) == user
-        for segment in segments
-    ]
+    def _consumers(self, item: Published, vm: Vm, card: Card, network: str) -> list[str]:
+        """The taps of others on *card*'s segment, of those whom *item* means and who may still use *network*, if it is named."""
+        return [
+            tap_name(other.number, each.index)
+            for other, cards in self._running
+            for each in cards
+            if each.segment == card.segment and other is not vm and self._means(item.to, item.uid, other.uid, other.owner)
+            if not network or network in self._effective(other.owner).names("networks")
+        ]
 
+    def _bridges_of(self, to: str, whose: int) -> list[str]:
+        """The bridges of the private segments of those whom *to* means."""
+        return [
+            bridge_name(segment)
+            for (uid, user), segments in self._private().items()
+            if self._means(to, whose, uid, user)
+            for segment in segments
+        ]
 
-def _means(to: str, user: str, groups_of: GroupsOf) -> bool:
-    if to.startswith("@"):
-        return to[1:] in groups_of(user)
-    return to in (WORLD, user)
+    def _means(self, to: str, whose: int, uid: int, user: str) -> bool:
+        """Is it for this account? For none whose uid or whose name is another's by now (D22)."""
+        if self._user_of(uid) != user:
+            return False
+        if to.startswith("@"):
+            return to[1:] in self._groups_of(user)
+        return to == WORLD or (to == user and whose in (0, uid))

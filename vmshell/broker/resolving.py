@@ -18,13 +18,14 @@ import os
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from ..model.addressing import label
 from ..names import bridge_name
-from .cards import dns_name, known_cards
+from .cards import dns_name, domain_of, known_cards
 from .disk import read_text, write_fast
 from .journal import note
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .cards import Card
     from .context import Context
     from .vms import Vm
@@ -61,9 +62,9 @@ class Resolving:
                     os.unlink(f"{self._folder}/{folder}/{name}")
         self._restart()
 
-    def write(self, vm: Vm, cards: list[Card]) -> None:
-        """Give *vm*'s cards their addresses and names; what stood there for it before is replaced."""
-        texts = entries(self._context, vm, cards)
+    def write(self, vm: Vm, cards: list[Card], coming: Sequence[Card] = ()) -> None:
+        """Give *vm*'s cards their addresses and names; what stood there for it before is replaced. *coming*: see `entries`."""
+        texts = entries(self._context, vm, cards, coming)
         changed = [self._write(f"{folder}/{vm.number}", text) for folder, text in texts.items()]
         if True in changed:
             self._restart_soon()
@@ -81,14 +82,14 @@ class Resolving:
         try:
             before = read_text(path)
         except OSError:
-            before = None
+            before = ""
         if before != text:
             # Beside its folder: dnsmasq reads every file in it.
             beside = f"{self._folder}/.new"
             write_fast(beside, text)
             os.chmod(beside, 0o644)
             os.rename(beside, path)
-        return before not in (None, text)
+        return before not in ("", text)
 
     def _restart_soon(self) -> None:
         if not self._restart_due:
@@ -110,9 +111,13 @@ class Resolving:
                 note("dnsmasq", problem=exc)
 
 
-def entries(context: Context, vm: Vm, cards: list[Card]) -> dict[str, str]:
-    """The text of each of a VM's files, by its folder."""
-    domain = f"{label(vm.owner, vm.uid)}.{context.policy.host.dns_domain}"
+def entries(context: Context, vm: Vm, cards: list[Card], coming: Sequence[Card] = ()) -> dict[str, str]:
+    """The text of each of a VM's files, by its folder.
+
+    A MAC of its owner's choice gets an address only while its card is plugged in, or is *coming* to be: two VMs may have chosen
+    the same, and of those only one can run (E33).
+    """
+    domain, there = domain_of(context, vm), [*context.networks.plugged(vm), *coming]
     hosts, leases, options = "", "", ""
     for card in cards:
         if not card.address4:
@@ -120,8 +125,9 @@ def entries(context: Context, vm: Vm, cards: list[Card]) -> dict[str, str]:
         tag, name = f"v{vm.number}c{card.index}", dns_name(context, vm, cards, card)
         hosts += "".join(f"{address} {name}\n" for address in (card.address4, card.address6) if address)
         six = f"[{card.address6}]," if card.address6 else ""
-        # Only where it is plugged in: a MAC may be somebody else's on another segment.
-        leases += f"{card.mac},tag:{bridge_name(card.segment)},set:{tag},{six}{card.address4}\n"
+        if not card.nic.mac or card in there:
+            # Only where it is plugged in: a MAC may be somebody else's on another segment.
+            leases += f"{card.mac},tag:{bridge_name(card.segment)},set:{tag},{six}{card.address4}\n"
         said = (f"12,{vm.name}", f"15,{domain}", f"option:domain-search,{domain}")
         options += "".join(f"tag:{tag},{option}\n" for option in said)
         if card.network.kind == "service" and card.network.outside == "none":

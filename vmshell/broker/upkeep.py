@@ -7,7 +7,6 @@ Runs in: the broker.
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -17,12 +16,13 @@ from ..errors import TapnetDown, VmshellError
 from ..messages import NUMBERS_MAX, OPENINGS_MAX, Confine, Open, Settings
 from .cards import ADDRESSED, port_message
 from .journal import note
-from .publishing import openings
+from .publishing import Ways
 
 if TYPE_CHECKING:
     from ..messages import Port, ToTapnet
     from .cards import Card
     from .context import Context
+    from .loop import Timer
     from .tapnetlink import TapnetLink
     from .vms import Vm
 
@@ -43,6 +43,7 @@ class Upkeep:
         self._settings: list[dict[str, object]] = []
         self._ports: dict[Key, dict[str, object]] = {}
         self._opened: dict[Key, list[dict[str, object]] | None] = {}  # None: it was refused
+        self._retry: Timer | None = None
         self._confined: frozenset[int] = frozenset()
         self._met: set[int] = set()
         self._accounts: list[int] = []  # when their files were changed last
@@ -68,12 +69,12 @@ class Upkeep:
     def open_ports(self, done: Done | None = None) -> None:
         """Tell tapnet who may reach what, as it follows from what is published and who runs; then `done`, with its refusal."""
         running = list(self._plugged.values())
-        groups_of = functools.cache(self._context.host.groups_of)
+        ways = Ways(self._context, running)
         changed = []
         for vm, cards in running:
             for card in cards:
                 if card.network.kind in ADDRESSED:
-                    found = openings(self._context, vm, card, running, groups_of)
+                    found = ways.to(vm, card)
                     if found != self._opened.get((vm.number, card.index), []):
                         changed.append((vm, card, found))
         waiting = _Answers(len(changed), done)
@@ -84,7 +85,7 @@ class Upkeep:
         key = vm.number, card.index
         self._opened[key] = found
         if len(found) > OPENINGS_MAX:
-            # A group that has grown: who is behind the last place waits, and everybody else goes on.
+            # A group is large: who is behind the last place waits, and everybody else goes on.
             note("too-many-openings", number=vm.number, owner=vm.owner, vm=vm.name, count=len(found))
 
         def answered(error: VmshellError | None, packet: wire.Packet) -> None:
@@ -92,10 +93,19 @@ class Upkeep:
                 note("tapnet-refused", verb=Open.verb, problem=error)
                 self._opened[key] = None
                 if not isinstance(error, TapnetDown):  # a new tapnet is told everything
-                    self._context.loop.after(RETRY, self.open_ports)
+                    if self._retry:
+                        self._retry.cancel()  # one is for all that was refused
+                    self._retry = self._context.loop.after(RETRY, self.open_ports)
             waiting.one(error)
 
         self._tapnet.request(Open(number=vm.number, nic=card.index, openings=found[:OPENINGS_MAX]), answered)
+
+    def waits(self, vm: Vm) -> str:
+        """That not all ways to *vm* have room, in words; empty if they have."""
+        for (number, nic), found in self._opened.items():
+            if number == vm.number and found and len(found) > OPENINGS_MAX:
+                return f"{OPENINGS_MAX} of {len(found)} ways to net{nic} are open, single users' before groups'; the rest waits"
+        return ""
 
     def rate(self, vm: Vm, card: Card) -> int:
         """What holds for a card that is plugged in, in kbit/s each way; 0 is no limit."""
