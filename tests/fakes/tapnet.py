@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -32,8 +33,10 @@ class Tapnet:
     def __exit__(self, *_: object) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        self.hang_up()
-        self._thread.join()
+        while self._thread.is_alive():  # it may be accepting one just now
+            with contextlib.suppress(OSError):
+                self.hang_up()
+            self._thread.join(0.05)
 
     def verbs(self) -> list[str]:
         return [str(body["verb"]) for body in self.seen]
