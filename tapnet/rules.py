@@ -36,6 +36,10 @@ LINK_GATEWAY = "fe80::1"
 GATEWAY_MACS = "06:ff:00:00:00:00"  # as `links.bridge_mac` makes them, without the segment
 CASTS_PER_SECOND, CASTS_BURST = 200, 400  # broadcast and multicast frames of one guest
 ECHOES_PER_SECOND = 50  # pings that the host answers, of the guests of one segment
+# What one guest may ask of dnsmasq, which is everybody's: questions of DHCP and for routers, of names, and connections for those.
+DHCPS_PER_SECOND, DHCPS_BURST = 5, 20
+NAMES_PER_SECOND, NAMES_BURST = 50, 200
+NAMES_CONNECTIONS_MAX = 3
 CONNECTIONS_MAX = 4096  # of one guest through the host at once: the table of connections is everybody's
 # Where br_netfilter is at work, bridged frames pass the host's IP hooks, too. This mark says that they are the bridge's to judge,
 # so that nobody tracks them, or puts fragments of different networks together. What is for the host, or to be routed by it, goes
@@ -204,6 +208,7 @@ MAPS = ("rates", "world4")
 # passes just then would be dropped.
 BRIDGE_CHAINS = f"""
   set storm {{ type ifname; flags dynamic; size 65535; timeout 10s; }}
+  set dhcps {{ type ifname; flags dynamic; size 65535; timeout 10s; }}
   chain prerouting {{
     type filter hook prerouting priority -300; policy accept;
     iifname "vt*" jump guest
@@ -238,8 +243,12 @@ BRIDGE_CHAINS = f"""
     drop
   }}
   chain dhcp_in {{ # the MAC that DHCP itself names: in another's name nothing is asked for, declined or given back
+    jump often
     iifname . @th,288,48 @llmacs return
     drop
+  }}
+  chain often {{
+    add @dhcps {{ iifname limit rate over {DHCPS_PER_SECOND}/second burst {DHCPS_BURST} packets }} drop
   }}
   chain ip_in {{
     udp sport 67 drop
@@ -253,6 +262,7 @@ BRIDGE_CHAINS = f"""
   chain ip6_in {{
     ip6 nexthdr != {{ tcp, udp, icmpv6 }} drop
     udp sport 547 drop
+    udp dport 547 jump often
     icmpv6 type {{ nd-router-advert, nd-redirect, 138, 139, 140 }} drop
     icmpv6 type nd-router-solicit jump rs_in
     icmpv6 type nd-neighbor-solicit jump ns_in
@@ -262,6 +272,7 @@ BRIDGE_CHAINS = f"""
     drop
   }}
   chain rs_in {{
+    jump often
     ip6 saddr :: ip6 length 8 iifname @six accept
     ip6 length 8 return
     ip6 length 16 @th,64,16 0x0101 iifname . @th,80,48 @llmacs return
@@ -297,6 +308,7 @@ SERVICE_CHAINS = """
   chain service {
     ether type arp accept
     icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept
+    ip frag-off & 0x1fff != 0 accept # the rest of what has its ports in the first: without that nobody puts it together
     iifname . ip daddr . meta l4proto . th dport @ways4 accept
     iifname . ip6 daddr . meta l4proto . th dport @ways6 accept
     tcp flags & (syn | ack) == syn drop
@@ -314,9 +326,15 @@ OTHERS_CHAINS = f"""
 """
 
 COUNTED = (
-    "  set flows4 { type ipv4_addr; flags dynamic; size 65535; }\n  set flows6 { type ipv6_addr; flags dynamic; size 65535; }",
+    "\n".join(
+        f"  set {name}{family} {{ type ipv{family}_addr; flags dynamic; size 65535; }}"
+        for name in ("flows", "talks")
+        for family in "46"
+    ),
     f"add @flows4 {{ ip saddr ct count over {CONNECTIONS_MAX} }} drop\n"
     f"    add @flows6 {{ ip6 saddr ct count over {CONNECTIONS_MAX} }} drop",
+    f"tcp dport 53 ct state new add @talks4 {{ ip saddr ct count over {NAMES_CONNECTIONS_MAX} }} drop\n"
+    f"    tcp dport 53 ct state new add @talks6 {{ ip6 saddr ct count over {NAMES_CONNECTIONS_MAX} }} drop",
 )
 
 COUNTING = f"""
@@ -335,6 +353,8 @@ table inet vmshellprobe {{
 # more, the end of a TCP connection whose socket is closed, goes by that it is established.
 INET_CHAINS = f"""
   set echoes {{ type ifname; flags dynamic; size 65535; timeout 10s; }}
+  set names4 {{ type ipv4_addr; flags dynamic; size 65535; timeout 10s; }}
+  set names6 {{ type ipv6_addr; flags dynamic; size 65535; timeout 10s; }}
   chain prerouting {{
     type filter hook prerouting priority -450; policy accept;
     iifname "vt0*" drop
@@ -348,19 +368,26 @@ INET_CHAINS = f"""
     type filter hook input priority -5; policy accept;
     iifname "vtb*" jump from_guest
   }}
-  chain from_guest {{
+  chain from_guest {{ # first what is limited: a question may belong to a connection that stands
+    udp dport 53 add @names4 {{ ip saddr limit rate over {NAMES_PER_SECOND}/second burst {NAMES_BURST} packets }} drop
+    udp dport 53 add @names6 {{ ip6 saddr limit rate over {NAMES_PER_SECOND}/second burst {NAMES_BURST} packets }} drop
+    icmp type echo-request jump echo
+    icmpv6 type echo-request jump echo
     ct state established,related accept
     ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept
     ct state new jump counted
+    TALKING
     iifname . ip daddr @gateway4 jump gateway
     icmpv6 type {{ nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert }} accept
     ip6 daddr ff02::1:2 udp sport 546 udp dport 547 accept
     iifname . ip6 daddr @gateway6 jump gateway
     drop
   }}
+  chain echo {{
+    add @echoes {{ iifname limit rate over {ECHOES_PER_SECOND}/second }} drop
+  }}
   chain gateway {{
     meta l4proto {{ tcp, udp }} th dport 53 accept
-    meta l4proto {{ icmp, icmpv6 }} add @echoes {{ iifname limit rate over {ECHOES_PER_SECOND}/second }} drop
     icmp type echo-request accept
     icmpv6 type echo-request accept
     udp sport 68 udp dport 67 accept
@@ -414,7 +441,7 @@ INET_CHAINS = f"""
     ct direction reply accept
     ct state related accept
     tcp flags & (syn | ack) != syn ct state established accept
-    ip daddr 255.255.255.255 udp sport 67 udp dport 68 accept
+    udp sport 67 udp dport 68 accept
     udp sport 547 udp dport 546 accept
     icmpv6 type {{ nd-router-advert, nd-neighbor-solicit, nd-neighbor-advert }} accept
     meta skuid 0 accept
@@ -483,8 +510,9 @@ def everything(state: State, counts: bool = True) -> str:
     chains += (SERVICE_CHAINS if service else "") + (OTHERS_CHAINS if others else "")
     lines += [*_sets(BRIDGE_SETS, _merged(link, open_link)), chains, "}"]
     lines += [f"table {INET} {{", *_sets(INET_SETS, _merged(host, open_host, confined, _segment_elements(state)))]
-    counted = COUNTED if counts else ("", "")
-    lines += [counted[0], INET_CHAINS.replace("COUNTED", counted[1]), *_masquerade(state), "}"]
+    counted = COUNTED if counts else ("", "", "")
+    chains = INET_CHAINS.replace("COUNTED", counted[1]).replace("TALKING", counted[2])
+    lines += [counted[0], chains, *_masquerade(state), "}"]
     return "\n".join(lines) + "\n"
 
 

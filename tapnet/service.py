@@ -43,6 +43,7 @@ CHANGES = (Settings, Confine, Segment, Port, Open, Unplug)
 BATCH = 1024  # requests carried out as one
 UNREAD = 4096  # answers that wait for a broker that does not read; then it is not read from either
 CHECK_SECONDS = 1.0
+NOTICE_SECONDS = 0.2  # within which a notice of the kernel's has come, if it comes
 
 
 class Service:
@@ -69,10 +70,11 @@ class Service:
         """Serve until `stopping` is set."""
         checked = 0.0
         while not self.stopping:
-            for ready, _ in self._selector.select(CHECK_SECONDS):
+            patience = NOTICE_SECONDS if self._network.watch.awaits() else CHECK_SECONDS
+            for ready, _ in self._selector.select(patience):
                 if self._selector.get_map().get(ready.fd) == ready:  # an earlier one of this round may have ended it
                     self._contained(ready.data)
-            if monotonic() - checked >= CHECK_SECONDS:
+            if monotonic() - checked >= patience:
                 checked = monotonic()
                 self._contained(self._check)
 

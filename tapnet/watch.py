@@ -45,6 +45,10 @@ class Watch:
     def fileno(self) -> int:
         return self._notices.fileno()
 
+    def awaits(self) -> bool:
+        """Has the kernel counted a transaction whose notice has not come? It comes at once, or was lost."""
+        return self._awaited > self._seen
+
     def generation(self) -> int:
         """The number of the last transaction."""
         body = self._channel.ask(message(_GETGEN, 0, bytes(_HEADER)))
@@ -65,7 +69,7 @@ class Watch:
         """Did somebody else change our tables, or may it be so?"""
         foreign = self._read()
         now = self.generation()
-        if self._awaited > self._seen:  # since the last look, which is no moment any more: it was lost
+        if self.awaits():  # since the last look, which is no moment any more
             foreign, self._seen = True, now
         self._awaited = now  # the kernel counts first and gives notice then
         self._own = {number for number in self._own if number > self._seen}
@@ -85,8 +89,11 @@ class Watch:
                 if kind != _NEWGEN:
                     self._touched = self._touched or attributes(body[_HEADER:]).get(_TABLE_NAME) == TABLE
                     continue
-                self._seen = _number(body)
-                foreign = foreign or (self._touched and self._seen not in self._own)
+                number = _number(body)
+                # A gap in the numbers is transactions whose notices were lost.
+                lost = number > self._seen + 1 and not self._own.issuperset(range(self._seen + 1, number))
+                foreign = foreign or lost or (self._touched and number not in self._own)
+                self._seen = max(self._seen, number)
                 self._touched = False
 
 

@@ -29,9 +29,10 @@ def udp(sport: int, dport: int, payload: bytes = b"payload") -> bytes:
     return struct.pack("!HHHH", sport, dport, 8 + len(payload), 0) + payload
 
 
-def dhcp(hardware: str, kind: int, options: bytes = b"") -> bytes:
-    """A client's DHCP message, in a datagram: of type *kind*, in the name of the MAC *hardware*."""
-    head = struct.pack("!BBBBI", 1, 1, 6, 0, 7).ljust(28, b"\0") + mac_bytes(hardware)
+def dhcp(hardware: str, kind: int, options: bytes = b"", own: str = "0.0.0.0") -> bytes:
+    """A client's DHCP message, in a datagram: of type *kind*, in the name of the MAC *hardware*, which has the address *own*."""
+    head = struct.pack("!BBBBII", 1, 1, 6, 0, 7, 0) + ipaddress.IPv4Address(own).packed
+    head = head.ljust(28, b"\0") + mac_bytes(hardware)
     return udp(68, 67, head.ljust(236, b"\0") + b"\x63\x82\x53\x63" + bytes([53, 1, kind]) + options + b"\xff")
 
 

@@ -56,7 +56,7 @@ from tests.process.networld import (
     world,
 )
 from tests.process.tapnets import SETTINGS, Namespace, mac, unable
-from vmshell.messages import Open, Settings
+from vmshell.messages import Health, Open, Settings
 from vmshell.names import bridge_name, tap_name
 
 __all__ = ["outside", "world"]
@@ -235,6 +235,75 @@ def test_e19_names_are_all_that_the_gateway_has(world: World, port: int, reached
         except TimeoutError:
             found = False
     assert found is reached
+
+
+def test_e32_of_dnsmasq_everybody_has_a_share(world: World) -> None:
+    """Questions of one guest's are bounded, also those that belong to a connection that stands; its neighbours' are not."""
+
+    def ask(number: int, source: str) -> bytes:
+        packet = ip4(source, GATEWAY, 17, udp(40000, 53, source.encode()))
+        return ethernet(world.gateway_mac(1), mac(number), 0x0800, packet)
+
+    def make() -> socket.socket:
+        sock = socket.socket(type=socket.SOCK_DGRAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+        sock.bind((GATEWAY, 53))
+        sock.setblocking(False)
+        return sock
+
+    with inside(world.space, make) as server:
+        world.send(1, ask(1, HIS))
+        assert heard(server) == [HIS.encode()]
+        server.sendto(b"answer", (HIS, 40000))
+        world.send(1, *[ask(1, HIS)] * 2000)
+        world.send(2, ask(2, HERS))
+        questions = heard(server)
+    assert 100 < questions.count(HIS.encode()) < 700 and questions.count(HERS.encode()) == 1
+    world.received(1)
+
+
+def test_e32_of_dhcp_everybody_has_a_share(world: World) -> None:
+    """Whether by broadcast or to the gateway, and by IPv6; and so has nobody the journal for himself (F14)."""
+
+    def frames(number: int, source: str) -> list[bytes]:
+        to, own = world.gateway_mac(1), mac(number)
+        found = [ethernet(BROADCAST, own, 0x0800, ip4("0.0.0.0", "255.255.255.255", 17, dhcp(own, 1)))]
+        found += [ethernet(to, own, 0x0800, ip4(source, GATEWAY, 17, dhcp(own, 8, own=source)))]
+        link = {1: HIS_LINK, 2: HER_LINK}[number]
+        found += [ethernet("33:33:00:01:00:02", own, 0x86DD, ip6(link, "ff02::1:2", 17, udp(546, 547)))]
+        solicit = icmp6(133, b"\0\0\0\0\x01\x01" + bytes.fromhex(own.replace(":", "")))
+        return [*found, ethernet("33:33:00:00:00:02", own, 0x86DD, ip6(link, "ff02::2", 58, solicit))]
+
+    time.sleep(5)  # what the tests before have asked is forgotten
+    with sniffer(world.space, bridge_name(1)) as host:
+        for _ in range(200):
+            world.send(1, *frames(1, HIS))
+        world.send(2, *frames(2, HERS))
+        got = [frame[6:12] for frame in heard(host)]
+    evil, victim = (bytes.fromhex(own.replace(":", "")) for own in (EVIL, VICTIM))
+    assert 10 < got.count(evil) < 60 and got.count(victim) == 4
+
+
+def test_e32_pings_of_one_conversation_are_bounded_too(world: World) -> None:
+    ping = ethernet(world.gateway_mac(1), EVIL, 0x0800, ip4(HIS, GATEWAY, 1, echo4()))
+    world.send(1, *[ping] * 1000)
+    assert 1 < len([frame for frame in world.received(1) if frame[12:14] == b"\x08\x00" and frame[23] == 1]) < 300
+
+
+def test_f08_nobody_has_all_the_resolvers_connections(world: World) -> None:
+    """dnsmasq serves so many at a time and no more, whether anything is asked or not."""
+    if not world.tapnet.ask(Health())[0]["ok"]["features"]["ct-count"]:
+        pytest.skip("this kernel counts no connections")
+
+    def answered(number: int, source: str, count: int) -> int:
+        to, own = world.gateway_mac(1), mac(number)
+        world.send(number, *(ethernet(to, own, 0x0800, ip4(source, GATEWAY, 6, tcp(41000 + n, 53, SYN))) for n in range(count)))
+        frames = [frame for frame in world.received(number, 0.3) if frame[12:14] == b"\x08\x00" and frame[23] == 6]
+        return len({frame[36:38] for frame in frames if frame[47] == SYN_ACK})
+
+    with inside(world.space, lambda: socket.create_server((GATEWAY, 53))):
+        assert answered(1, HIS, 20) == 3
+        assert answered(2, HERS, 1) == 1
 
 
 def test_e24_no_table_is_flooded(world: World) -> None:
@@ -465,6 +534,22 @@ def test_a_service_network_lets_consumers_to_what_is_published(world: World) -> 
     world.tapnet.tell(Open(number=6, nic=0, openings=[]))
 
 
+@pytest.mark.parametrize("called", ["0", "1"])
+def test_what_is_published_on_a_service_network_may_come_in_fragments(world: World, called: str) -> None:
+    """Of those only the first has a port. Where the host puts them together (*called*) it makes no difference."""
+    if os.path.exists("/proc/sys/net/bridge/bridge-nf-call-iptables"):
+        world.space.set("bridge/bridge-nf-call-iptables", called)
+    whole = udp(40000, 5433, bytes(600))
+    parts = ((whole[:304], 0x2000), (whole[304:], 304 // 8))
+    frames = [ethernet(mac(6), mac(4), 0x0800, ip4("10.77.3.2", "10.77.3.4", 17, part, fragment=at)) for part, at in parts]
+    world.send(4, *frames)
+    assert not any(frame[34:42] == whole[:8] for frame in world.received(6))
+    world.tapnet.tell(Open(number=6, nic=0, openings=[{"source": tap_name(4, 0), "proto": "udp", "port": 5433}]))
+    world.send(4, *frames)
+    assert b"".join(frame[34:] for frame in world.received(6)) == whole
+    world.tapnet.tell(Open(number=6, nic=0, openings=[]))
+
+
 # --- from the host's own users ----------------------------------------------------------------------------------------
 
 
@@ -475,6 +560,14 @@ def test_a06_a07_a_users_sockets_reach_own_vms_only(world: World) -> None:
     assert not [frame for frame in world.received(2) if frame[12:14] == b"\x08\x00"]
     assert connects(world, 0, HERS, 22) == "waits"
     world.received(2)
+
+
+def test_answers_of_dhcp_reach_a_guest_by_its_address(world: World) -> None:
+    """One that asks whether it may keep its address asks everybody, and is answered alone. Port 67 is no user's."""
+    world.space.set("ipv4/ip_unprivileged_port_start", "67")
+    assert sends(world, 4999, 67, HIS, 68) == "sent waits"
+    assert sends(world, 4999, 68, HIS, 68) == "refused"
+    world.received(1)
 
 
 def test_a06_a07_confined_users_reach_nothing_else(world: World) -> None:

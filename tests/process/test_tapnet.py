@@ -721,6 +721,33 @@ def test_what_nobody_thought_of_fails_alone(tapnet: Tapnet, namespace: Namespace
     close(*(fd for _, _, fd in answers if fd >= 0))
 
 
+@pytest.mark.parametrize("then", ["nothing", "one of ours", "somebody's in another table"])
+def test_a_notice_that_is_lost_is_missed(namespace: Namespace, then: str) -> None:
+    code = f"""
+import subprocess, sys
+sys.path[:0] = {sys.path!r}
+from tapnet.watch import Watch
+def nft(text):
+    subprocess.run(["nft", text], check=True)
+nft("add table bridge vmshell; add table inet vmshell; add table inet other")
+watch = Watch()
+assert not watch.disturbed()
+watch._notices.setsockopt(270, 2, 7)  # out of the group, and in again
+nft("delete table bridge vmshell")
+watch._notices.setsockopt(270, 1, 7)
+watch.disturbed()
+if {then!r} == "one of ours":
+    before = watch.generation()
+    nft("add chain inet vmshell c")
+    watch.own(before)
+elif {then!r} != "nothing":
+    nft("add chain inet other c")
+print(watch.disturbed(), watch.disturbed(), watch.disturbed())
+"""
+    done = subprocess.run(namespace.command(sys.executable, "-c", code), capture_output=True, text=True, timeout=PATIENCE)
+    assert done.stdout.split() == ["True", "False", "False"], done.stderr
+
+
 def test_who_receives_at_his_limit_has_a_queue_for_each_flow(tapnet: Tapnet, namespace: Namespace) -> None:
     tapnet.tell(segment())
     fd = tapnet.plug(port(1, rate=1000))
