@@ -132,8 +132,8 @@ def test_login_program_names(broker: FakeBroker, short_tmp: Path) -> None:
     """login and su put `-vmshell` or nothing at all into argv[0]; a script's interpreter never sees it (A34)."""
     for name in ("-vmshell", "", "x" * 300):
         done = subprocess.run(
-            [name, "--layout", broker.layout.to_args(), "-c", "list"],
-            executable=starter(short_tmp),
+            # Python gives nobody an empty name.
+            ["bash", "-c", 'exec -a "$0" "$@"', name, starter(short_tmp), "--layout", broker.layout.to_args(), "-c", "list"],
             env=environment(),
             capture_output=True,
             timeout=60,
