@@ -328,7 +328,7 @@ def test_a_snapshot_is_nobodys_news(relay: RelayProcess, qemus: Qemus) -> None:
 
     qemu.answers.update({"snapshot-save": save, "query-jobs": look})
     relay.tell(Order(number=1, what="snapshot-save", value=3, disks=1))
-    until(lambda: qemu.names("snapshot-save")[-2:] == ["job-dismiss", "query-status"], "the last question, which nobody waits for")
+    until(lambda: qemu.names("snapshot-save")[-2:] == ["job-dismiss", "query-status"], "its last question")
     assert looks == 3
     guest.sendall(b"still here")
     viewer.wait_output("still here")
