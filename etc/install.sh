@@ -17,6 +17,7 @@ SSHD=/etc/ssh/sshd_config.d/50-vmshell.conf
 SOCKETS="vmshell-relay.socket vmshell-tapnet.socket vmshell-broker.socket"
 SERVICES="vmshell-relay.service vmshell-tapnet.service vmshell-broker.service"
 NAMES=vmshell-names.service # the broker starts it
+ENABLED="$SOCKETS vmshell-broker.service" # the broker also by itself: VMs, published ports and names come back with the host
 UNITS="$SOCKETS $SERVICES $NAMES vmshell.slice"
 PACKAGES="qemu-system-x86 qemu-utils bubblewrap util-linux openssh-server openssh-client nftables dnsmasq-base iproute2
  python3-prompt-toolkit python3-pexpect python3-pyroute2 python3-pampy python3-six"
@@ -123,7 +124,8 @@ activate() {
     systemd-sysusers /usr/local/lib/sysusers.d/vmshell.conf
     systemd-tmpfiles --create /usr/local/lib/tmpfiles.d/vmshell.conf
     systemctl daemon-reload
-    systemctl -q enable --now $SOCKETS
+    systemctl -q enable $ENABLED
+    systemctl start $SOCKETS
     # An upgrade: the new code takes over. The sockets stay, so clients wait and see no error.
     systemctl restart $SERVICES || die "the services do not start: journalctl -u 'vmshell-*'"
 }
@@ -145,7 +147,7 @@ uninstall() {
         running=$(running_vms)
         [ "$running" = 0 ] || [ "${STOP_VMS:-}" = 1 ] ||
             die "VMs are running: $running. Shut them down first, or pull their plugs with \`make uninstall STOP_VMS=1\` (disks are kept)"
-        systemctl -q disable --now $SOCKETS 2>/dev/null || true
+        systemctl -q disable --now $ENABLED 2>/dev/null || true
         systemctl stop $SERVICES $NAMES vmshell.slice 2>/dev/null || true
         remove_networks
     fi

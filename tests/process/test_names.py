@@ -8,13 +8,14 @@ import select
 import shutil
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.frames import BROADCAST, ethernet, icmp6, ip4, ip6, udp
+from tests.frames import BROADCAST, dhcp, ethernet, icmp6, ip4, ip6, udp
 from tests.process.tapnets import Namespace, Tapnet, mac, segment, unable
 from vmshell.broker.cards import Card, cards_of
 from vmshell.broker.context import Context
@@ -27,6 +28,7 @@ from vmshell.layout import Layout
 from vmshell.messages import Port
 from vmshell.model.definition import Definition, Nic
 from vmshell.model.policy import parse
+from vmshell.names import bridge_name
 
 DNSMASQ = shutil.which("dnsmasq", path="/usr/sbin:/usr/bin")
 REASON = unable() or ("" if DNSMASQ else "dnsmasq-base is not installed")
@@ -58,10 +60,8 @@ class Net:
         plan = self.context.addresses.plan
         self.gateway = plan.gateway4(0).partition("/")[0]
         self.tapnet.settle(segment(0, gateway4=plan.gateway4(0), gateway6=plan.gateway6(0)))
-        card = self.card
-        port = Port(number=1, nic=0, segment=0, mac=card.mac, address4=card.address4, address6=card.address6, create=True)
-        self.tap = self.tapnet.plug(port)
-        os.set_blocking(self.tap, False)
+        self.taps: list[int] = []
+        self.tap = self.plug(1, self.card)
         self.space.run("ip", "addr", "add", "127.77.0.53/32", "dev", "lo")
         conf = f"{folder}/conf"
         # As it is written, but for the uid: the namespace has one.
@@ -74,14 +74,32 @@ class Net:
     def close(self) -> None:
         self.server.kill()
         self.server.wait()
-        os.close(self.tap)
+        for tap in self.taps:
+            os.close(tap)
         self.tapnet.close()
         self.space.close()
 
-    def machine(self, number: int, name: str, nic: Nic) -> tuple[Vm, list[Card]]:
+    def plug(self, number: int, card: Card) -> int:
+        """A tap for *card*, whose MAC the host knows: nobody answers its questions here."""
+        port = Port(number=number, nic=0, segment=card.segment, mac=card.mac, create=True)
+        port.address4, port.address6 = card.address4, card.address6
+        tap = self.tapnet.plug(port)
+        os.set_blocking(tap, False)
+        self.taps.append(tap)
+        self.space.run("ip", "neigh", "replace", card.address4, "lladdr", card.mac, "dev", bridge_name(card.segment))
+        return tap
+
+    def to_gateway(self, card: Card, datagram: bytes) -> bytes:
+        """The frame with *card*'s datagram for its gateway."""
+        bridge, plan = bridge_name(card.segment), self.context.addresses.plan
+        hardware = self.space.run("cat", f"/sys/class/net/{bridge}/address").strip()
+        gateway = plan.gateway4(card.segment).partition("/")[0]
+        return ethernet(hardware, card.mac, 0x0800, ip4(card.address4, gateway, 17, datagram))
+
+    def machine(self, number: int, name: str, nic: Nic, uid: int = 1001, owner: str = "alice") -> tuple[Vm, list[Card]]:
         """A VM of alice's, and its cards."""
         definition = Definition(name, nics=(nic,))
-        vm = Vm(number, 1001, "alice", definition, 0, Store(f"{self.context.layout.state}/none", name))
+        vm = Vm(number, uid, owner, definition, 0, Store(f"{self.context.layout.state}/none", name))
         return vm, cards_of(self.context, vm, definition, give=True)
 
     def offer(self) -> bytes:
@@ -89,13 +107,23 @@ class Net:
         frame = ethernet(BROADCAST, self.card.mac, 0x0800, discover(self.card.mac))
         return self.answer(frame, lambda frame: frame[34:38] == b"\0\x43\0\x44")
 
-    def answer(self, frame: bytes, wanted: Callable[[bytes], bool], seconds: float = 5.0) -> bytes:
+    def neighbour(self) -> tuple[int, Card]:
+        """Bob's VM, on another segment: its tap and its card."""
+        vm, (card,) = self.machine(7, "evil", Nic(), 1002, "bob")
+        self.context.resolving.write(vm, [card], [card])
+        plan = self.context.addresses.plan
+        self.tapnet.tell(segment(card.segment, gateway4=plan.gateway4(card.segment), gateway6=plan.gateway6(card.segment)))
+        tap = self.plug(7, card)
+        time.sleep(0.5)  # dnsmasq has to see the interface
+        return tap, card
+
+    def answer(self, frame: bytes, wanted: Callable[[bytes], bool], seconds: float = 5.0, tap: int = -1) -> bytes:
         """Send *frame* again and again until something *wanted* comes; empty if nothing does."""
-        end = time.monotonic() + seconds
+        end, tap = time.monotonic() + seconds, tap if tap >= 0 else self.tap
         while time.monotonic() < end:
-            os.write(self.tap, frame)
-            while select.select([self.tap], [], [], 0.5)[0]:
-                got = os.read(self.tap, 1 << 16)
+            os.write(tap, frame)
+            while select.select([tap], [], [], 0.5)[0]:
+                got = os.read(tap, 1 << 16)
                 if wanted(got):
                     return got
         return b""
@@ -116,10 +144,8 @@ def chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Net]:
 
 
 def discover(hardware: str) -> bytes:
-    client = bytes.fromhex(hardware.replace(":", "")).ljust(16, b"\0")
-    head = struct.pack("!BBBBIHH16s", 1, 1, 6, 0, 0x1234, 0, 0, bytes(16)) + client
-    options = b"\x63\x82\x53\x63\x35\x01\x01\x37\x06\x01\x03\x06\x0c\x0f\x1c\x0c\x04evil\xff"
-    return ip4("0.0.0.0", "255.255.255.255", 17, udp(68, 67, head.ljust(236, b"\0") + options))
+    options = b"\x37\x06\x01\x03\x06\x0c\x0f\x1c\x0c\x04evil"
+    return ip4("0.0.0.0", "255.255.255.255", 17, dhcp(hardware, 1, options))
 
 
 def options_of(offer: bytes) -> dict[int, bytes]:
@@ -156,9 +182,9 @@ def test_e33_who_has_chosen_the_same_mac_takes_no_address_away_while_it_is_off(c
     assert str(ipaddress.IPv4Address(chosen.offer()[58:62])) == chosen.card.address4
 
 
-def question(name: str, kind: int = 1) -> bytes:
+def question(name: str, kind: int = 1, what: int = 1, ident: int = 7) -> bytes:
     labels = b"".join(bytes([len(part)]) + part.encode() for part in name.split("."))
-    return struct.pack("!HHHHHH", 7, 0x0100, 1, 0, 0, 0) + labels + b"\0" + struct.pack("!HH", kind, 1)
+    return struct.pack("!HHHHHH", ident, 0x0100, 1, 0, 0, 0) + labels + b"\0" + struct.pack("!HH", kind, what)
 
 
 @pytest.mark.parametrize(
@@ -168,14 +194,69 @@ def question(name: str, kind: int = 1) -> bytes:
 def test_names_are_the_brokers_and_nobody_elses(net: Net, name: str, kind: int, found: bool) -> None:
     """What a guest calls itself (`evil`, in its DHCP request) is nobody's name."""
     net.answer(ethernet(BROADCAST, mac(1), 0x0800, discover(mac(1))), lambda frame: frame[34:38] == b"\0\x43\0\x44")
-    net.space.run("ip", "neigh", "replace", net.card.address4, "lladdr", mac(1), "dev", "vtb000000")
-    to = net.space.run("cat", "/sys/class/net/vtb000000/address").strip()
-    packet = ip4(net.card.address4, net.gateway, 17, udp(4000, 53, question(name, kind)))
-    got = net.answer(ethernet(to, mac(1), 0x0800, packet), lambda frame: frame[34:36] == b"\0\x35", 4.0)
+    frame = net.to_gateway(net.card, udp(4000, 53, question(name, kind)))
+    got = net.answer(frame, lambda frame: frame[34:36] == b"\0\x35", 4.0)
     assert got, "no answer at all"
     answers = int.from_bytes(got[48:50], "big")
     own = ipaddress.ip_address(net.card.address4 if kind == 1 else net.card.address6).packed
     assert (answers == 1 and got.endswith(own)) is found
+
+
+def test_e13_a_name_that_a_client_gives_itself_takes_no_lease_away(net: Net) -> None:
+    """Two guests made of one disk call themselves the same, and anybody may call himself what another does."""
+    tap, card = net.neighbour()
+    name = b"\x3d\x07\x01" + bytes.fromhex(net.card.mac.replace(":", ""))
+
+    def asks(kind: int, who: Card, tap: int, unicast: bool = False) -> int:
+        options = name if unicast or kind == 1 else name + b"\x32\x04" + ipaddress.IPv4Address(who.address4).packed
+        datagram = dhcp(who.mac, kind, options, who.address4 if unicast else "0.0.0.0")
+        frame = ethernet(BROADCAST, who.mac, 0x0800, ip4("0.0.0.0", "255.255.255.255", 17, datagram))
+        got = net.answer(net.to_gateway(who, datagram) if unicast else frame, lambda got: got[34:38] == b"\0\x43\0\x44", tap=tap)
+        assert got, "no answer"
+        return options_of(got)[53][0]
+
+    offer, request, acknowledged = 2, 3, 5
+    assert [asks(1, net.card, net.tap), asks(request, net.card, net.tap)] == [offer, acknowledged]
+    assert [asks(1, card, tap), asks(request, card, tap)] == [offer, acknowledged]
+    assert asks(request, net.card, net.tap, unicast=True) == acknowledged, "his has ended hers"
+
+
+def test_f08_names_that_nobody_answers_take_none_from_others(net: Net) -> None:
+    """A guest asks for names whose server, its own, is silent; dnsmasq keeps each question for seconds."""
+    tap, card = net.neighbour()
+    net.space.run("ip", "addr", "add", "192.0.2.1/32", "dev", "lo")
+    server = subprocess.Popen(net.space.command(sys.executable, "-c", UPSTREAM))
+    try:
+        time.sleep(0.5)
+        for number in range(190):
+            os.write(tap, net.to_gateway(card, udp(5000 + number, 53, question(f"x{number}.slow", ident=100 + number))))
+        time.sleep(0.3)
+        frame = net.to_gateway(net.card, udp(4000, 53, question("a.good")))
+        got = net.answer(frame, lambda got: got[34:36] == b"\0\x35", 8.0)
+        assert got and got[45] & 15 == 0 and got.endswith(bytes([1, 2, 3, 4]))
+    finally:
+        server.kill()
+        server.wait()
+
+
+UPSTREAM = r"""
+import socket
+sock = socket.socket(type=socket.SOCK_DGRAM)
+sock.bind(("192.0.2.1", 53))
+while True:
+    asked, whom = sock.recvfrom(2000)
+    if b"\x04good" in asked:
+        end = asked.index(b"\x04good\0") + 10
+        answer = b"\xc0\x0c\0\x01\0\x01\0\0\0\x3c\0\x04\x01\x02\x03\x04"
+        sock.sendto(asked[:2] + b"\x81\x80\0\x01\0\x01\0\0\0\0" + asked[12:end] + answer, whom)
+"""
+
+
+def test_guests_do_not_learn_whom_the_host_asks(net: Net) -> None:
+    """CHAOS TXT servers.bind, as dnsmasq answers it by itself."""
+    frame = net.to_gateway(net.card, udp(4000, 53, question("servers.bind", 16, 3)))
+    got = net.answer(frame, lambda got: got[34:36] == b"\0\x35", 4.0)
+    assert b"192.0.2.1" not in got
 
 
 def test_the_router_is_us_and_gives_addresses_by_dhcp_only(net: Net) -> None:

@@ -6,8 +6,21 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.host.guest import Connection, Guest
-from tests.host.world import World, address_hex, bridge_of, colons, hardware, outside, private, tables, tap_of, wait_for, world
+from tests.host.guest import PATIENCE, Connection, Guest
+from tests.host.world import (
+    World,
+    address_hex,
+    bridge_of,
+    colons,
+    hardware,
+    outside,
+    private,
+    said,
+    tables,
+    tap_of,
+    wait_for,
+    world,
+)
 
 __all__ = ["outside", "world"]
 
@@ -294,3 +307,22 @@ def test_as_after_a_suspend(world: World) -> None:
     assert web1.reaches("web2", 1) and not world.evil.reaches(web1.address, 1)
     assert host.sh(f"systemctl show -P MainPID {' '.join(SERVICES)}") == processes
     web1.run("killall nc sleep")
+
+
+# --- what comes back with the host, last ------------------------------------------------------------------------------
+
+
+def test_autostart_and_published_ports_come_back_with_the_host(world: World) -> None:
+    """Nobody logs in or connects to the broker: the VM boots, and whoever knocks at its published port is let in."""
+    host, web1 = world.host, world.web1
+    host.sh("echo 'allow_autostart = true' >>/etc/vmshell/policy.toml; systemctl reload vmshell-broker")
+    web1.vmshell("set web1 autostart=true")
+    web1.vmshell("publish web1 22 --to world:20001")
+    for guest in (web1, world.web2, world.evil, world.db):
+        guest.detach()
+    host.reboot()
+    asked = host.outside("socat", "-T", "10", "-", f"TCP:203.0.113.{host.number()}:20001,connect-timeout=5")
+    wait_for(lambda: "SSH-2.0-dropbear" in said(asked)[1], PATIENCE)
+    running = host.sh("systemctl list-units --plain --no-legend 'vmshell-vm-*.scope'").splitlines()
+    assert len(running) == 1 and not host.sh("journalctl -b -u ssh -o cat --no-pager | grep 'Accepted' || true")
+    assert host.exec("systemctl", "is-active", *SERVICES).stdout.split() == ["active"] * len(SERVICES)

@@ -213,6 +213,15 @@ def test_what_is_written_is_read_again() -> None:
                 assert key not in d.differences(changed, other)
 
 
+@pytest.mark.parametrize(("key", "nic"), [("link", d.Nic(link="down")), ("forward", d.Nic(forward=(d.Forward("tcp", 80, 80),)))])
+def test_a_card_differs_in_what_was_set_alone(key: str, nic: d.Nic) -> None:
+    """A card that is nothing but defaults is written with its network, for people to see; that is no key that was set."""
+    plain = d.Definition("a", nics=(d.Nic(),))
+    assert "[[net]]\nnetwork = " in d.to_toml(plain)
+    assert d.differences(plain, d.Definition("a", nics=(nic,))) == [f"net0.{key}"]
+    assert d.differences(plain, d.Definition("a")) == ["net0"]
+
+
 def test_set_and_unset_undo_each_other() -> None:
     made = d.parse('name = "a"\n' + BASE)
     for key, word in (

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
-from vmshell.admin import doctor, doctor_network
+from vmshell.admin import doctor, doctor_network, findings
+from vmshell.admin.verbs import Arguments, Context
+from vmshell.layout import Layout
+
+Capture = pytest.CaptureFixture[str]
 
 FORWARDS = """\
 forcecommand /usr/local/bin/vmshell
@@ -92,3 +98,18 @@ def test_chains_that_are_not_in_the_way(harmless: dict[str, object]) -> None:
 @pytest.mark.parametrize("text", ["", "nft: not found", "[]", '{"nftables": []}'])
 def test_a_listing_that_is_none(text: str) -> None:
     assert doctor_network.closed_chains(text, ipv6=False) == [] and not doctor_network.opened(text)
+
+
+def test_every_check_runs_where_programs_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """Without nft, systemctl and everything else: findings, and none that says OK of what nobody could look at."""
+    monkeypatch.setitem(findings.ENV, "PATH", str(tmp_path))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    isdir = os.path.isdir
+    monkeypatch.setattr(os.path, "isdir", lambda path: path == "/run/systemd/system" or isdir(path))
+    places = {name: str(tmp_path / name) for name in ("etc", "state", "run", "log")}
+    assert doctor.run(Context(Layout(**places, embedded=False)), Arguments()) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line[6:].startswith(doctor.CHECKS[-1][0]) for line in lines)
+    assert any(line.startswith("WARN  routing") and "there is no nft" in line for line in lines)
+    assert not any(line.startswith("OK    routing") for line in lines)
+    assert any(line.startswith("FAIL  units") and "vmshell-broker.socket is unknown" in line for line in lines)

@@ -12,7 +12,9 @@ from typing import Any, cast
 import pytest
 
 from tests.fakes.tapnet import Tapnet
-from vmshell.broker import journal, upkeep
+from tests.unit.test_live import held
+from vmshell import wire
+from vmshell.broker import journal, live, upkeep
 from vmshell.broker import networks as networks_module
 from vmshell.broker.access import Peer, authorise
 from vmshell.broker.addresses import WITHOUT_SUBNET, Addresses
@@ -26,7 +28,7 @@ from vmshell.broker.resolving import configuration, entries
 from vmshell.broker.vms import Vm
 from vmshell.errors import BadName, NetworkFailed, NoAddress, NoSuchVm, PortTaken, StorageFailed, TooOften, VmshellError
 from vmshell.layout import Layout
-from vmshell.messages import OPENINGS_MAX, Publish, Rm
+from vmshell.messages import OPENINGS_MAX, RUNNING, Publish, Rm
 from vmshell.model.addressing import Plan
 from vmshell.model.definition import Definition, Nic
 from vmshell.model.policy import parse
@@ -346,7 +348,7 @@ def test_d22_an_account_that_was_made_anew_has_names_of_its_own(context: Context
         plug_in(context, tapnet, old)
         assert [line.split()[1] for line in (hosts / "1").read_text().splitlines()] == ["web1.bob.vm", "net1.web1.bob.vm"]
         people.uid_of = lambda user: None
-        assert domain_of(context, old) == "bob.vm", "the directory does not answer"
+        assert domain_of(context, "bob", 1500) == "bob.vm", "the directory does not answer"
         people.uid_of = now
         plug_in(context, tapnet, new)
     assert [line.split()[1] for line in (hosts / "2").read_text().splitlines()] == ["web1.bob.vm", "net1.web1.bob.vm"]
@@ -472,6 +474,31 @@ def test_what_dnsmasq_reads(context: Context) -> None:
     assert not path.exists()
 
 
+def test_the_names_of_all_vms_ask_about_each_owner_once(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broker writes them before it is ready, and a directory may take its time."""
+    context.policy = parse(POLICY.replace('"carol"', '"@staff"'), "policy.toml")
+    owners = ("alice", "bob", "bob", "alice", "alice")
+    vms = [machine(context, number, owner, Nic(), Nic("db")) for number, owner in enumerate(owners, 1)]
+    register(context, *vms)
+    for vm in vms:
+        cards_of(context, vm, vm.definition, give=True)
+    asked: list[str] = []
+    uid_of = context.host.uid_of
+
+    def ask(user: str) -> int | None:
+        asked.append(user)
+        return uid_of(user)
+
+    monkeypatch.setattr(context.host, "uid_of", ask)
+    monkeypatch.setattr(context.host, "groups_of", ask)
+    context.resolving.begin()
+    assert sorted(asked) == ["alice", "bob"]
+    assert Path(context.layout.names, "hosts", "2").read_text().split()[1::2] == ["web2.bob.vm", "net1.web2.bob.vm"]
+    asked.clear()
+    context.resolving.write(vms[0], known_cards(context, vms[0]))
+    assert asked == ["alice"]
+
+
 def test_the_configuration_is_what_dnsmasq_takes(context: Context) -> None:
     import shutil
     import subprocess
@@ -584,6 +611,73 @@ def test_a_segment_does_not_become_what_its_network_was(
         context.networks.connect()
         tapnet.turn(context.loop, lambda: "settle" in tapnet.verbs())
         assert [body.get("outside", "none") for body in tapnet.seen if body["verb"] == "segment"] == [told]
+
+
+class Answers:
+    """In the place of the connection to tapnet: who asks waits until the test answers, in any order."""
+
+    def __init__(self, context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[tuple[Any, Any]] = []
+        monkeypatch.setattr(context.networks, "_tapnet", self)
+        monkeypatch.setattr(context.networks.upkeep, "_tapnet", self)
+
+    def request(self, message: Any, answered: Any) -> None:
+        self.asked.append((message, answered))
+
+    def close(self) -> None:
+        pass
+
+    def verbs(self) -> list[str]:
+        """What was asked about taps."""
+        return [message.verb for message, _ in self.asked if message.verb in ("port", "unplug")]
+
+    def make(self, number: int) -> None:
+        """Make the tap that was asked for as *number*th."""
+        packet = wire.Packet({"ok": {}}, [os.open(os.devnull, os.O_RDWR)])
+        [answered for message, answered in self.asked if message.verb == "port"][number](None, packet)
+        packet.close()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 3, 0, 1), (0, 2, 3, 1)])
+def test_taps_of_a_run_that_has_ended_are_not_those_of_the_next(
+    context: Context, monkeypatch: pytest.MonkeyPatch, order: tuple[int, ...]
+) -> None:
+    """The plug is pulled before tapnet has answered, and the VM is booted again: what comes late is nobody's."""
+    tapnet, vm = Answers(context, monkeypatch), machine(context, 1, "alice", Nic(), Nic("lan", mac="06:11:22:33:44:55"))
+    before = held()
+    first = plug(context, vm)
+    context.networks.ended(vm)
+    assert tapnet.verbs() == ["port"] * 2 + ["unplug"] * 2 and len(leases(context, vm)) == 1, "it may be another's again"
+    second = plug(context, vm)
+    for number in order:
+        tapnet.make(number)
+    ((error, cables),) = first
+    assert error is not None and error.code == "vm-stopped" and cables == {}
+    ((error, cables),) = second
+    assert error is None and sorted(cables) == [0, 1]
+    networks_module.close(cables)
+    assert held() == before
+    assert tapnet.verbs() == ["port"] * 2 + ["unplug"] * 2 + ["port"] * 2, "one for each that was asked for, and before the next"
+    assert [card.index for card in context.networks.plugged(vm)] == [0, 1] and len(leases(context, vm)) == 2
+    context.networks.ended(vm)
+    assert tapnet.verbs()[-2:] == ["unplug"] * 2 and context.networks.plugged(vm) == []
+
+
+def test_a_card_that_leaves_a_running_vm_leaves_its_name(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context.registry, "set_state", lambda vm, state: None)
+    monkeypatch.setattr(context.machines, "order", lambda live, what, answered, **more: answered(None))
+    vm = machine(context, 1, "alice", Nic(), Nic("lan"))
+    with Tapnet(context.layout.tapnet_socket) as tapnet:
+        plug_in(context, tapnet, vm)
+        context.machines._fleet.begin(vm, vm.definition)
+        vm.state, vm.added, vm.definition = RUNNING, {1}, Definition("web1", nics=(Nic(),))
+        said: list[tuple[list[str], list[str]]] = []
+        live.follow(context, vm, lambda now, problems: said.append((now, problems)))
+        tapnet.turn(context.loop, lambda: "unplug" in tapnet.verbs())
+    assert said == [(["net1"], [])] and vm.booted == vm.definition
+    (card,) = context.networks.plugged(vm)
+    assert Path(context.layout.names, "hosts", "1").read_text() == f"{card.address4} web1.alice.vm\n"
+    assert leases(context, vm) == [f"{card.mac} {card.address4}"]
 
 
 def test_a_start_without_tapnet_is_refused(context: Context) -> None:

@@ -226,12 +226,43 @@ def test_grants_are_on_disk_with_the_uid_and_without_it(context: Context) -> Non
         path.write_text(json.dumps(record))
 
 
+@pytest.mark.parametrize("to", ["alice", "world"])
+def test_a_directory_that_is_silent_for_a_while_closes_no_service(context: Context, to: str) -> None:
+    """Nobody would open it again: provider and consumer stay what they were when their cards were plugged in."""
+    names, groups = {"alice": 1001, "bob": 1002}, {"staff": {"bob"}, "users": {"alice"}}
+    people(context, names, groups)
+    context.policy = parse(GRANTS.replace('"alice"', '"@users", "@staff"'), "policy.toml")
+    bobs, client = machine(context, 1, "bob", Nic("db")), machine(context, 2, "alice", Nic("db"))
+    running = run(context, bobs, client)
+    bobs.published = [Published(5432, "tcp", to, 5432, 1001 if to == "alice" else 0)]
+    opened = {("vt000002n0", "tcp", 5432, 0)}
+    assert ways(context, bobs, running[0][1][0], running) == opened
+    people(context, {}, {})
+    assert ways(context, bobs, running[0][1][0], running) == opened
+    bobs.published = [Published(5432, "tcp", "@users")]
+    assert ways(context, bobs, running[0][1][0], running) == set(), "whom nobody knows is in no group"
+    bobs.published = [Published(5432, "tcp", to, 5432)]
+    for others in ({"carl": 1001}, {"alice": 1009}):
+        people(context, others, {"users": {"carl", "alice"}})
+        assert ways(context, bobs, running[0][1][0], running) == set(), "his uid or his name is another's"
+    people(context, names, {"staff": {"bob"}})
+    assert ways(context, bobs, running[0][1][0], running) == set(), "the directory knows her, and she may no more"
+
+
+@pytest.mark.parametrize("known", [{"alice": 1001, "bob": 1002}, {}, {"bob": 1009, "alice": 1001}])
+def test_a_directory_that_is_silent_for_a_while_closes_no_private_network(context: Context, alices: Vm, known: Any) -> None:
+    running = run(context, alices, machine(context, 2, "bob", Nic()))
+    publish(context, alices, port=80, to="bob")
+    people(context, known, {})
+    opened = {(bridge_name(running[1][1][0].segment), "tcp", 80, 0)}
+    assert ways(context, alices, running[0][1][0], running) == (set() if 1009 in known.values() else opened)
+
+
 # --- what it costs ----------------------------------------------------------------------------------------------------
 
 
-def test_a_look_asks_once_about_everybody(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At every start and end of a VM all of it is worked out anew, and meanwhile nobody is answered."""
-    vms = [machine(context, number, owner, Nic(), Nic("db")) for number, owner in enumerate(("alice", "bob", "carol", "dave"), 1)]
+def count(monkeypatch: pytest.MonkeyPatch, *things: tuple[object, str]) -> collections.Counter[tuple[object, ...]]:
+    """How often each of these methods is asked what, from now on."""
     asked: collections.Counter[tuple[object, ...]] = collections.Counter()
 
     def counted(thing: object, name: str) -> None:
@@ -243,15 +274,41 @@ def test_a_look_asks_once_about_everybody(context: Context, monkeypatch: pytest.
 
         monkeypatch.setattr(thing, name, ask)
 
+    for thing, name in things:
+        counted(thing, name)
+    return asked
+
+
+def test_a_look_asks_once_about_everybody(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every start and end of a VM all of it is worked out anew, and meanwhile nobody is answered."""
+    context.policy = parse(GRANTS.replace('members = ["alice"]', "") + "[group.staff]\ncpus_max = 2\n", "policy.toml")
+    vms = [machine(context, number, owner, Nic(), Nic("db")) for number, owner in enumerate(("alice", "bob", "carol", "dave"), 1)]
     for vm in vms:
         vm.published = [Published(port, "tcp", to) for port in range(80, 84) for to in ("@staff", "bob", "dave")]
     running = run(context, *vms)
-    for thing, name in ((context.host, "user_of"), (context.host, "groups_of"), (context.registry, "of"), (context, "effective")):
-        counted(thing, name)
-    counted(context.addresses, "private")
+    host, registry = context.host, context.registry
+    asked = count(monkeypatch, (host, "user_of"), (host, "uid_of"), (host, "groups_of"), (registry, "of"))
+    counted = count(monkeypatch, (context.addresses, "private"))
     look = Ways(context, running)
     assert all(look.to(vm, card) for vm, cards in running for card in cards if card.network.kind == "private" or card.provides)
-    assert len(asked) == 4 * 4 + 1 and set(asked.values()) == {1}, asked
+    assert len(asked) == 3 * 4 and set(asked.values()) == {1} and set(counted.values()) == {1}, (asked, counted)
+
+
+def test_a_list_of_published_ports_asks_once_about_its_owner(
+    context: Context, alices: Vm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context.policy = parse("[defaults]\npublished_max = 20\n[group.staff]\ncpus_max = 2\n", "policy.toml")
+    bobs = machine(context, 2, "bob", *[Nic()] * 8)
+    run(context, alices, bobs)
+    alices.published = [Published(port, "tcp", "bob") for port in range(80, 110)]
+    asked = count(monkeypatch, (context.host, "uid_of"), (context.host, "groups_of"))
+    for vm, opened in ((alices, [True] * 20 + [False] * 10), (bobs, [])):
+        call = Answer()
+        handle_net(cast(Any, context), cast(Any, call), Net(vm=vm.name), vm)
+        assert [row["open"] for row in cast(Any, call.replies[0]["published"])] == opened
+    assert asked["uid_of", "alice"] == asked["uid_of", "bob"] == 1 and asked["groups_of", "alice"] <= 2, (
+        asked
+    )  # once for its rate
 
 
 def test_whatever_tapnet_refuses_is_tried_again_once_in_a_while(

@@ -162,7 +162,10 @@ def check_routing(context: Context) -> Iterator[Finding]:
         closed.append("firewalld")
     for chain in closed:
         yield Finding(WARN, f"{chain} drops what it does not know, and nothing there names our bridges, {BRIDGES}", BESIDE)
-    if not closed:
+    if not _objects(listing):
+        said = f"what nft says of it is no list: {listing[:80]}" if listing else "there is no nft"
+        yield Finding(WARN, f"the packet filter cannot be looked at: {said}", "apt-get install nftables; nft -j list ruleset")
+    elif not closed:
         yield Finding(OK, "no other packet filter here is in the way")
 
 
@@ -206,7 +209,7 @@ def _objects(listing: str) -> list[tuple[str, dict[str, str]]]:
     try:
         items = json.loads(listing)["nftables"]
     except (ValueError, KeyError, TypeError):
-        return []  # nft is missing, or printed an error; tapnet says so
+        return []  # nft is missing, or printed an error
     return [(kind, item) for entry in items for kind, item in entry.items()]
 
 

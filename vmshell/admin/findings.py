@@ -26,9 +26,18 @@ class Finding:
 
 
 def output(*argv: str) -> str:
-    """What *argv* printed, standard error included."""
-    done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV)
-    return done.stdout
+    """What *argv* printed, standard error included; nothing if this host has no such program."""
+    try:
+        return subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=ENV,
+        ).stdout
+    except OSError:
+        return ""
 
 
 def problem_of(*argv: str) -> str:

@@ -144,8 +144,6 @@ class Boots:
 
         def plugged(error: VmshellError | None, cables: Cables) -> None:
             try:
-                if not self._fleet.is_current(live):
-                    self._context.networks.ended(live.vm)  # its plug was pulled while the cables were made
                 self._step(live, lambda live: self._launch(live, images, held, cables), error)
             finally:
                 close(cables)

@@ -17,6 +17,8 @@ from ..model.definition import Nic
 from ..names import mac_address, tap_name
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..model.definition import Definition
     from .context import Context
     from .vms import Vm
@@ -96,23 +98,22 @@ def _card(context: Context, vm: Vm, index: int, nic: Nic, *, give: bool) -> Card
     # A network may become another in the policy: who runs on one bridge of the host's is never moved to a second one.
     place = nic.network if subnet else f"#{network.bridge}#{network.parent}#{network.vlan}"
     segment = addresses.segment(place, owner, subnet=subnet) if give else addresses.known(place, owner, subnet=subnet)
-    if segment is None:
-        return Card(index, nic, network, mac)
-    if not subnet:
-        return Card(index, nic, network, mac, segment)
+    if segment is None or not subnet:
+        return Card(index, nic, network, mac, -1 if segment is None else segment)
     host = addresses.host(nic.network, segment, vm.number, index) if give else addresses.known_host(segment, vm.number, index)
     if host is None:
         return Card(index, nic, network, mac, segment)
-    provides = network.kind == "service" and names_user(network.providers, vm.owner, context)
+    # Of importance to what is plugged in only: nobody is asked about groups for the names of VMs that are off.
+    provides = give and network.kind == "service" and names_user(network.providers, vm.owner, context.host.groups_of)
     return Card(index, nic, network, mac, segment, plan.address4(segment, host), plan.address6(segment, host), provides)
 
 
-def names_user(people: tuple[str, ...], user: str, context: Context) -> bool:
+def names_user(people: tuple[str, ...], user: str, groups_of: Callable[[str], frozenset[str]]) -> bool:
     """Is *user*, or a group of *user*'s, among *people* (accounts and `@group`s)?"""
     if user in people:
         return True
     groups = [name[1:] for name in people if name.startswith("@")]
-    return bool(groups) and not context.host.groups_of(user).isdisjoint(groups)
+    return bool(groups) and not groups_of(user).isdisjoint(groups)
 
 
 def segment_message(context: Context, card: Card) -> Segment:
@@ -149,16 +150,16 @@ def tap_of(vm: Vm, card: Card) -> str:
     return tap_name(vm.number, card.index) if card.segment >= 0 else ""
 
 
-def dns_name(context: Context, vm: Vm, cards: list[Card], card: Card) -> str:
-    """`web1.alice.vm` for a VM's first card with an address, `net1.web1.alice.vm` for its others."""
+def dns_name(domain: str, vm: Vm, cards: list[Card], card: Card) -> str:
+    """`web1.alice.vm` for a VM's first card with an address, `net1.web1.alice.vm` for its others; *domain*: see `domain_of`."""
     if not card.address4:
         return ""
     first = next(other for other in cards if other.address4)
-    name = f"{vm.name}.{domain_of(context, vm)}"
+    name = f"{vm.name}.{domain}"
     return name if card is first else f"{card.name}.{name}"
 
 
-def domain_of(context: Context, vm: Vm) -> str:
-    """`alice.vm`; where the account was made anew, the VMs of the old one are in `u1001.vm` (D22)."""
-    owner = vm.owner if context.host.uid_of(vm.owner) in (None, vm.uid) else ""
-    return f"{label(owner, vm.uid)}.{context.policy.host.dns_domain}"
+def domain_of(context: Context, owner: str, uid: int) -> str:
+    """`alice.vm`; where the account was made anew, the VMs of the old one are in `u1001.vm` (D22). Asks about the account."""
+    known = owner if context.host.uid_of(owner) in (None, uid) else ""
+    return f"{label(known, uid)}.{context.policy.host.dns_domain}"

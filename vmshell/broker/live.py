@@ -155,7 +155,7 @@ def _give(context: Context, live: Live, wanted: Definition, key: str, what: str,
     if what == "nic-add":
         _add_card(context, live, wanted, value, answered)
     elif what == "nic-remove":
-        _remove_card(context, live, value, answered)
+        _remove_card(context, live, wanted, value, answered)
     elif what == "insert":
         _insert(context, live, wanted, key, value, answered)
     else:
@@ -183,11 +183,8 @@ def _add_card(context: Context, live: Live, wanted: Definition, index: int, answ
 
     def plugged(error: VmshellError | None, cables: Cables) -> None:
         try:
-            if error or index not in cables:
-                answered(error or NetworkFailed(problem="a card of this network cannot be added while the VM runs"))
-            elif stopped := _ended(context, live):
-                context.networks.remove(vm, {index})  # the VM's end took away what there was by then
-                answered(stopped)
+            if (problem := _ended(context, live) or error) or index not in cables:  # its end takes away what there is
+                answered(problem or NetworkFailed(problem="a card of this network cannot be added while the VM runs"))
             else:
                 card = next(card for card in context.networks.plugged(vm) if card.index == index)
                 context.machines.order(live, "nic-add", added, value=index, fd=cables[index], card=card)
@@ -208,16 +205,17 @@ def _add_card(context: Context, live: Live, wanted: Definition, index: int, answ
             context.machines.order(live, "nic-remove", value=index)
             context.networks.remove(vm, {index})
         elif not stopped:
-            vm.added.add(index)
+            vm.added ^= {index}
         answered(error)
 
     context.networks.add(vm, index, plugged)
 
 
-def _remove_card(context: Context, live: Live, index: int, answered: Answered) -> None:
+def _remove_card(context: Context, live: Live, wanted: Definition, index: int, answered: Answered) -> None:
     def removed(error: VmshellError | None) -> None:
         if not error and not _ended(context, live):
-            live.vm.added.discard(index)
+            live.vm.added ^= {index}
+            live.vm.booted = replace(live.vm.booted or wanted, nics=wanted.nics)  # first: the names of what is left are written
             context.networks.remove(live.vm, {index})
         answered(error)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .. import wire
-from ..errors import NetworkFailed, TapnetDown, VmshellError
+from ..errors import NetworkFailed, TapnetDown, VmshellError, VmStopped
 from ..messages import Health, Settle, Unplug
 from . import passt
 from .cards import WITH_TAP, cards_of, known_cards, port_message, restored, saved, segment_message
@@ -36,6 +36,7 @@ class Networks:
         self._context = context
         self._tapnet = TapnetLink(context.loop, context.layout.tapnet_socket, self._tell_all)
         self._plugged: dict[int, tuple[Vm, list[Card]]] = {}  # what tapnet was told to make and to keep
+        self._coming: dict[int, _Batch] = {}  # by the VM's number: what tapnet was told to make and has not yet
         self.upkeep = Upkeep(context, self._tapnet, self._plugged)
 
     def connect(self) -> None:
@@ -94,15 +95,18 @@ class Networks:
         """Ask for taps; in the end every card has one, or none of them is left."""
 
         def made(error: VmshellError | None, cables: Cables) -> None:
-            if error:
-                self.remove(vm, {card.index for card in wanted})
-            else:
-                # Not before: a new connection is told what exists, and these were still to be made.
-                self._keep(vm, [*self.plugged(vm), *wanted])
-                self.upkeep.open_ports()
+            # Else the run has ended meanwhile, its taps were taken away, and those of their names are the next run's.
+            if self._coming.get(vm.number) is batch:
+                del self._coming[vm.number]
+                if error:
+                    self.remove(vm, batch.indexes)
+                else:
+                    # Not before: a new connection is told what exists, and these were still to be made.
+                    self._keep(vm, [*self.plugged(vm), *wanted])
+                    self.upkeep.open_ports()
             done(error, cables)
 
-        batch = _Batch(wanted, made)
+        batch = self._coming[vm.number] = _Batch(wanted, made)
         for card in wanted:
             self._ask(segment_message(self._context, card), batch.failed)
             port = port_message(self._context, vm, card, create=True)
@@ -118,8 +122,13 @@ class Networks:
         vm.cables = [saved(card) for card in cards]
 
     def ended(self, vm: Vm) -> None:
-        """Its QEMU is gone, or never was: so go its taps, and their filter."""
-        self.remove(vm, {card.index for card in self.plugged(vm)})
+        """Its QEMU is gone, or never was: so go its taps, and their filter. Who still waits for some gets none.
+
+        tapnet does one thing after the other: what a later run asks for is made when these have come and gone.
+        """
+        coming = self._coming.pop(vm.number, None) or _Batch([], lambda error, cables: None)
+        coming.failed(VmStopped(vm=vm.ref, problem="its cables were still to be made"))
+        self.remove(vm, {card.index for card in self.plugged(vm)} | coming.indexes)
 
     def remove(self, vm: Vm, indexes: set[int]) -> None:
         """Take these cards' taps and their filter away."""
@@ -192,7 +201,8 @@ class _Batch:
     """The cards of one start: done when each has its cable, or when one has none; then the others are closed."""
 
     def __init__(self, cards: list[Card], done: Plugged) -> None:
-        self._missing = {card.index for card in cards}
+        self.indexes = {card.index for card in cards}
+        self._missing = set(self.indexes)
         self._error: VmshellError | None = None
         self._done = done
         self._cables: Cables = {}
@@ -225,11 +235,10 @@ class _Batch:
 
     def _finish(self) -> None:
         self._finished = True
-        cables, self._cables = self._cables, {}
         if self._error:
-            close(cables)
-            cables = {}
-        self._done(self._error, cables)
+            close(self._cables)
+            self._cables.clear()
+        self._done(self._error, self._cables)
 
 
 def close(cables: Cables) -> None:

@@ -121,19 +121,18 @@ def _verdicts(context: Context, vm: Vm, new: Published, others: list[Published])
 # --- what follows from it ---------------------------------------------------------------------------------------------
 
 
-def granted(context: Context, vm: Vm, item: Published) -> bool:
-    """Does the policy still let its owner publish this?"""
-    return item in Ways(context, []).granted(vm)
-
-
 class Ways:
-    """What the grants open, given who runs. Made for one look: however many they are, it asks about every account once."""
+    """What the grants open, given who runs. Made for one look: however many they are, it asks about every account once.
+
+    A directory may be silent for a while. Whom nobody knows stays the provider or consumer that he was when his card was plugged
+    in, and what is for everybody or for him by name goes on, until his uid or his name is another's; but he is in no group.
+    """
 
     def __init__(self, context: Context, running: Running) -> None:
-        self._context = context
-        self._running = running
-        self._effective, self._vms_of = cache(context.effective), cache(context.registry.of)
-        self._user_of, self._groups_of = cache(context.host.user_of), cache(context.host.groups_of)
+        host, policy = context.host, context.policy
+        self._running, self._networks, self._vms_of = running, policy.catalogues.networks, cache(context.registry.of)
+        self._user_of, self._uid_of, self._groups_of = cache(host.user_of), cache(host.uid_of), cache(host.groups_of)
+        self._effective = cache(lambda user: policy.effective(user, self._groups_of(user) if policy.has_groups else ()))
         self._private, self._bridges = cache(context.addresses.private), cache(self._bridges_of)
 
     def granted(self, vm: Vm) -> list[Published]:
@@ -146,9 +145,10 @@ class Ways:
 
     def to(self, vm: Vm, card: Card) -> list[dict[str, object]]:
         """Every way to *card*, those of single users first: there may be more of them than tapnet takes."""
-        service, now = card.network.kind == "service", self._context.policy.catalogues.networks.get(card.nic.network)
-        asked = now if now and now.kind == "service" else None  # gone from the policy: who runs on it goes on as he was
-        if service and not (card.provides and (asked is None or names_user(asked.providers, vm.owner, self._context))):
+        service, now = card.network.kind == "service", self._networks.get(card.nic.network)
+        asked = now if service and now and now.kind == "service" else None  # gone from the policy: it goes on as it was
+        ended = asked and self._user_of(vm.uid) and not names_user(asked.providers, vm.owner, self._groups_of)
+        if ended or (service and not card.provides):
             return []
         found: dict[tuple[str, str, int, int], dict[str, object]] = {}
         # On a service network the world is one more group: all who run on it.
@@ -171,7 +171,7 @@ class Ways:
             for other, cards in self._running
             for each in cards
             if each.segment == card.segment and other is not vm and self._means(item.to, item.uid, other.uid, other.owner)
-            if not network or network in self._effective(other.owner).names("networks")
+            if not network or not self._user_of(other.uid) or network in self._effective(other.owner).names("networks")
         ]
 
     def _bridges_of(self, to: str, whose: int) -> list[str]:
@@ -185,7 +185,8 @@ class Ways:
 
     def _means(self, to: str, whose: int, uid: int, user: str) -> bool:
         """Is it for this account? For none whose uid or whose name is another's by now (D22)."""
-        if self._user_of(uid) != user:
+        known = self._user_of(uid)
+        if known != user and (known or self._uid_of(user) not in (None, uid)):
             return False
         if to.startswith("@"):
             return to[1:] in self._groups_of(user)

@@ -11,10 +11,10 @@ from ..errors import BadValue, NotAllowed, NotConnected, VmBusy, VmshellError, W
 from ..messages import CREATING, RUNNING, Connect, HostKey, Net, NetHealth, Networks
 from ..model.definition import Nic
 from . import passt
-from .cards import ADDRESSED, dns_name, known_cards, names_user, tap_of
+from .cards import ADDRESSED, dns_name, domain_of, known_cards, names_user, tap_of
 from .disk import kept
 from .journal import by_user
-from .publishing import granted
+from .publishing import Ways
 
 if TYPE_CHECKING:
     from .cards import Card
@@ -41,7 +41,7 @@ def handle_networks(context: Context, call: Call, request: Networks) -> None:
         six = context.addresses.plan.gateway6(segment) if subnet and segment is not None else ""
         role = "member"
         if network.kind == "service":
-            role = "provider" if names_user(network.providers, peer.user, context) else "consumer"
+            role = "provider" if names_user(network.providers, peer.user, context.host.groups_of) else "consumer"
         facts = {"name": name, "kind": network.kind, "subnet": str(subnet), "subnet6": six.replace("::1/", "::/")}
         outside = network.outside if network.kind in ADDRESSED else "none" if network.kind == "none" else "all"
         rows.append({**facts, "outside": outside, "isolated": network.isolated, "role": role, "cards": used.count(name)})
@@ -49,14 +49,14 @@ def handle_networks(context: Context, call: Call, request: Networks) -> None:
 
 
 def handle_net(context: Context, call: Call, request: Net, vm: Vm) -> None:
-    cards = known_cards(context, vm)
+    cards, domain, granted = known_cards(context, vm), domain_of(context, vm.owner, vm.uid), Ways(context, []).granted(vm)
     call.reply(
         {
             "name": vm.ref,
             "state": vm.state,
             "domain": context.policy.host.dns_domain,
-            "cards": [_row(context, vm, cards, card) for card in cards],
-            "published": [{**vars(item), "open": granted(context, vm, item)} for item in vm.published],
+            "cards": [_row(context, vm, cards, card, domain) for card in cards],
+            "published": [{**vars(item), "open": item in granted} for item in vm.published],
         }
     )
 
@@ -66,7 +66,7 @@ def address_of(context: Context, vm: Vm) -> str:
     return next((card.address4 for card in known_cards(context, vm) if card.address4), "")
 
 
-def _row(context: Context, vm: Vm, cards: list[Card], card: Card) -> dict[str, object]:
+def _row(context: Context, vm: Vm, cards: list[Card], card: Card, domain: str) -> dict[str, object]:
     tap = tap_of(vm, card)
     return {
         "name": card.name,
@@ -78,7 +78,7 @@ def _row(context: Context, vm: Vm, cards: list[Card], card: Card) -> dict[str, o
         "address6": card.address6,
         "link": card.nic.link,
         "tap": tap,
-        "dns": dns_name(context, vm, cards, card),
+        "dns": dns_name(domain, vm, cards, card),
         "forward": [str(forward) for forward in card.nic.forward],
         "rate": context.networks.upkeep.rate(vm, card) if tap else 0,
         **{name: _figure(tap, name) for name in FIGURES},

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+from functools import cache
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -50,11 +51,11 @@ class Resolving:
             os.makedirs(f"{self._folder}/{folder}", exist_ok=True)
             os.chmod(f"{self._folder}/{folder}", 0o755)  # noqa: S103 - dnsmasq reads it under a uid of its own
         self._write("dnsmasq.conf", configuration(context))
-        known = set()
+        known, domain = set(), cache(lambda owner, uid: domain_of(context, owner, uid))  # the broker waits for each that is asked
         for vm in context.registry:
             cards = known_cards(context, vm)
             if any(card.address4 for card in cards):
-                self.write(vm, cards)
+                self.write(vm, cards, domain=domain(vm.owner, vm.uid))
                 known.add(str(vm.number))
         for folder in FOLDERS:
             for name in os.listdir(f"{self._folder}/{folder}"):
@@ -62,9 +63,9 @@ class Resolving:
                     os.unlink(f"{self._folder}/{folder}/{name}")
         self._restart()
 
-    def write(self, vm: Vm, cards: list[Card], coming: Sequence[Card] = ()) -> None:
-        """Give *vm*'s cards their addresses and names; what stood there for it before is replaced. *coming*: see `entries`."""
-        texts = entries(self._context, vm, cards, coming)
+    def write(self, vm: Vm, cards: list[Card], coming: Sequence[Card] = (), domain: str = "") -> None:
+        """Give *vm*'s cards their addresses and names; what stood there for it before is replaced. The others: see `entries`."""
+        texts = entries(self._context, vm, cards, coming, domain)
         changed = [self._write(f"{folder}/{vm.number}", text) for folder, text in texts.items()]
         if True in changed:
             self._restart_soon()
@@ -111,18 +112,18 @@ class Resolving:
                 note("dnsmasq", problem=exc)
 
 
-def entries(context: Context, vm: Vm, cards: list[Card], coming: Sequence[Card] = ()) -> dict[str, str]:
-    """The text of each of a VM's files, by its folder.
+def entries(context: Context, vm: Vm, cards: list[Card], coming: Sequence[Card] = (), domain: str = "") -> dict[str, str]:
+    """The text of each of a VM's files, by its folder; *domain* is its owner's, if that was asked for already.
 
     A MAC of its owner's choice gets an address only while its card is plugged in, or is *coming* to be: two VMs may have chosen
     the same, and of those only one can run (E33).
     """
-    domain, there = domain_of(context, vm), [*context.networks.plugged(vm), *coming]
+    domain, there = domain or domain_of(context, vm.owner, vm.uid), [*context.networks.plugged(vm), *coming]
     hosts, leases, options = "", "", ""
     for card in cards:
         if not card.address4:
             continue
-        tag, name = f"v{vm.number}c{card.index}", dns_name(context, vm, cards, card)
+        tag, name = f"v{vm.number}c{card.index}", dns_name(domain, vm, cards, card)
         hosts += "".join(f"{address} {name}\n" for address in (card.address4, card.address6) if address)
         six = f"[{card.address6}]," if card.address6 else ""
         if not card.nic.mac or card in there:
@@ -158,6 +159,17 @@ def configuration(context: Context) -> str:
         # An answer by broadcast needs no entry in the host's ARP table, and so no CAP_NET_ADMIN.
         "dhcp-broadcast",
         "dhcp-ignore-names",
+        # A lease is a MAC's: the client's own name for itself may be another's, by intent or because both are clones.
+        "dhcp-ignore-clid",
+        # Of all cards there may be, in both families, and of all that guests may ask at once: one guest's share is the filter's.
+        "dhcp-lease-max=200000",
+        "dns-forward-max=10000",
+        "max-tcp-connections=200",
+        # What guests ask, however often, is nothing for the journal; and whom the host asks is nothing for them.
+        "quiet-dhcp",
+        "quiet-dhcp6",
+        "quiet-ra",
+        "no-ident",
         "no-ping",
         "leasefile-ro",
         "domain-needed",
@@ -165,7 +177,7 @@ def configuration(context: Context) -> str:
         f"local=/{host.dns_domain}/",
     ]
     if host.ipv6_pool:
-        lines += ["enable-ra", "dhcp-range=::,constructor:vtb*,static,64"]
+        lines += ["enable-ra", "dhcp-range=::,constructor:vtb*,static,64,10m"]  # a guest made anew has another DUID, and waits
     if host.dns_servers:
         lines += ["no-resolv", *(f"server={address}" for address in host.dns_servers)]
     return "\n".join(lines) + "\n"

@@ -40,6 +40,8 @@ def handle_snapshot(context: Context, call: Call, request: Snapshot, vm: Vm) -> 
     else:
         if not tag or tag in vm.snapshots:
             raise BadValue(field="TAG", value=tag, rule="a name that this VM has no snapshot of yet")
+        if vm.added:  # the next boot would put its cards into other PCI places, where QEMU does not find their state
+            raise CannotSnapshot(vm=vm.ref, problem="cards came or went since it was booted; boot it anew first")
         share = vm.share(running=False)
         more = replace(share, snapshots=share.snapshots + 1, disk=share.disk + running.memory)
         fits(vm.ref, context.effective(vm.owner), more, context.registry.used(vm.uid, without=vm))
@@ -73,7 +75,7 @@ def writable_disks(context: Context, vm: Vm, definition: Definition) -> int:
     """A bit for each disk a snapshot goes into; raises CannotSnapshot where a writable one cannot hold it."""
     mask = 0
     problem = "the variables of UEFI cannot be saved with it" if definition.firmware != "bios" else ""
-    for index, (name, disk) in enumerate(zip(_names(definition), definition.disks, strict=True)):
+    for index, (name, disk) in enumerate(zip(definition.devices(), definition.disks, strict=False)):  # cards come after disks
         if disk.snapshot:
             problem = f"what {name} writes is thrown away (snapshot = true)"
         elif disk.writable and disk.path:
@@ -83,10 +85,6 @@ def writable_disks(context: Context, vm: Vm, definition: Definition) -> int:
     if problem or not mask:
         raise CannotSnapshot(vm=vm.ref, problem=problem or "it has no qcow2 disk that could hold it")
     return mask
-
-
-def _names(definition: Definition) -> list[str]:
-    return [name for name in definition.devices() if not name.startswith("net")]
 
 
 def must_have(vm: Vm, tag: str) -> vms.Snapshot:

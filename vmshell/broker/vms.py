@@ -66,7 +66,7 @@ class Vm:
 
         self.defining = False  # its definition is being changed
         self.booted: Definition | None = None  # what it runs with
-        self.added: set[int] = set()  # cards that came while it ran, into ports that they can leave again
+        self.added: set[int] = set()  # cards that came while it ran, or went that it booted with: not where a boot puts them
         self.cables: list[dict[str, object]] = []  # the cards that are plugged in, as `cards.saved` writes them
         self.balloon = 0  # MiB that the balloon was told to leave to the guest; 0: never told
         self.note = ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from dataclasses import replace
 from functools import partial
 
 from ..errors import BadValue, VmshellError, safe
@@ -94,26 +95,25 @@ def to_table(definition: Definition) -> dict[str, Any]:
         if key.always or value != key.default:
             section, _, word = key.name.rpartition(".")
             (table.setdefault(section, {}) if section else table)[word] = key.kind.raw(value)
-    devices: tuple[Disk | Nic, ...]
-    for word, devices, keys in (("disk", definition.disks, DISK_KEYS), ("net", definition.nics, NET_KEYS)):
-        rows = [
-            {key.name: key.kind.raw(value) for key in keys.values() if (value := getattr(device, key.attribute)) != key.default}
-            for device in devices
-        ]
-        if rows:
-            table[word] = [row or {"network": "users"} for row in rows]
+    if definition.disks:
+        table["disk"] = [_set_keys(disk) for disk in definition.disks]
+    if definition.nics:
+        table["net"] = [_set_keys(nic) or {"network": "users"} for nic in definition.nics]
     return table
+
+
+def _set_keys(device: Disk | Nic) -> dict[str, Any]:
+    keys = DISK_KEYS if isinstance(device, Disk) else NET_KEYS
+    return {key.name: key.kind.raw(value) for key in keys.values() if (value := getattr(device, key.attribute)) != key.default}
 
 
 def flat(definition: Definition) -> dict[str, object]:
     """Every key that is set, by the name `set` knows it by: `cpu.count`, `disk0.path`, `net0.link`."""
     found: dict[str, object] = {}
-    table = to_table(definition)
-    devices = [*table.pop("disk", []), *table.pop("net", [])]
-    for word, value in table.items():
+    for word, value in to_table(replace(definition, disks=(), nics=())).items():
         found |= {f"{word}.{inner}": item for inner, item in value.items()} if isinstance(value, dict) else {word: value}
-    for name, row in zip(definition.devices(), devices, strict=True):
-        found |= {name: True} | {f"{name}.{inner}": item for inner, item in row.items()}
+    for name, device in definition.devices().items():
+        found |= {name: True} | {f"{name}.{inner}": item for inner, item in _set_keys(device).items()}
     return found
 
 
