@@ -1,13 +1,16 @@
 """Session mode's way out: for each card of kind `user` one passt, which speaks for the guest with our own sockets.
 
-The host's loopback is not reachable through it, and QEMU stays in a network of its own: all it has is a stream to passt. Without
-passt installed a card leads to QEMU's own small network, which ends there. passt ends with its QEMU.
+QEMU stays in a network of its own: all it has is a stream to our sieve, which keeps from passt what would lead to the host's
+loopback (B20; `--no-map-gw` keeps only the gateway's address from leading there). Without passt installed a card leads to QEMU's
+own small network, which ends there. Sieve and passt end with their QEMU and with each other; QEMU goes on.
 Runs in: the broker, in session mode.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import ipaddress
 import os
 import socket
 import time
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 PASST = "/usr/bin/passt"
 TRIES, TRY_AGAIN = 5, 0.1  # seconds
 NOBODY = 65534  # what passt makes itself where root starts it
+RESOLV_CONF, RESOLVED = "/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"  # what systemd-resolved asks is in the second
+SERVERS_MAX = 3  # passt takes no more of one family
 
 
 def available() -> bool:
@@ -82,21 +87,39 @@ def command(card: Card) -> list[str]:
         ports = [f"127.0.0.1/{forward.host}:{forward.guest}" for forward in card.nic.forward if forward.proto == proto]
         for port in ports or ["none"]:
             words += [option, port]
+    if not _servers(RESOLV_CONF):  # the host asks itself, which a guest cannot: it asks whom the host asks then
+        for server in _servers(RESOLVED)[:SERVERS_MAX]:
+            words += ["--dns", server]
     return words
 
 
+def _servers(path: str) -> list[str]:
+    """The name servers of a resolv.conf that are no loopback's; without an interface, which passt does not take."""
+    found = []
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        for words in map(str.split, file):
+            with contextlib.suppress(ValueError):
+                if words[:1] == ["nameserver"] and not (address := ipaddress.ip_address(words[-1].partition("%")[0])).is_loopback:
+                    found.append(str(address))
+    return found
+
+
 def _start(context: Context, card: Card) -> int:
-    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    with its:
-        try:
-            process = context.host.spawn(command(card), {3: its.fileno()})
-        except OSError:
-            ours.close()
-            raise
-    context.loop.watch(process.pidfd, lambda: _ended(context, process))
-    return ours.detach()
+    """QEMU's end. Whoever cannot be started leaves nobody behind: a closed stream is the end of those at its other ends."""
+    with contextlib.ExitStack() as stack:
+        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) for _ in range(2)]
+        (qemu, above), (below, its) = [[stack.enter_context(sock) for sock in pair] for pair in pairs]
+        _spawn(context, "passt", command(card), {3: its.fileno()})
+        sieve = context.host.python("sieve", uid=context.host.job_uid())
+        _spawn(context, "sieve", sieve, {3: above.fileno(), 4: below.fileno()})
+        return qemu.detach()
 
 
-def _ended(context: Context, process: Process) -> None:
+def _spawn(context: Context, name: str, argv: list[str], fds: dict[int, int]) -> None:
+    process = context.host.spawn(argv, fds)
+    context.loop.watch(process.pidfd, lambda: _ended(context, name, process))
+
+
+def _ended(context: Context, name: str, process: Process) -> None:
     context.loop.unwatch(process.pidfd)
-    note("passt-ended", status=process.reap())
+    note(f"{name}-ended", status=process.reap())
