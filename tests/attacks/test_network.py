@@ -255,10 +255,11 @@ def test_e32_of_dnsmasq_everybody_has_a_share(world: World) -> None:
         world.send(1, ask(1, HIS))
         assert heard(server) == [HIS.encode()]
         server.sendto(b"answer", (HIS, 40000))
+        began = time.monotonic()
         world.send(1, *[ask(1, HIS)] * 2000)
         world.send(2, ask(2, HERS))
-        questions = heard(server)
-    assert 100 < questions.count(HIS.encode()) < 700 and questions.count(HERS.encode()) == 1
+        questions, lasted = heard(server), time.monotonic() - began
+    assert 100 < questions.count(HIS.encode()) < 250 + 50 * lasted and questions.count(HERS.encode()) == 1
     world.received(1)
 
 
@@ -276,18 +277,21 @@ def test_e32_of_dhcp_everybody_has_a_share(world: World) -> None:
 
     time.sleep(5)  # what the tests before have asked is forgotten
     with sniffer(world.space, bridge_name(1)) as host:
+        evils, hers, began = frames(1, HIS), frames(2, HERS), time.monotonic()
         for _ in range(200):
-            world.send(1, *frames(1, HIS))
-        world.send(2, *frames(2, HERS))
-        got = [frame[6:12] for frame in heard(host)]
+            world.send(1, *evils)
+        world.send(2, *hers)
+        got, lasted = [frame[6:12] for frame in heard(host)], time.monotonic() - began
     evil, victim = (bytes.fromhex(own.replace(":", "")) for own in (EVIL, VICTIM))
-    assert 10 < got.count(evil) < 60 and got.count(victim) == 4
+    assert 10 < got.count(evil) < 30 + 5 * lasted and got.count(victim) == 4
 
 
 def test_e32_pings_of_one_conversation_are_bounded_too(world: World) -> None:
     ping = ethernet(world.gateway_mac(1), EVIL, 0x0800, ip4(HIS, GATEWAY, 1, echo4()))
+    began = time.monotonic()
     world.send(1, *[ping] * 1000)
-    assert 1 < len([frame for frame in world.received(1) if frame[12:14] == b"\x08\x00" and frame[23] == 1]) < 300
+    answers = [frame for frame in world.received(1) if frame[12:14] == b"\x08\x00" and frame[23] == 1]
+    assert 1 < len(answers) < 20 + 50 * (time.monotonic() - began)
 
 
 def test_f08_nobody_has_all_the_resolvers_connections(world: World) -> None:
@@ -328,6 +332,7 @@ def test_e29_the_bridge_keeps_its_mac(world: World) -> None:
 
 
 def test_e32_a_storm_is_bounded(world: World) -> None:
+    time.sleep(1)  # what the tests before have sent to all is forgotten
     start = time.monotonic()
     question = arp(BROADCAST, EVIL, 1, (EVIL, HIS), ("00:00:00:00:00:00", "10.77.1.99"))
     world.send(1, *[question] * 5000)

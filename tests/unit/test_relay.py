@@ -361,8 +361,8 @@ def test_a_few_lines_nobody_understands_are_forgiven(talk: Talk) -> None:
 
 
 def test_a_monitor_that_does_not_answer_is_given_up(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qmp, "ANSWER_TIME", 0.1)
     talk.greet()
+    monkeypatch.setattr(qmp, "ANSWER_TIME", 0.1)
     answers = talk.give("cont")
     run(talk.loop, 0.3)
     assert answers == [False] and talk.lost()
@@ -722,10 +722,10 @@ def test_a_refused_job_has_failed(talk: Talk) -> None:
 
 @pytest.mark.slow
 def test_answers_may_be_late_during_a_job_and_not_after_it(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qmp, "ANSWER_TIME", 0.1)
+    monkeypatch.setattr(qmp, "ANSWER_TIME", 0.5)
     answers, begin = begin_job(talk)
     early = talk.give("powerdown")
-    run(talk.loop, 0.5)
+    run(talk.loop, 0.9)
     assert not talk.lost() and answers == early == []
     (command,) = talk.say()
     (look,) = talk.say({"return": {}, "id": begin["id"]}, {"return": {}, "id": command["id"]})
@@ -734,17 +734,17 @@ def test_answers_may_be_late_during_a_job_and_not_after_it(talk: Talk, monkeypat
     (dismiss,) = talk.accept(look, job("concluded"))
     talk.accept(dismiss)
     assert answers == [True]
-    run(talk.loop, 0.3)
+    run(talk.loop, 0.7)
     assert talk.lost(), "the question after its status was not answered in time"
 
 
 def test_a_job_has_its_time_too(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qmp, "ANSWER_TIME", 0.1)
-    monkeypatch.setattr(jobs, "JOB_TIME", 0.4)
+    monkeypatch.setattr(qmp, "ANSWER_TIME", 0.5)
+    monkeypatch.setattr(jobs, "JOB_TIME", 2.0)
     answers, _ = begin_job(talk)
-    run(talk.loop, 0.25)
+    run(talk.loop, 0.9)
     assert not talk.lost()
-    run(talk.loop, 0.35)
+    run(talk.loop, 1.3)
     assert talk.lost() and answers == [False] and not talk.orders.in_job
 
 
