@@ -156,13 +156,13 @@ def outside(world: World) -> Iterator[Namespace]:
 
 def connects(world: World, uid: int, address: str, port: int, own: int = 0) -> str:
     """What becomes of a connection by *uid*: `refused` at once, or `waits` because the packet went out."""
-    made = f"s = socket.socket(); s.bind(('', {own})); s.settimeout(0.7)"
+    made = f"s = socket.socket(); s.bind(('', {own})); s.settimeout(1.5)"
     return _as_user(world, uid, f"{made}; s.connect(('{address}', {port})); print('connected')")
 
 
 def sends(world: World, uid: int, own: int, address: str, port: int) -> str:
     """What becomes of a datagram of *uid*'s from port *own*: `refused` at once, `sent` because it went out, and any answer."""
-    datagram = f"s.bind(('', {own})); s.settimeout(0.7); s.sendto(b'question', ('{address}', {port})); print('sent', flush=True)"
+    datagram = f"s.bind(('', {own})); s.settimeout(2); s.sendto(b'question', ('{address}', {port})); print('sent', flush=True)"
     return _as_user(world, uid, f"s = socket.socket(type=socket.SOCK_DGRAM); {datagram}; print(s.recv(99).decode())")
 
 
