@@ -102,7 +102,7 @@ FIREWALLS = {
         "systemctl stop firewalld; rm -f /etc/firewalld/zones/trusted.xml*",
         ("firewalld",),
     ),
-    # Not Docker itself, which is no package of Debian's: the chains that it makes, as it makes them.
+    # Not Docker itself, which needs more of a kernel than a host here has: the chains that it makes, as it makes them.
     "Docker": Firewall(
         "iptables",
         "iptables -P FORWARD DROP && iptables -N DOCKER-USER && iptables -A FORWARD -j DOCKER-USER",

@@ -28,14 +28,7 @@ class Finding:
 def output(*argv: str) -> str:
     """What *argv* printed, standard error included; nothing if this host has no such program."""
     try:
-        return subprocess.run(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=ENV,
-        ).stdout
+        return _run(argv).stdout
     except OSError:
         return ""
 
@@ -43,18 +36,15 @@ def output(*argv: str) -> str:
 def problem_of(*argv: str) -> str:
     """Empty if *argv* succeeds, else the last line it said."""
     try:
-        done = subprocess.run(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=ENV,
-            timeout=PROGRAM_PATIENCE,
-        )
+        done = _run(argv, PROGRAM_PATIENCE)
     except (OSError, subprocess.TimeoutExpired) as exc:
         return str(exc)
     return "" if done.returncode == 0 else (done.stdout.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+
+
+def _run(argv: tuple[str, ...], patience: float | None = None) -> subprocess.CompletedProcess[str]:
+    quiet, pipe, into = subprocess.DEVNULL, subprocess.PIPE, subprocess.STDOUT
+    return subprocess.run(argv, stdin=quiet, stdout=pipe, stderr=into, text=True, env=ENV, timeout=patience)
 
 
 def states(*units: str) -> dict[str, str]:
