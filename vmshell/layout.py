@@ -16,7 +16,7 @@ PYTHON_FLAGS = "-IS"
 class Layout:
     """Where things are.
 
-    *etc* holds the administrator's files, *state* root's lasting ones, *run* what is gone at reboot, *log* the relay's.
+    *etc* holds the administrator's files, *state* the lasting ones, *run* what is gone at reboot, *log* the relay's.
     `embedded` is true in session mode, where one person's broker and relay start with the first shell and end with the last.
     """
 
@@ -73,6 +73,10 @@ class Layout:
         return f"{self.run}/broker.sock"
 
     @property
+    def launcher_socket(self) -> str:
+        return f"{self.run}/launcher.sock"
+
+    @property
     def relay_socket(self) -> str:
         return f"{self.run}/relay.sock"
 
@@ -88,12 +92,17 @@ class Layout:
     @property
     def addresses(self) -> str:
         """Which segment has which network and which card has which address, for good."""
-        return f"{self.state}/addresses.json"
+        return f"{self.state}/net/addresses.json"
+
+    @property
+    def broker_run(self) -> str:
+        """What the broker keeps for itself until the next reboot: its lock, what it found out about the host."""
+        return f"{self.run}/broker"
 
     @property
     def host_facts(self) -> str:
         """The acceleration probe's answer, good until the next reboot."""
-        return f"{self.run}/host.json"
+        return f"{self.broker_run}/host.json"
 
     @property
     def images(self) -> str:

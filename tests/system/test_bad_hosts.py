@@ -13,7 +13,7 @@ from vmshell.errors import EX_LIMIT, EX_NO_SUCH, EX_UNAVAILABLE, EX_USAGE, EX_VM
 pytestmark = [pytest.mark.system, pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(900)]
 
 QEMU = "/usr/bin/qemu-system-x86_64"
-FORGET_PROBE = "rm -f /run/vmshell/host.json; systemctl restart vmshell-broker"
+FORGET_PROBE = "rm -f /run/vmshell/broker/host.json; systemctl restart vmshell-broker"
 
 
 @pytest.fixture

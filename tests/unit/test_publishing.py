@@ -60,6 +60,7 @@ def crowd(context: Context, count: int) -> None:
     members = {f"m{number}": 5000 + number for number in range(count)}
     people(context, {"alice": 1001, "bob": 1002, **members}, {"staff": set(members)})
     segments = {f"users/{uid}/{name}": uid for name, uid in members.items()}
+    Path(context.layout.addresses).parent.mkdir(parents=True, exist_ok=True)
     Path(context.layout.addresses).write_text(json.dumps({"version": 1, "segments": segments, "cards": {}}))
     context.addresses.plan = Plan("10.0.0.0/8", "", 24)
     context.addresses.load()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from typing import TYPE_CHECKING
 
 from ..errors import NoAddress, StorageFailed
@@ -116,6 +117,7 @@ class Addresses:
         """Written first, then believed: what is not on disk would be given out twice."""
         saved = {"version": VERSION, "segments": segments, "cards": cards}
         with storage():
+            os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
             write_text(self._path, json.dumps(saved, indent=1) + "\n")
         self._segments, self._cards = segments, cards
 

@@ -185,7 +185,7 @@ class Machines:
 
     def autostart(self) -> None:
         """Once after the host's boot: start the VMs that are to start with it, if the policy still grants it."""
-        marker = f"{self._context.layout.run}/autostarted"
+        marker = f"{self._context.layout.broker_run}/autostarted"
         if os.path.exists(marker):
             return
         for vm in self._context.registry:

@@ -103,10 +103,11 @@ def _listener(layout: Layout) -> socket.socket:
 def _only_one(layout: Layout):  # type: ignore[no-untyped-def]
     """Two brokers over one state directory would start a VM twice: the second one ends here."""
     os.makedirs(layout.run, mode=0o755, exist_ok=True)
+    os.makedirs(layout.broker_run, mode=0o700, exist_ok=True)
     os.makedirs(layout.state, mode=0o700, exist_ok=True)
     if not layout.embedded:
         os.chmod(layout.run, 0o755)  # noqa: S103 - users must reach the socket; nothing in it is theirs to write
-    fd = os.open(f"{layout.run}/broker.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = os.open(f"{layout.broker_run}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
