@@ -18,6 +18,7 @@ from time import monotonic
 
 from vmshell import wire
 from vmshell.errors import Internal, ProtocolError, VmshellError, safe
+from vmshell.fields import request_id
 from vmshell.messages import (
     Confine,
     Health,
@@ -30,7 +31,6 @@ from vmshell.messages import (
     ToTapnet,
     Unplug,
     parse_to_tapnet,
-    request_id,
 )
 
 from .checks import check_port, check_segment, check_settings

@@ -1,8 +1,4 @@
-"""Every message between our processes: its fields, their types and ranges. Checked where it is made and where it arrives.
-
-A message class lists its fields once; building one, from keywords or from a packet, checks each of them, refuses unknown ones
-and fills in defaults. Nothing else in the program touches a packet's raw keys. (No `dataclasses`: importing it costs a login
-more than everything else here together.)
+"""Every message between our processes, and what a VM's states are called. What a message is made of: see `fields.py`.
 
     request   {"id": 7, "verb": "boot", "vm": "web1"}
     progress  {"id": 7, "progress": "waiting for 2 other boots"}     any number, then one of
@@ -15,21 +11,9 @@ Runs in: every process. Stdlib only, no I/O at import.
 
 from __future__ import annotations
 
-from .errors import BadValue, ProtocolError, UnknownVerb, safe
+from .errors import ProtocolError, UnknownVerb, safe
+from .fields import Message, bad, boolean, choice, field, integer, table, text
 from .names import INTERFACE_RULE, NUMBER_MAX, check_name, check_object, check_vm_ref, is_interface
-from .wire import INT_MAX
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any, Self, TypeVar, dataclass_transform
-
-    T = TypeVar("T")
-else:
-
-    def dataclass_transform(**_):
-        return lambda cls: cls
-
 
 # --- states, as they stand in records, in `list` and on the wire ------------------------------------------------------
 
@@ -63,61 +47,6 @@ WORDS = (
 
 # --- fields -----------------------------------------------------------------------------------------------------------
 
-_REQUIRED = object()
-
-
-class Field:
-    """One field: how a value is checked, and what it is when absent."""
-
-    __slots__ = ("check", "default")
-
-    def __init__(self, check: Callable[[object, str], object], default: object) -> None:
-        self.check = check
-        self.default = default
-
-
-def field(check: Callable[[object, str], T], *, default: Any = _REQUIRED) -> Any:
-    """Declare a field whose values *check(value, field_name)* returns or refuses with BadValue or BadName."""
-    return Field(check, default)
-
-
-def _bad(name: str, value: object, rule: str) -> BadValue:
-    return BadValue(field=name, value=safe(repr(value), 60), rule=rule)
-
-
-def integer(low: int, high: int) -> Callable[[object, str], int]:
-    def check(value: object, name: str) -> int:
-        # `type(...) is int`: True is an int to isinstance, and a quota is no place for it.
-        if type(value) is not int or not low <= value <= high:
-            raise _bad(name, value, f"a whole number from {low} to {high}")
-        return value
-
-    return check
-
-
-def text(limit: int) -> Callable[[object, str], str]:
-    def check(value: object, name: str) -> str:
-        if not isinstance(value, str) or len(value) > limit:
-            raise _bad(name, value, f"text of at most {limit} characters")
-        return value
-
-    return check
-
-
-def boolean(value: object, name: str) -> bool:
-    if type(value) is not bool:
-        raise _bad(name, value, "true or false")
-    return value
-
-
-def choice(*allowed: str) -> Callable[[object, str], str]:
-    def check(value: object, name: str) -> str:
-        if not isinstance(value, str) or value not in allowed:
-            raise _bad(name, value, f"one of {', '.join(allowed)}")
-        return value
-
-    return check
-
 
 def vm_ref(value: object, name: str) -> str:
     return check_vm_ref(value)
@@ -137,35 +66,29 @@ def object_name(value: object, name: str) -> str:
 
 def word_list(value: object, name: str) -> list[str]:
     if not isinstance(value, list) or len(value) > WORDS_MAX or not all(isinstance(word, str) for word in value):
-        raise _bad(name, value, f"a list of at most {WORDS_MAX} words")
+        raise bad(name, value, f"a list of at most {WORDS_MAX} words")
     return value
 
 
 def assignments(value: object, name: str) -> dict[str, str]:
     if not isinstance(value, dict) or len(value) > WORDS_MAX or not all(isinstance(word, str) for word in value.values()):
-        raise _bad(name, value, f"at most {WORDS_MAX} keys with a text each")
-    return value
-
-
-def body(value: object, name: str) -> dict[str, object]:
-    if not isinstance(value, dict):
-        raise _bad(name, value, "a request")
+        raise bad(name, value, f"at most {WORDS_MAX} keys with a text each")
     return value
 
 
 def openings(value: object, name: str) -> list[dict[str, object]]:
     if not isinstance(value, list) or len(value) > OPENINGS_MAX:
-        raise _bad(name, value, f"a list of at most {OPENINGS_MAX} openings")
+        raise bad(name, value, f"a list of at most {OPENINGS_MAX} openings")
     return [vars(Opening(**item)) if isinstance(item, dict) else _not_a_table(name, item) for item in value]
 
 
 def _not_a_table(name: str, value: object) -> dict[str, object]:
-    raise _bad(name, value, "a table")
+    raise bad(name, value, "a table")
 
 
 def numbers(value: object, name: str) -> list[int]:
     if not isinstance(value, list) or len(value) > NUMBERS_MAX or not all(type(item) is int and item >= 0 for item in value):
-        raise _bad(name, value, f"a list of at most {NUMBERS_MAX} numbers")
+        raise bad(name, value, f"a list of at most {NUMBERS_MAX} numbers")
     return value
 
 
@@ -174,21 +97,21 @@ def mac(value: object, name: str) -> str:
     octets = value.split(":") if isinstance(value, str) else []
     good = len(octets) == 6 and all(len(octet) == 2 and not octet.strip("0123456789abcdef") for octet in octets)
     if value != "" and not (good and not int(octets[0], 16) & 1):
-        raise _bad(name, value, "a MAC address like 06:00:00:00:00:2a")
+        raise bad(name, value, "a MAC address like 06:00:00:00:00:2a")
     return str(value)
 
 
 def address(value: object, name: str) -> str:
     """An IPv4 or IPv6 address, with `/PREFIX` where a network is meant, or nothing. Who uses it parses it."""
     if not isinstance(value, str) or len(value) > 49 or value.strip("0123456789abcdef.:/"):
-        raise _bad(name, value, "an address like 10.77.3.1")
+        raise bad(name, value, "an address like 10.77.3.1")
     return value
 
 
 def interface(value: object, name: str) -> str:
     """A network interface of the host, or nothing."""
     if not isinstance(value, str) or not (value == "" or is_interface(value)):
-        raise _bad(name, value, INTERFACE_RULE)
+        raise bad(name, value, INTERFACE_RULE)
     return value
 
 
@@ -198,54 +121,6 @@ OPENINGS_MAX = 256
 NUMBERS_MAX = 4096
 SHELF = "shelf"  # where a VM is named: the objects that belong to no VM
 NUMBER = integer(1, NUMBER_MAX)
-
-
-@dataclass_transform(kw_only_default=True, field_specifiers=(field,))
-class Message:
-    """The base: subclasses set `verb` and declare fields with `field()`."""
-
-    verb = ""
-    fds = 0  # how many descriptors come beside it
-    fields: dict[str, Field] = {}
-
-    def __init_subclass__(cls) -> None:
-        own = {name: value for name, value in vars(cls).items() if isinstance(value, Field)}
-        cls.fields = {**cls.fields, **own}
-        for name in own:
-            delattr(cls, name)
-
-    def __init__(self, **values: object) -> None:
-        for name, spec in self.fields.items():
-            if name in values:
-                setattr(self, name, spec.check(values.pop(name), name))
-            elif spec.default is _REQUIRED:
-                raise BadValue(field=name, value="missing", rule=f"{self.verb} needs it")
-            else:
-                setattr(self, name, spec.default)
-        if values:
-            raise BadValue(field=sorted(values)[0], value="not expected", rule=f"{self.verb} has no such field")
-
-    @classmethod
-    def from_body(cls, body: dict[str, object]) -> Self:
-        """Build the message from a packet's object, without its envelope."""
-        return cls(**{key: value for key, value in body.items() if key not in ("id", "verb")})
-
-    def to_body(self) -> dict[str, object]:
-        """The message as a packet's object: defaults left out."""
-        body: dict[str, object] = {"verb": self.verb}
-        for name, spec in self.fields.items():
-            value = getattr(self, name)
-            if spec.default is _REQUIRED or value != spec.default:
-                body[name] = value
-        return body
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.fields)})"
-
-
-def request_id(body: dict[str, object]) -> int:
-    """The number that ties a reply to its request."""
-    return integer(0, INT_MAX)(body.get("id", 0), "id")
 
 
 # --- shell → broker ---------------------------------------------------------------------------------------------------
@@ -402,7 +277,7 @@ class Explain(Request):
     """Would `request` be allowed, and by which rules? Nothing is done. `user`: for whom, if an administrator asks."""
 
     verb = "explain"
-    request: dict[str, object] = field(body)
+    request: dict[str, object] = field(table)
     user: str = field(text(64), default="")
 
 

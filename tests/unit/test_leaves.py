@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmshell import errors, messages, names
+from vmshell import errors, fields, messages, names
 from vmshell.errors import BadName, BadValue, UnknownVerb, VmshellError
 
 BAD_NAMES = [
@@ -155,4 +155,4 @@ def test_requests_go_there_and_back() -> None:
 def test_request_ids_are_numbers() -> None:
     for bad in ("1", -1, True, None, 1 << 60):
         with pytest.raises(VmshellError):
-            messages.request_id({"id": bad})
+            fields.request_id({"id": bad})

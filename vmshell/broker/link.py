@@ -15,7 +15,7 @@ from ..errors import ProtocolError, VmshellError, from_wire
 from .journal import note, unexpected
 
 if TYPE_CHECKING:
-    from ..messages import Message
+    from ..fields import Message
     from .loop import Loop, Timer
 
 Answered = Callable[[VmshellError | None, wire.Packet], None]

@@ -16,7 +16,8 @@ from collections.abc import Callable
 
 from .. import wire
 from ..errors import Internal, NotAllowed, ProtocolError, TooManyRequests, VmshellError
-from ..messages import parse_request, request_id
+from ..fields import request_id
+from ..messages import parse_request
 from . import journal
 from .access import Peer, authorise
 from .context import Context

@@ -14,6 +14,7 @@ from collections import deque
 
 from .. import messages, wire
 from ..errors import Internal, NotWatched, ProtocolError, QemuSilent, VmshellError
+from ..fields import request_id
 from .loop import GONE, IN, OUT
 from .orders import brings_fd
 from .vm import Kept, Vm
@@ -168,7 +169,7 @@ class Control:
     def on_packet(self, link: Link, packet: wire.Packet) -> None:
         number = 0
         try:
-            number = messages.request_id(packet.body)
+            number = request_id(packet.body)
             message = messages.parse_to_relay(packet.body)
             self._handlers[type(message)](message, packet, _Reply(link, number))
         except VmshellError as exc:
