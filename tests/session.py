@@ -110,7 +110,7 @@ class Session:
 
     def errors(self) -> str:
         """What broker and relay wrote for the administrator."""
-        names = ("broker.err", "relay.err")
+        names = ("broker.err", "relay.err", "launcher.err")
         return "".join(
             Path(self.layout.run, name).read_text("utf-8", "replace") for name in names if Path(self.layout.run, name).exists()
         )
@@ -189,7 +189,7 @@ class Session:
     def stop(self) -> None:
         """End everything: QEMUs, broker, relay; by the pids we know to be ours."""
         qemus = self.qemu_pids()
-        for pid in [*self.pids("broker"), *qemus, *self.pids("relay")]:
+        for pid in [*self.pids("broker"), *self.pids("launcher"), *qemus, *self.pids("relay")]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if self.broker is not None:

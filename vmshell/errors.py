@@ -349,6 +349,22 @@ class StartFailed(VmshellError):
     hint = "`info {vm}` keeps the reason; the administrator finds QEMU's own words in the VM's log"
 
 
+class LaunchRefused(VmshellError):
+    """the launcher refused it: {problem}"""
+
+    code = "launch-refused"
+    exit_status = EX_VM_FAILED
+    hint = "the administrator finds the same line in the journal of vmshell-launcher"
+
+
+class LauncherDown(VmshellError):
+    """the service that starts programs does not answer just now"""
+
+    code = "launcher-down"
+    exit_status = EX_UNAVAILABLE
+    hint = "running VMs go on; try again in a moment, then tell the administrator"
+
+
 class VmStopped(VmshellError):
     """{vm} stopped before that was done: {problem}"""
 

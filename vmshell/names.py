@@ -30,6 +30,10 @@ INTERFACE_RULE = f"a network interface's name is 1 to {INTERFACE_MAX} letters, d
 
 # A VM's number has six hex digits in tap names, three octets in MACs; from 0xb00000 on taps would be called like bridges.
 NUMBER_MAX = 0xAFFFFF
+UID_BASE = 2_100_000_000  # QEMU of VM number N runs as this plus N, unless the policy says another; jobs behind all of them
+JOBS_MAX = 64
+UID_BASES = range(65_537, (1 << 32) - 2 - NUMBER_MAX - JOBS_MAX)  # below are people, services and `nobody`
+CPU_MODELS = {"host": "", "qemu64": "qemu64,svm=off"}  # what there is without a policy: QEMU's -cpu text by name
 
 MIB = 1 << 20
 # What QEMU ships; its -k also opens a path, so only these ever reach it.
@@ -91,6 +95,11 @@ def format_size(size: int) -> str:
             whole = f"{size / scale:.1f}".removesuffix(".0")
             return f"{whole}{unit}"
     return str(size)
+
+
+def uids_of_jobs(base: int) -> range:
+    """The uids of helpers that are nobody's VM: behind those of all VMs."""
+    return range(base + NUMBER_MAX + 1, base + NUMBER_MAX + 1 + JOBS_MAX)
 
 
 def tap_name(number: int, nic: int) -> str:

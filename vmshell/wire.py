@@ -29,11 +29,9 @@ if TYPE_CHECKING:
 FRAME_MAX = 64 * 1024
 DEPTH_MAX = 16
 INT_MAX = 1 << 53
-FDS_MAX = 4
+FDS_MAX = 4  # descriptors beyond those asked for that are seen, and refused, one by one
 
 _UCRED = struct.Struct("iII")  # pid, uid, gid
-# Room for more descriptors than we take: then stray ones arrive, are seen and closed, and nothing is cut silently.
-_ANC_SIZE = _socket.CMSG_SPACE(FDS_MAX * 4 * 2)
 
 
 class Packet:
@@ -150,11 +148,13 @@ def send(sock: _socket.socket, body: dict[str, object], fds: tuple[int, ...] = (
 
 def recv(sock: _socket.socket, fds_allowed: int = 0) -> Packet | None:
     """Receive one packet; None when the peer has closed. Raises ProtocolError (descriptors already closed) and OSError."""
+    # Room for more descriptors than we take: then stray ones arrive, are seen and closed, and nothing is cut silently.
+    room = _socket.CMSG_SPACE((fds_allowed + FDS_MAX) * 4)
     try:
-        data, ancillary, flags, _ = sock.recvmsg(FRAME_MAX, _ANC_SIZE, _socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, flags, _ = sock.recvmsg(FRAME_MAX, room, _socket.MSG_CMSG_CLOEXEC)
     except ConnectionResetError:
         # A peer that closed without reading everything: the kernel says so before it gives out what that peer sent last.
-        data, ancillary, flags, _ = sock.recvmsg(FRAME_MAX, _ANC_SIZE, _socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, flags, _ = sock.recvmsg(FRAME_MAX, room, _socket.MSG_CMSG_CLOEXEC)
     fds: list[int] = []
     for level, kind, payload in ancillary:
         if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:

@@ -45,7 +45,7 @@ from vmshell.broker.loop import Loop
 from vmshell.layout import Layout
 from vmshell.model.catalogues import Network
 from vmshell.model.definition import Nic
-from vmshell.model.policy import HostPolicy, Policy
+from vmshell.model.policy import Policy
 
 missing = unable() or ("" if passt.available() else "passt is not installed")
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.skipif(bool(missing), reason=missing or "-")]
@@ -107,7 +107,7 @@ class Guest:
     """What QEMU would hold: the stream, with frames to send and those that came."""
 
     def __init__(self, space: Namespace, layout: Layout) -> None:
-        self.host = Recorder(HostPolicy(), embedded=True)
+        self.host = Recorder(embedded=True)
         context = Context(layout, Policy(), Loop(lambda exc: pytest.fail(str(exc))), self.host)
         card = Card(0, Nic(), Network(kind="user"), GUEST)
         self.sock = inside(space, lambda: socket.socket(fileno=passt.start_all(context, [card])[0]))

@@ -49,7 +49,7 @@ class Net:
         roots = {name: str(folder / name) for name in ("etc", "state", "run", "log")}
         for root in roots.values():
             os.makedirs(root)
-        host = Host(rules.host, embedded=False)
+        host = Host(embedded=False)
         host.systemd = False
         self.context = Context(Layout(**roots, embedded=False), rules, Loop(print), host)
         self.context.resolving.begin()

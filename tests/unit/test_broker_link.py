@@ -59,7 +59,7 @@ def test_a_service_that_reads_late_hears_everything_in_order(loop: Loop, short_t
         link = Told(loop, f"{short_tmp}/s")
         link.connect()
         descriptor = os.open(short_tmp, os.O_RDONLY)
-        link.request(Health(), lambda error, packet: None, descriptor)
+        link.request(Health(), lambda error, packet: None, (descriptor,))
         os.close(descriptor)  # the link has one of its own
         heard: list[int] = []
         brought: list[str] = []

@@ -35,7 +35,7 @@ from vmshell.errors import (
 )
 from vmshell.layout import Layout
 from vmshell.model.definition import Definition, Disk, Nic
-from vmshell.model.policy import HostPolicy, Policy
+from vmshell.model.policy import Policy
 from vmshell.model.shapes import Forward
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def test_an_image_file_is_opened_without_following_links(tmp_path: Path) -> None
 def context(registry: Registry) -> Context:
     """Of a session, with what *registry* holds."""
     loop = Loop(lambda exc: pytest.fail(str(exc)))
-    made = Context(registry._layout, Policy(), loop, Host(HostPolicy(), embedded=True))
+    made = Context(registry._layout, Policy(), loop, Host(embedded=True))
     made.registry = registry
     return made
 

@@ -24,7 +24,7 @@ from vmshell.errors import NetworkFailed, QemuSilent, RelayDown, StorageFailed, 
 from vmshell.layout import Layout
 from vmshell.messages import OFF, QUEUED, RUNNING, STARTING, STOPPING, Order
 from vmshell.model.definition import Definition, Nic
-from vmshell.model.policy import HostPolicy, parse
+from vmshell.model.policy import parse
 
 SILENT = QemuSilent(vm=1, what="it")
 
@@ -94,7 +94,7 @@ class Bench:
     def __init__(self, folder: Path, state: str, *nics: Nic) -> None:
         layout = Layout(**{name: f"{folder}/{name}" for name in ("etc", "state", "run", "log")}, embedded=True)
         policy = parse("[defaults]\nnics_max = 4\n", "policy.toml", session=True)
-        self.context = context = Context(layout, policy, Loop(lambda exc: None), Host(HostPolicy(), embedded=True))
+        self.context = context = Context(layout, policy, Loop(lambda exc: None), Host(embedded=True))
         self.relay, self.cabling = Relay(), Cabling()
         context.relay, context.networks = cast(Any, self.relay), self.cabling
         context.facts.known = True
@@ -367,7 +367,7 @@ def test_a_start_that_fails_leaves_no_cables(short_tmp: Path, monkeypatch: pytes
     def start(*arguments: object) -> None:
         raise trouble
 
-    monkeypatch.setattr(starter, "start", start)
+    monkeypatch.setattr(starter, "Start", start)
     bench = Bench(short_tmp, QUEUED)
     before = held()
     plug(bench)

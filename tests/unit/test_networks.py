@@ -79,13 +79,14 @@ def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Context
     layout = Layout(**roots, embedded=False)
     rules = parse(POLICY, "policy.toml")
     names = {"alice": 1001, "bob": 1002, "carol": 1003, "dave": 1004}
-    host = people(names, {"staff": {"bob", "dave"}})(rules.host, embedded=False)
+    host = people(names, {"staff": {"bob", "dave"}})(embedded=False)
 
     def raises(exc: BaseException) -> None:
         raise exc
 
     loop = Loop(raises)
     made = Context(layout, rules, loop, cast(Any, host))
+    made.addresses.load()
     host.systemd = False
     made.resolving.begin()
     yield made

@@ -23,9 +23,9 @@ from vmshell.broker.cards import Card
 from vmshell.broker.host import Host
 from vmshell.model.catalogues import Network
 from vmshell.model.definition import Nic
-from vmshell.model.policy import HostPolicy
 from vmshell.sieve.frames import HEAD, passes
 from vmshell.sieve.main import CHUNK, RUN, SENT_MAX, SPACER, SPACERS, Strainer
+from vmshell.spawn import python
 
 GUEST, ROUTER = "06:00:00:00:00:01", "52:54:00:00:00:99"
 OWN, OUTSIDE = "192.0.2.2", "198.51.100.7"
@@ -199,10 +199,10 @@ class Sieve:
         self.qemu, above = socket.socketpair()
         self.passt, below = socket.socketpair()
         self.errors, errors = os.pipe()
-        host = Host(HostPolicy(), embedded=True)
+        host = Host(embedded=True)
         with above, below:
             fds = {3: above.fileno(), 4: below.fileno()}
-            self.process = host.spawn(host.python("sieve", uid=host.job_uid()), fds, stderr=errors)
+            self.process = host.spawn(python("sieve"), fds, stderr=errors)
         os.close(errors)
         for sock in (self.qemu, self.passt):
             sock.settimeout(60)

@@ -49,9 +49,10 @@ def storage(*words: str, files: tuple[Path, ...] = (), flags: int = os.O_RDWR, f
     finally:
         for fd in fds:
             os.close(fd)
-    assert "Traceback" not in done.stderr
-    assert done.stderr.count("\n") == (1 if done.returncode else 0)
-    return done.returncode, done.stderr.strip()
+    assert done.stderr == ""
+    answer = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1 and answer["status"] == done.returncode
+    return done.returncode, answer.get("problem", "")
 
 
 def qemu_img(*words: str) -> str:
@@ -362,7 +363,7 @@ class Put:
         out, err = self.process.communicate(timeout=120)
         answer = json.loads(out)
         assert out.count(b"\n") == 1
-        assert err.decode() == (f"{answer['problem']}\n" if self.process.returncode else "")
+        assert err == b"" and answer.pop("status") == self.process.returncode
         if self.process.returncode:
             assert self.path.stat().st_size == 0
         else:
@@ -738,7 +739,7 @@ def test_without_a_cage_nothing_is_taken_in(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, *map(str, fds)]
     options = {"cwd": Path(PACKAGE_DIR).parent, "pass_fds": fds, "capture_output": True, "text": True, "timeout": 60}
     done = subprocess.run(command, check=False, **options)  # type: ignore[call-overload]
-    assert (done.returncode, done.stdout, done.stderr) == (3, '{"problem": "Invalid argument"}\n', "Invalid argument\n")
+    assert (done.returncode, done.stdout, done.stderr) == (3, '{"status": 3, "problem": "Invalid argument"}\n', "")
     assert theirs.recv(100) == frame(b"abc") + END
     assert file.stat().st_size == 0
     for fd in fds:

@@ -5,6 +5,7 @@ A stand-in for bwrap receives the whole line. It becomes the real bwrap, or play
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -112,11 +113,29 @@ class Stand:
 
     def __call__(self, layout: Layout, wanted: str = "auto", uid: int | None = None) -> dict[str, str]:
         started = time.monotonic()
-        found = {key: str(value) for key, value in answer(layout, wanted, uid, self.tools).items()}
+        with folder_of(layout) as folder:
+            found = {key: str(value) for key, value in answer(folder, wanted, uid, self.tools).items()}
         assert time.monotonic() - started < PROMISED
         assert set(found) - {"machines", "versions"} == {"accel", "problem", "qemu", "reason"}
         assert "\n" not in found["problem"] + found["reason"]
         return found
+
+
+@contextlib.contextmanager
+def folder_of(layout: Layout) -> Iterator[int]:
+    """The folder in which the probe may make its sockets."""
+    os.makedirs(layout.run, exist_ok=True)
+    fd = os.open(layout.run, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def with_folder(layout: Layout, *words: str) -> list[str]:
+    """*words* with the folder as descriptor 3."""
+    os.makedirs(layout.run, exist_ok=True)
+    return ["bash", "-c", 'exec 3<"$0" "$@"', layout.run, *words]
 
 
 @pytest.fixture
@@ -126,7 +145,7 @@ def stand(short_tmp: Path) -> Stand:
 
 def run(layout: Layout, *args: str, prefix: tuple[str, ...] = ()) -> dict[str, str]:
     """The probe as the broker starts it."""
-    words = [*prefix, PYTHON, "-IS", f"{PACKAGE_DIR}/__main__.py", "probe", layout.to_args(), *args]
+    words = with_folder(layout, *prefix, PYTHON, "-IS", f"{PACKAGE_DIR}/__main__.py", "probe", *args)
     done = subprocess.run(words, capture_output=True, timeout=60, check=True)
     assert done.stderr == b""
     found: dict[str, str] = json.loads(done.stdout)
@@ -163,7 +182,8 @@ def test_an_open_device_is_no_proof(layout: Layout, monkeypatch: pytest.MonkeyPa
     refused = []
     for model in (argv.CPU["kvm"], "host,arch-capabilities=off,vmx=off,svm=off", "qemu64,svm=off"):
         monkeypatch.setitem(argv.CPU, "kvm", model)
-        found = answer(layout, "auto", None, Tools(qemu=REAL_QEMU, bwrap=REAL_BWRAP))
+        with folder_of(layout) as folder:
+            found = answer(folder, "auto", None, Tools(qemu=REAL_QEMU, bwrap=REAL_BWRAP))
         assert found["problem"] == ""
         refused.append(found["accel"] == "tcg")
     # Two of a kind: a host's KVM runs guests or it does not; only `host` may fail on a register that the others leave alone.
@@ -220,10 +240,10 @@ def test_a_qemu_that_is_no_program(layout: Layout, stand: Stand) -> None:
     assert stand(layout)["problem"].startswith("QEMU cannot be started (")
 
 
-def test_a_run_directory_that_is_none(layout: Layout, stand: Stand) -> None:
-    Path(layout.run).write_text("", encoding="utf-8")
-    assert stand(layout)["problem"].startswith("no guest could be tried on this host (")
-    os.unlink(layout.run)
+def test_a_folder_that_is_none(stand: Stand) -> None:
+    with open(os.devnull, encoding="ascii") as nothing:
+        problem = str(answer(nothing.fileno(), "auto", None, stand.tools)["problem"])
+    assert problem.startswith("no guest could be tried on this host (")
 
 
 def test_a_qemu_that_ends_at_once(layout: Layout, stand: Stand) -> None:
@@ -299,9 +319,9 @@ def start(layout: Layout, stand: Stand) -> subprocess.Popen[bytes]:
         f"import sys; sys.path.insert(0, {TREE!r})\n"
         "from vmshell.probe.main import main\n"
         "from vmshell.probe.trial import Tools\n"
-        f"main([{layout.to_args()!r}], Tools(qemu={stand.tools.qemu!r}, bwrap={stand.tools.bwrap!r}, kvm='/dev/null'))\n"
+        f"main([], Tools(qemu={stand.tools.qemu!r}, bwrap={stand.tools.bwrap!r}, kvm='/dev/null'))\n"
     )
-    return subprocess.Popen([PYTHON, "-IS", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(with_folder(layout, PYTHON, "-IS", "-c", code), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 # A guest that has nothing to do and would stand there for ever, in place of KVM's.

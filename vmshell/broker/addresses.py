@@ -43,6 +43,7 @@ class Addresses:
 
     def load(self) -> None:
         """Raises StorageFailed if the file is damaged: addresses given out twice would be worse than none."""
+        os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
         try:
             saved = json.loads(read_text(self._path))
             if saved["version"] != VERSION:
@@ -117,7 +118,6 @@ class Addresses:
         """Written first, then believed: what is not on disk would be given out twice."""
         saved = {"version": VERSION, "segments": segments, "cards": cards}
         with storage():
-            os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
             write_text(self._path, json.dumps(saved, indent=1) + "\n")
         self._segments, self._cards = segments, cards
 

@@ -165,16 +165,34 @@ class Boots:
         context.registry.set_state(vm, STARTING)
         # Looked at again: a turn may be long in coming, and much can change meanwhile.
         opening.check_objects(context, vm, self._booted(live))
-        started = starter.start(context, vm, self._booted(live), images, overlays, cables)
+        live.launching = True
         try:
-            self._fleet.hold_outer(live, started.process)
-            context.registry.set_state(vm, STARTING)  # again, with the pid: a new broker finds QEMU by it
-            os.write(started.gate, b"g")
-            self._fleet.watch(live, started.errors)
-        finally:
-            os.close(started.errors)
-            os.close(started.gate)
+            starter.Start(context, live, self._booted(live), images, overlays, cables, self._launched)
+        except BaseException:
+            live.launching = False
+            raise
         self.bound(live)
+
+    def _launched(self, live: Live, error: VmshellError | None, started: starter.Started | None) -> None:
+        """The launcher has answered. Whoever killed the VM meanwhile waits for what was started to end."""
+        live.launching = False
+        if started is None:
+            if live.asked == "kill" or live.error:
+                self._endings.end_now(live)
+            else:
+                self._step(live, lambda live: None, error)
+            return
+        live.launched = True
+        self._fleet.hold_outer(live, started.process)
+        if live.vm.state != STARTING or live.asked == "kill" or live.error:
+            self._endings.end_now(live)
+            return
+        self._step(live, lambda live: self._begin(live, started))
+
+    def _begin(self, live: Live, started: starter.Started) -> None:
+        self._context.registry.set_state(live.vm, STARTING)  # again, with the pid: a new broker finds QEMU by it
+        os.write(started.barrier, b"g")
+        self._fleet.watch(live, started.errors)
 
     def bound(self, live: Live) -> None:
         """Give a start its time, and no more."""

@@ -18,6 +18,7 @@ from .host import Host
 from .images import Images
 from .jobs import Jobs
 from .journal import by_user, note
+from .launcherlink import LauncherLink
 from .loop import Loop
 from .machine import Machines
 from .networks import Networks
@@ -35,6 +36,7 @@ class Context:
     loop: Loop
     host: Host
     registry: Registry = field(init=False)
+    launcher: LauncherLink = field(init=False)
     jobs: Jobs = field(init=False)
     facts: Facts = field(init=False)
     images: Images = field(init=False)
@@ -48,9 +50,10 @@ class Context:
 
     def __post_init__(self) -> None:
         self.registry = Registry(self.layout)
-        self.jobs = Jobs(self.loop, self.host)
-        self.facts = Facts(self.jobs, self.host, self.layout, self.policy.host)
-        self.images = Images(self.jobs, self.host, self.layout)
+        self.launcher = LauncherLink(self.loop, self.host, self.layout)
+        self.jobs = Jobs(self.loop, self.host, self.launcher)
+        self.facts = Facts(self.jobs, self.layout, self.policy.host)
+        self.images = Images(self.jobs, self.layout)
         self.machines = Machines(self)
         places = self.policy.host.boots_at_once or os.cpu_count() or 1
         self.admission = Admission(self.loop, places, self.machines.qemu_pid)
@@ -94,7 +97,7 @@ class Context:
         """Delete a folder of ours in a job, its VM's addresses given back; what is interrupted is found at the next start."""
         what = folder
 
-        def done(status: int, output: str) -> None:
+        def done(status: int) -> None:
             if status:
                 note("delete-failed", folder=folder, status=status)
 
@@ -106,7 +109,7 @@ class Context:
             note("release-failed", folder=folder, problem=exc)
             self.loop.after(DELETE_AGAIN, lambda: self.delete_later(folder))
         try:
-            self.jobs.start(["rm", "-rf", "--one-file-system", "--", what], {}, done)
+            self.jobs.own(["rm", "-rf", "--one-file-system", "--", what], done)
         except OSError as exc:
             note("delete-failed", folder=folder, problem=exc)
 

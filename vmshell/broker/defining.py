@@ -11,12 +11,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import BadName, BadValue, StorageFailed, VmBusy, VmshellError, WrongState
+from ..launcher_messages import STORAGE
 from ..messages import ALIVE, CREATING, FAILED, OFF, QUEUED, SHELF, Change, Define, DiskAdd, New
 from ..model import definition as definitions
 from ..model.decide import Verdict, apply_fixed, decide, refuse
 from ..model.definition import Definition, Disk, Nic
 from ..model.values import split_ref
 from ..names import MIB, NAME_MAX, format_size
+from ..spawn import FIRST_FD
 from . import live, opening
 from .journal import by_user
 from .objects import FILE, Object, Store, mebibytes
@@ -250,7 +252,7 @@ def make_objects(context: Context, store: Store, makes: Makes, done: Done) -> No
             return
         name, made = remaining.pop(0)
 
-        def ended(status: int, output: str) -> None:
+        def ended(status: int, answer: object) -> None:
             try:
                 if status:
                     raise StorageFailed(problem="the disk is full" if status == 2 else "the new disk cannot be written")
@@ -273,7 +275,7 @@ def make_objects(context: Context, store: Store, makes: Makes, done: Done) -> No
     step()
 
 
-def blank(context: Context, path: str, made: Object, ended: Callable[[int, str], None]) -> None:
+def blank(context: Context, path: str, made: Object, ended: Callable[[int, object], None]) -> None:
     """Make an empty disk at *path*: a hole, or a qcow2 file by a job; raises OSError."""
     assert made.format != FILE
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
@@ -281,10 +283,9 @@ def blank(context: Context, path: str, made: Object, ended: Callable[[int, str],
     try:
         if made.format == "raw":
             os.ftruncate(fd, made.size)
-            context.loop.after(0, lambda: ended(0, ""))
+            context.loop.after(0, lambda: ended(0, {}))
         else:
-            command = context.host.python("storage", "create", str(made.size), uid=context.host.job_uid())
-            context.jobs.start(command, {3: fd}, ended)
+            context.jobs.start(STORAGE, ["create", str(made.size)], {FIRST_FD: fd}, ended)
     finally:
         os.close(fd)
 

@@ -6,7 +6,6 @@ Runs in: the broker.
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -91,7 +90,7 @@ class Endings:
 
     def end_now(self, live: Live) -> None:
         """End whatever exists of *live*, without asking anybody."""
-        if live.outer is None and live.qemu is None:
+        if live.outer is None and live.qemu is None and not live.launching:
             self._finish(live)
         else:
             self._kill(live)
@@ -136,19 +135,15 @@ class Endings:
         if live.qemu is None:
             self._kill(live)
             return
-        live.qemu.signal(signal.SIGTERM)
+        self._fleet.end(live, kill=False)
         self._context.loop.after(QUIT_TIMEOUT, lambda: None if live.ending else self._kill(live))
 
     def _kill(self, live: Live) -> None:
-        """Kill QEMU and its jail. The outer process is stopped first, so that it cannot start QEMU behind our back."""
+        """Kill QEMU and its jail. What is only just being started is killed once there is something to kill."""
         if live.vm.state in ALIVE:
             self._stopping(live)
-        if live.qemu is None and live.outer is not None:
-            live.outer.signal(signal.SIGSTOP)
-            self._fleet.find_qemu(live)
-        for process in (live.qemu, live.outer):
-            if process is not None:
-                process.signal(signal.SIGKILL)
+        if not live.launching:
+            self._fleet.end(live, kill=True)
 
     def _stopping(self, live: Live) -> None:
         """Written before the act; but no full disk keeps a plug in (the journal has its reason)."""
@@ -160,13 +155,17 @@ class Endings:
     # --- afterwards ---------------------------------------------------------------------------------------------------
 
     def _qemu_is_gone(self, live: Live) -> None:
-        """The relay first delivers what the guest said last; then the state is written and all who wait hear it."""
+        """The relay first delivers what the guest said last, the launcher says the exit status; then all who wait hear it."""
+        waiting = {"relay", *(["launcher"] if live.launched and live.status is None else [])}
 
-        def delivered(error: VmshellError | None = None) -> None:
-            self._finish(live)
+        def heard(who: str) -> None:
+            waiting.discard(who)
+            if not waiting:
+                self._finish(live)
 
-        self._context.loop.after(FORGET_TIMEOUT, delivered)
-        self._context.relay.send(Forget(number=live.vm.number, reason=live.why_it_ends()), delivered)
+        live.on_status = lambda: heard("launcher")
+        self._context.loop.after(FORGET_TIMEOUT, lambda: self._finish(live))
+        self._context.relay.send(Forget(number=live.vm.number, reason=live.why_it_ends()), lambda error: heard("relay"))
 
     def _finish(self, live: Live) -> None:
         """Once for each run: whatever comes after that finds the VM off, or in its next run."""

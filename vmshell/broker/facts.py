@@ -5,14 +5,17 @@ Runs in: the broker (the probe itself is a process of its own, without rights).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 
+from ..launcher_messages import PROBE
 from ..layout import Layout
 from ..model.policy import HostPolicy
-from .host import Host
+from ..spawn import FIRST_FD
 from .jobs import Jobs
 from .journal import note
 from .vms import boot_id
@@ -24,9 +27,8 @@ QEMU = "/usr/bin/qemu-system-x86_64"
 class Facts:
     """`problem` is empty or the one sentence why no VM can run here; `reason` says why `accel` is what it is."""
 
-    def __init__(self, jobs: Jobs, host: Host, layout: Layout, policy: HostPolicy) -> None:
+    def __init__(self, jobs: Jobs, layout: Layout, policy: HostPolicy) -> None:
         self._jobs = jobs
-        self._host = host
         self._layout = layout
         self._policy = policy
         self._waiting: list[Callable[[], None]] = []
@@ -55,23 +57,25 @@ class Facts:
             self._believe(cached)
             return
         self._probing = True
-        uid = self._host.probe_uid()
-        arguments = ["probe", self._layout.to_args(), self._policy.accel, *([str(uid)] if uid is not None else [])]
+        folder = f"{self._layout.broker_run}/probe"
         try:
-            # The probe itself keeps our rights: it must put its guests into the same jail that VMs get.
-            self._jobs.start(self._host.python(*arguments, uid=None), {}, self._probed)
+            with contextlib.ExitStack() as stack:
+                # The probe has a uid of its own, and its guests' sockets need a place: a folder that only who holds it comes to.
+                shutil.rmtree(folder, ignore_errors=True)
+                os.mkdir(folder)
+                os.chmod(folder, 0o777)  # noqa: S103 - the folder around it lets nobody in
+                fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                stack.callback(os.close, fd)
+                self._jobs.start(PROBE, [self._policy.accel], {FIRST_FD: fd}, self._probed)
         except OSError as exc:
             self._probing = False
             self._believe({"problem": f"the host cannot be looked at ({exc.strerror})"})
 
-    def _probed(self, status: int, output: str) -> None:
+    def _probed(self, status: int, answer: dict[str, object]) -> None:
         self._probing = False
-        try:
-            answer = json.loads(output)
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
-            self._believe({"problem": f"the look at this host failed (exit status {status})"})
+        shutil.rmtree(f"{self._layout.broker_run}/probe", ignore_errors=True)
+        if status:
+            self._believe({"problem": "the look at this host failed; the journal of vmshell-launcher may say why"})
             return
         if answer.get("accel") in ("kvm", "tcg") and not answer.get("problem"):
             self._store(answer)  # first: whoever waits for the answer may look for it there

@@ -6,6 +6,7 @@ Runs in: the broker.
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -36,10 +37,19 @@ class Live:
         self.asked = ""  # "shutdown", "kill" or "reboot", once somebody asked for the end
         self.guest_ended = False
         self.error: VmshellError | None = None  # why its boot failed
-        self.status: int | None = None
+        self.launched = False  # by a launcher that will say its exit status
+        self.status: int | None = None  # its jail's exit status, once the launcher has said it
+        self.on_status: Callable[[], None] | None = None
+        self.launching = False  # the launcher was asked for it and has not answered
         self.ending = False
         self.button: Timer | None = None  # when its power button is pressed again
         self.patience: list[Timer] = []  # of those who wait for its end
+
+    def has_status(self, status: int) -> None:
+        """The launcher says how its jail has ended."""
+        self.status = status
+        if self.on_status:
+            self.on_status()
 
     def why_it_ends(self) -> str:
         if self.guest_ended:
@@ -94,6 +104,25 @@ class Fleet:
             raise WrongState(vm=vm.ref, state=vm.state, verb=verb, needed="running")
         return live
 
+    def end(self, live: Live, *, kill: bool) -> None:
+        """Ask a run's processes to end, which lets QEMU flush its disks, or *kill* them."""
+        context, number = self._context, live.vm.number
+        if not context.layout.embedded:
+            (context.launcher.kill if kill else context.launcher.terminate)(number)
+        elif kill:
+            self._kill(live)
+        elif live.qemu is not None:
+            live.qemu.signal(signal.SIGTERM)
+
+    def _kill(self, live: Live) -> None:
+        """Kill what a session holds. The outer process is stopped first, so that it cannot start QEMU behind our back."""
+        if live.qemu is None and live.outer is not None:
+            live.outer.signal(signal.SIGSTOP)
+            self.find_qemu(live)
+        for process in (live.qemu, live.outer):
+            if process is not None:
+                process.signal(signal.SIGKILL)
+
     # --- its processes ------------------------------------------------------------------------------------------------
 
     def hold_outer(self, live: Live, process: Process) -> None:
@@ -120,9 +149,8 @@ class Fleet:
         if live.outer is None:
             return
         self._context.loop.unwatch(live.outer.pidfd)
-        status = live.outer.reap()
+        live.outer.reap()
         live.outer = None
-        live.status = status if live.status is None else live.status
         if live.qemu is None:
             self._ended(live)
 

@@ -1,32 +1,25 @@
-"""Every privileged act of the broker, each a few lines: open, listen, spawn, signal, look at a process.
+"""What the broker does on the host itself, each a few lines: open, listen, start its own children, look at a process.
 
-What root opens here is always a path the broker made itself (R1); a descriptor is opened first and judged after (R2). Processes
-are held by pidfd, never by a bare number (R10).
+What it opens here is always a path that it made itself (R1); a descriptor is opened first and judged after (R2). Processes are
+held by pidfd, never by a bare number (R10).
 Runs in: the broker.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import grp
 import os
 import pwd
 import signal
 import socket
 import stat
-import sys
 from collections.abc import Mapping, Sequence
 
+from .. import spawn
 from ..errors import StorageFailed
-from ..layout import PACKAGE_DIR, PYTHON_FLAGS
-from ..model.policy import HostPolicy
 
 RELAY_USER = "vmshell-relay"
-_ENV = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
-# Python ignores SIGPIPE and a supervisor may block signals; a child starts as if from a clean login.
-_RESET = [signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD, signal.SIGXFSZ]
-_FIRST_SPARE_FD = 100
 _LOOPBACK6 = "00000000000000000000000001000000"  # as /proc/net writes it
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -37,8 +30,8 @@ class Process:
 
     __slots__ = ("child", "pid", "pidfd", "ticks")
 
-    def __init__(self, pid: int, *, child: bool) -> None:
-        self.pidfd = os.pidfd_open(pid)
+    def __init__(self, pid: int, *, child: bool, pidfd: int = -1) -> None:
+        self.pidfd = pidfd if pidfd >= 0 else os.pidfd_open(pid)
         self.pid = pid
         self.child = child
         self.ticks = start_ticks(pid)
@@ -60,34 +53,14 @@ class Process:
 
 
 class Host:
-    """`apart`: QEMU gets a uid per VM, for we are root. In session mode relay and jobs are oneself, also when that is root."""
+    """`apart`: every QEMU has a uid of its own. In session mode relay and jobs are oneself, also when that is root."""
 
-    def __init__(self, policy: HostPolicy, *, embedded: bool) -> None:
-        self._policy = policy
-        self.apart = os.geteuid() == 0
-        self.systemd = self.apart and not embedded and os.path.isdir("/run/systemd/system")
+    def __init__(self, *, embedded: bool) -> None:
+        self.apart = not embedded or os.geteuid() == 0
+        self.systemd = not embedded and os.path.isdir("/run/systemd/system")
         self.taps = not embedded  # is there a tapnet to make some?
-        self._helpers_apart = self.apart and not embedded
         # Its group by the account, never by the uid's number: that number may be the group of somebody else.
-        self._relay_gid = _relay_gid() if self._helpers_apart else None
-
-    def vm_uid(self, number: int) -> int | None:
-        return self._policy.uid_base + number if self.apart else None
-
-    def job_uid(self) -> int | None:
-        """The uid of a helper that touches only its descriptors; None: ours."""
-        return self._policy.job_uid if self._helpers_apart else None
-
-    def probe_uid(self) -> int | None:
-        """The uid of the probe's guests, which are QEMUs like any other."""
-        return self._policy.job_uid if self.apart else None
-
-    def strays(self, number: int) -> list[Process]:
-        """What runs under VM *number*'s own uid: the jail that a killed broker had started and not yet written down.
-
-        In session mode nothing tells such a process from one's others: there it stays, waiting, without ever becoming QEMU.
-        """
-        return processes_of(self._policy.uid_base + number) if self._helpers_apart else []
+        self._relay_gid = None if embedded else _relay_gid()
 
     # --- files and sockets --------------------------------------------------------------------------------------------
 
@@ -182,28 +155,8 @@ class Host:
     # --- processes ----------------------------------------------------------------------------------------------------
 
     def spawn(self, argv: Sequence[str], fds: Mapping[int, int], *, stdout: int = -1, stderr: int = -1) -> Process:
-        """Start *argv* in a session of its own with exactly the descriptors *fds* (number there → number here), stdin closed off.
-
-        Everything else we hold is close-on-exec. Raises OSError when the program cannot be started.
-        """
-        with contextlib.ExitStack() as stack:
-            null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-            stack.callback(os.close, null)
-            actions = []
-            for target, source in {0: null, 1: null if stdout < 0 else stdout, 2: null if stderr < 0 else stderr, **fds}.items():
-                # Two steps, so that no target number is also a source that a later dup2 still needs.
-                spare = fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, _FIRST_SPARE_FD)
-                stack.callback(os.close, spare)
-                actions.append((os.POSIX_SPAWN_DUP2, spare, target))
-            pid = os.posix_spawnp(argv[0], list(argv), _ENV, file_actions=actions, setsid=True, setsigmask=[], setsigdef=_RESET)
-        return Process(pid, child=True)
-
-    def python(self, *arguments: str, uid: int | None) -> list[str]:
-        """The command of one of our own unprivileged helpers: isolated interpreter, no privileges, no way to new ones."""
-        jail = ["setpriv", "--no-new-privs", "--inh-caps=-all"]
-        if uid is not None:
-            jail += [f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--bounding-set=-all"]
-        return [*jail, "--", sys.executable, PYTHON_FLAGS, f"{PACKAGE_DIR}/__main__.py", *arguments]
+        """Start a child of our own, with our own rights, which are none; raises OSError when it cannot be started."""
+        return Process(spawn.spawn(argv, fds, stdout=stdout, stderr=stderr), child=True)
 
 
 def _relay_gid() -> int:
@@ -232,23 +185,6 @@ def same_process(pid: object, ticks: object) -> Process | None:
         return process
     process.reap()
     return None
-
-
-def processes_of(uid: int) -> list[Process]:
-    """Every process whose real uid is *uid*."""
-    found = []
-    for entry in os.listdir("/proc"):
-        # One that ends meanwhile is what we wanted of it anyway.
-        with contextlib.suppress(OSError):
-            if entry.isdecimal() and _real_uid(entry) == uid:
-                found.append(Process(int(entry), child=False))
-    return found
-
-
-def _real_uid(pid: str) -> int:
-    # Not the owner of /proc/PID: that is root for processes that may not be dumped.
-    with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("Uid:"))
 
 
 def start_ticks(pid: int) -> int:

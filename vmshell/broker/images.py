@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from ..errors import ImageDamaged, VmshellError
+from ..launcher_messages import STORAGE
 from ..layout import Layout
 from . import catalogue
 from .catalogue import Image
-from .host import Host
 from .jobs import Jobs
 
 Done = Callable[[VmshellError | None], None]
@@ -22,9 +22,8 @@ _Stamp = tuple[int, int, int, str]
 
 
 class Images:
-    def __init__(self, jobs: Jobs, host: Host, layout: Layout) -> None:
+    def __init__(self, jobs: Jobs, layout: Layout) -> None:
         self._jobs = jobs
-        self._host = host
         self._layout = layout
         self._whole: set[_Stamp] = set()
 
@@ -62,8 +61,8 @@ class Images:
                 if not fds:
                     done(None)
                     return
-                command = self._host.python("storage", "verify", *(stamp[3] for stamp in stamps), uid=self._host.job_uid())
-                self._jobs.start(command, fds, lambda status, output: self._verified(image, stamps, status, done))
+                words = ["verify", *(stamp[3] for stamp in stamps)]
+                self._jobs.start(STORAGE, words, fds, lambda status, answer: self._verified(image, stamps, status, done))
         except OSError as exc:
             done(ImageDamaged(image=image.name, problem=f"its files cannot be checked ({exc.strerror})"))
         except VmshellError as exc:

@@ -1,49 +1,140 @@
-"""Whatever takes long runs as a job: a short-lived process of its own, whose end calls back. The loop never waits for it.
+"""Whatever takes long runs as a job: a short-lived process, started by the launcher, whose answer calls back.
 
+A job's answer is the last line of what it prints, and it is over when nobody holds the other end of its output any more: nobody
+may be left to read an exit status. So a job outlives the launcher that started it, and one that never started is known by having
+said nothing.
 Runs in: the broker.
 """
 
 from __future__ import annotations
 
+import json
 import os
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from .host import Host, Process
+from ..errors import LauncherDown, VmshellError
+from ..names import JOBS_MAX
+from ..spawn import FIRST_FD
+from .host import Host
+from .journal import note
+from .launcherlink import LauncherLink
 from .loop import Loop
 
-OUTPUT_MAX = 4096
-Done = Callable[[int, str], None]  # exit status, first bytes of standard output
+OUTPUT_MAX = 1 << 16
+AGAIN = 0.2  # seconds between two tries, while there is no launcher
+FAILED = 3  # the status of a job that said nothing, or that could not be started
+Done = Callable[[int, dict[str, Any]], None]  # its status, 0 if it is done; everything it answered
 
 
 class Jobs:
-    def __init__(self, loop: Loop, host: Host) -> None:
+    """At most as many at a time as there are uids for them; the others wait their turn."""
+
+    def __init__(self, loop: Loop, host: Host, launcher: LauncherLink) -> None:
         self._loop = loop
         self._host = host
+        self._launcher = launcher
+        self._waiting: deque[_Job] = deque()
         self.running = 0
 
-    def start(self, argv: Sequence[str], fds: Mapping[int, int], done: Done) -> Process:
-        """Start *argv* and call `done(status, output)` when it has ended. Raises OSError when it cannot be started."""
-        read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            process = self._host.spawn(argv, fds, stdout=write_end, stderr=2)
-        except BaseException:
-            os.close(read_end)
-            raise
-        finally:
-            os.close(write_end)
-        self.running += 1
-        self._loop.watch(process.pidfd, lambda: self._ended(process, read_end, done))
-        return process
+    def start(self, kind: str, words: Sequence[str], fds: Mapping[int, int], done: Done) -> None:
+        """Start a job with *fds*, numbered from 3 (they stay open here); `done(status, answer)` is called once."""
+        assert list(fds) == list(range(FIRST_FD, FIRST_FD + len(fds)))
+        job = _Job(self._loop, self._launcher, kind, list(words), [os.dup(fd) for fd in fds.values()], self._over(done))
+        self._waiting.append(job)
+        self._admit()
 
-    def _ended(self, process: Process, read_end: int, done: Done) -> None:
-        self.running -= 1
-        self._loop.unwatch(process.pidfd)
-        status = process.reap()
+    def own(self, argv: Sequence[str], done: Callable[[int], None]) -> None:
+        """Start a child of our own; `done(status)` when it has ended. Raises OSError when it cannot be started."""
+        process = self._host.spawn(argv, {}, stderr=2)
+        self.running += 1
+
+        def ended() -> None:
+            self.running -= 1
+            self._loop.unwatch(process.pidfd)
+            done(process.reap() or 0)
+
+        self._loop.watch(process.pidfd, ended)
+
+    def _over(self, done: Done) -> Done:
+        def over(status: int, answer: dict[str, Any]) -> None:
+            self.running -= 1
+            self._admit()
+            done(status, answer)
+
+        return over
+
+    def _admit(self) -> None:
+        while self._waiting and self.running < JOBS_MAX:
+            self.running += 1
+            self._waiting.popleft().begin()
+
+
+class _Job:
+    """One job on its way: asked for, started, heard out."""
+
+    def __init__(self, loop: Loop, launcher: LauncherLink, kind: str, words: list[str], fds: list[int], done: Done) -> None:
+        self._loop = loop
+        self._launcher = launcher
+        self._kind = kind
+        self._words = words
+        self._fds = fds
+        self._done = done
+        self._output = b""
+        self._reader = -1
+        self._lost = False  # the launcher went away before it said whether the job was started
+        self._answers = 2  # of the launcher's, and the end of the output
+
+    def begin(self) -> None:
+        self._lost, self._answers = False, 2
+        self._reader, writer = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._reader, False)
+        self._loop.watch(self._reader, self._hear)
         try:
-            # What the job printed waits in the pipe; a job that printed more than fits has been killed by it, which is fine.
-            output = os.read(read_end, OUTPUT_MAX).decode("utf-8", "replace")
-        except BlockingIOError:
-            output = ""
+            self._launcher.job(self._kind, self._words, (*self._fds, writer), self._answered)
         finally:
-            os.close(read_end)
-        done(1 if status is None else status, output)
+            os.close(writer)
+
+    def _answered(self, error: VmshellError | None) -> None:
+        if isinstance(error, LauncherDown):
+            self._lost = True
+        elif error:
+            note("job-refused", kind=self._kind, problem=error)
+        self._one_less()
+
+    def _hear(self) -> None:
+        try:
+            data = os.read(self._reader, OUTPUT_MAX)
+        except BlockingIOError:
+            return
+        if data and len(self._output) < OUTPUT_MAX:
+            self._output += data
+        if data:
+            return
+        self._loop.unwatch(self._reader)
+        os.close(self._reader)
+        self._one_less()
+
+    def _one_less(self) -> None:
+        self._answers -= 1
+        if self._answers:
+            return
+        if self._lost and not self._output:
+            self._loop.after(AGAIN, self.begin)
+            return
+        for fd in self._fds:
+            os.close(fd)
+        answer = _last_line(self._output)
+        status = answer.get("status", 0)
+        self._done(status if type(status) is int else FAILED, answer)
+
+
+def _last_line(output: bytes) -> dict[str, Any]:
+    """What the last line of a job's output says; `{"status": 3}` if it says nothing that could be understood."""
+    lines = output.decode("utf-8", "replace").strip().splitlines()
+    try:
+        answer = json.loads(lines[-1]) if lines else None
+    except ValueError:
+        answer = None
+    return answer if isinstance(answer, dict) else {"status": FAILED}

@@ -5,15 +5,16 @@ Runs in: the broker. What a user sends is read by a job without rights; only siz
 
 from __future__ import annotations
 
-import json
 import os
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ObjectInUse, StorageFailed, TooManyRequests, UploadRefused, VmBusy, VmshellError, WrongState
+from ..launcher_messages import STORAGE
 from ..messages import ALIVE, SHELF, DiskAdd, Drop, Objects, Put
 from ..model.decide import Usage, fits
 from ..names import MIB
+from ..spawn import FIRST_FD
 from . import defining, opening
 from .journal import by_user
 from .objects import Object, Store, mebibytes
@@ -97,7 +98,7 @@ def handle_put(context: Context, call: Call, request: Put, vm: Vm | None = None)
         path = store.begin(request.object, Object(request.format, 0))
         context.uploads.add(uid)
         try:
-            _start(context, path, request, room, fd, lambda status, output: ended(status, output))
+            _start(context, path, request, room, fd, lambda status, answer: ended(status, answer))
         except OSError as exc:
             context.uploads.discard(uid)
             store.give_up(request.object)
@@ -105,10 +106,10 @@ def handle_put(context: Context, call: Call, request: Put, vm: Vm | None = None)
     finally:
         os.close(fd)
 
-    def ended(status: int, output: str) -> None:
+    def ended(status: int, answer: dict[str, Any]) -> None:
         context.uploads.discard(uid)
         try:
-            made = _made(request, ref, status, output)
+            made = _made(request, ref, status, answer)
             gone = vm is not None and context.registry.get(vm.uid, vm.name) is not vm
             if gone:
                 raise UploadRefused(object=ref, problem="its VM was deleted meanwhile")
@@ -129,21 +130,17 @@ def _start(context: Context, path: str, request: Put, room: int, fd: int, ended:
         if request.format in READ_ONLY:
             # QEMU opens these anew under its own uid; the folder above lets nobody else come near.
             os.fchmod(file, 0o444)
-        command = context.host.python("storage", "put", request.format, str(room * MIB), uid=context.host.job_uid())
-        context.jobs.start(command, {3: file, 4: fd}, ended)
+        words = ["put", request.format, str(room * MIB)]
+        context.jobs.start(STORAGE, words, {FIRST_FD: file, FIRST_FD + 1: fd}, ended)
     finally:
         os.close(file)
 
 
-def _made(request: Put, ref: str, status: int, output: str) -> Object:
+def _made(request: Put, ref: str, status: int, answer: dict[str, Any]) -> Object:
     """What the job says it has made; raises what it refused for."""
     if status == 2:
         raise StorageFailed(problem="the disk is full")
-    try:
-        answer = json.loads(output)
-        size, problem = answer.get("size"), answer.get("problem")
-    except (ValueError, AttributeError):
-        size, problem = None, None
+    size, problem = answer.get("size"), answer.get("problem")
     if status or type(size) is not int or size <= 0:
         raise UploadRefused(object=ref, problem=problem if isinstance(problem, str) else f"the upload failed (status {status})")
     return Object(request.format, size)

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING
 
 from .. import wire
 from ..errors import ProtocolError, VmshellError, from_wire
+from ..spawn import FIRST_FD, python
 from .journal import note, unexpected
 
 if TYPE_CHECKING:
     from ..fields import Message
+    from ..layout import Layout
+    from .host import Host
     from .loop import Loop, Timer
 
 Answered = Callable[[VmshellError | None, wire.Packet], None]
@@ -36,25 +39,29 @@ class Link:
         self._on_connect = on_connect
         self._sock: wire.Socket | None = None
         self._connecting = False
-        self._unsent: deque[tuple[dict[str, object], int]] = deque()
+        self._unsent: deque[tuple[dict[str, object], tuple[int, ...]]] = deque()
         self._waiting: dict[int, Answered] = {}
         self._last_id = 0
         self._again_after = _AGAIN_FIRST
         self._again: Timer | None = None
         self._closed = False
 
-    def request(self, message: Message, answered: Answered, fd: int = -1) -> None:
-        """Send *message*, with *fd* beside it (it stays open here). `answered(error, packet)` is called once, perhaps at once."""
+    def request(self, message: Message, answered: Answered, fds: tuple[int, ...] = ()) -> int:
+        """Send *message*, with *fds* beside it (they stay open here); return its number.
+
+        `answered(error, packet)` is called once, perhaps at once.
+        """
         ident = self._last_id = self._last_id + 1
         try:
             if self._sock is None:
                 self._connect()
-            self._send({"id": ident, **message.to_body()}, fd)
+            self._send({"id": ident, **message.to_body()}, fds)
         except OSError as exc:
             self._lost(str(exc))
             answered(self.down(), wire.Packet({}, []))
-            return
+            return ident
         self._waiting[ident] = answered
+        return ident
 
     def connect(self) -> None:
         """Connect if need be; keeps trying until it works."""
@@ -99,27 +106,27 @@ class Link:
         if self._sock is None:
             raise ConnectionError("it went away at once")
 
-    def _send(self, body: dict[str, object], fd: int) -> None:
+    def _send(self, body: dict[str, object], fds: tuple[int, ...]) -> None:
         """Send *body*, or keep it until the service reads again; raises OSError if there is none."""
         if self._sock is None or len(self._unsent) >= _UNSENT_MAX:
             raise ConnectionError("it does not take any more")
         if not self._unsent:
             try:
-                wire.send(self._sock, body, (fd,) if fd >= 0 else ())
+                wire.send(self._sock, body, fds)
                 return
             except BlockingIOError:
                 self._loop.watch_writing(self._sock.fileno(), True)
-        self._unsent.append((body, os.dup(fd) if fd >= 0 else -1))
+        self._unsent.append((body, tuple(os.dup(fd) for fd in fds)))
 
     def _flush(self, sock: wire.Socket) -> None:
         while self._unsent:
-            body, fd = self._unsent[0]
+            body, fds = self._unsent[0]
             try:
-                wire.send(sock, body, (fd,) if fd >= 0 else ())
+                wire.send(sock, body, fds)
             except BlockingIOError:
                 return
             self._unsent.popleft()
-            if fd >= 0:
+            for fd in fds:
                 os.close(fd)
         self._loop.watch_writing(sock.fileno(), False)
 
@@ -171,7 +178,22 @@ class Link:
             self._loop.unwatch(self._sock.fileno())
             self._sock.close()
             self._sock = None
-        for _, fd in self._unsent:
-            if fd >= 0:
+        for _, fds in self._unsent:
+            for fd in fds:
                 os.close(fd)
         self._unsent.clear()
+
+
+def start_service(loop: Loop, host: Host, layout: Layout, name: str, options: list[str], fd: int) -> None:
+    """Start a service of a session as our child, with *fd* as its first descriptor; what it complains of is in `NAME.err`."""
+    errors = os.open(f"{layout.run}/{name}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        process = host.spawn(python(name, *options), {FIRST_FD: fd}, stderr=errors)
+    finally:
+        os.close(errors)
+
+    def ended() -> None:
+        loop.unwatch(process.pidfd)
+        note(f"{name}-ended", status=process.reap())
+
+    loop.watch(process.pidfd, ended)

@@ -11,7 +11,6 @@ Runs in: the broker.
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import time
 from collections.abc import Callable
@@ -203,9 +202,10 @@ class Machines:
         outer = same_process(saved.get("pid"), saved.get("ticks"))
         qemu = same_process(saved.get("qemu_pid"), saved.get("qemu_ticks"))
         if outer is None and qemu is None:
-            for stray in self._context.host.strays(vm.number):
-                stray.signal(signal.SIGKILL)
-                stray.reap()
+            # A jail that was started and not written down yet waits at a barrier that nobody opens any more. In a session nothing
+            # tells it from one's other processes: there it stays, waiting, without ever becoming QEMU.
+            if not self._context.layout.embedded:
+                self._context.launcher.kill(vm.number)
             vm.last_error = {
                 "code": "vm-stopped",
                 "text": "it ended while the service was down",

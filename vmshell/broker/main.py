@@ -2,8 +2,8 @@
 
     python3 -IS …/vmshell/__main__.py broker LAYOUT
 
-Rights, in system mode (the unit `vmshell-broker.service` bounds them): setuid, setgid, setpcap for `setpriv`, which drops the
-rest; kill for VMs of other uids; chown for sockets that the relay may open. No net_admin, no dac_override, no sys_admin.
+Rights, in system mode: none. It runs as an account of its own, which owns the records and disks of VMs; whatever needs another
+uid the launcher does, whatever changes the network tapnet.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
 def _serve(layout: Layout, rules: Policy) -> int:
     loop = Loop(journal.unexpected)
-    context = Context(layout, rules, loop, Host(rules.host, embedded=layout.embedded))
+    context = Context(layout, rules, loop, Host(embedded=layout.embedded))
     leftovers = context.registry.load()
     context.addresses.load()
     os.makedirs(layout.run_vms, mode=0o750, exist_ok=True)
@@ -59,6 +59,7 @@ def _serve(layout: Layout, rules: Policy) -> int:
     context.machines.adopt()
     for folder in leftovers:
         context.delete_later(folder)
+    context.launcher.connect()
     if not layout.embedded:
         context.resolving.begin()
     context.networks.connect()
@@ -74,6 +75,7 @@ def _serve(layout: Layout, rules: Policy) -> int:
     loop.run()
     context.networks.close()
     context.relay.close()
+    context.launcher.close()
     journal.note("stopped", vms=sum(1 for vm in context.registry if context.machines.qemu_pid(vm)))
     return 0
 

@@ -17,6 +17,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ..errors import NetworkFailed
+from ..spawn import python
 from .journal import note
 
 if TYPE_CHECKING:
@@ -110,8 +111,7 @@ def _start(context: Context, card: Card) -> int:
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) for _ in range(2)]
         (qemu, above), (below, its) = [[stack.enter_context(sock) for sock in pair] for pair in pairs]
         _spawn(context, "passt", command(card), {3: its.fileno()})
-        sieve = context.host.python("sieve", uid=context.host.job_uid())
-        _spawn(context, "sieve", sieve, {3: above.fileno(), 4: below.fileno()})
+        _spawn(context, "sieve", python("sieve"), {3: above.fileno(), 4: below.fileno()})
         return qemu.detach()
 
 

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING
 from .. import wire
 from ..errors import RelayDown, VmshellError
 from ..messages import Event, ToRelay
-from .journal import note
-from .link import Link
+from .link import Link, start_service
 
 if TYPE_CHECKING:
     from ..layout import Layout
-    from .host import Host, Process
+    from .host import Host
     from .loop import Loop
 
 Done = Callable[[VmshellError | None], None]
@@ -40,7 +39,7 @@ class RelayLink(Link):
 
     def send(self, message: ToRelay, done: Done, fd: int = -1) -> None:
         """Send *message*, with *fd* beside it (it stays open here). `done` is called with None or the error, perhaps at once."""
-        self.request(message, lambda error, packet: done(error), fd)
+        self.request(message, lambda error, packet: done(error), (fd,) if fd >= 0 else ())
 
     def _heard(self, body: dict[str, object]) -> bool:
         if body.get("verb") != "event":
@@ -62,16 +61,7 @@ class RelayLink(Link):
         os.makedirs(self._layout.log, mode=0o700, exist_ok=True)
         listener = wire.listen(self._layout.relay_socket, 0o600)
         try:
-            command = self._host.python("relay", self._layout.to_args(), "--listen-fd=3", uid=None)
-            errors = os.open(f"{self._layout.run}/relay.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            try:
-                process = self._host.spawn(command, {3: listener.fileno()}, stderr=errors)
-            finally:
-                os.close(errors)
+            options = [self._layout.to_args(), "--listen-fd=3"]
+            start_service(self._loop, self._host, self._layout, self.name, options, listener.fileno())
         finally:
             listener.close()
-        self._loop.watch(process.pidfd, lambda: self._ended(process))
-
-    def _ended(self, process: Process) -> None:
-        self._loop.unwatch(process.pidfd)
-        note("relay-ended", status=process.reap())

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 from ..names import bridge_name
 from .cards import dns_name, domain_of, known_cards
 from .disk import read_text, write_fast
-from .journal import note
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from .context import Context
     from .vms import Vm
 
-UNIT = "vmshell-names.service"
 HOST_ADDRESS = "127.77.0.53"  # where the host itself may ask
 FOLDERS = ("hosts", "dhcp-hosts", "dhcp-opts")
 SOON, AGAIN = 0.2, 3.0  # seconds: what changes in a burst is read again once, and who removes VM after VM hinders nobody
@@ -101,15 +99,8 @@ class Resolving:
         self._restart_due = False
         self._restarted = monotonic()
 
-        def done(status: int, output: str) -> None:
-            if status:
-                note("dnsmasq", status=status)
-
         if self._context.host.systemd:
-            try:
-                self._context.jobs.start(["systemctl", "--no-block", "restart", UNIT], {}, done)
-            except OSError as exc:
-                note("dnsmasq", problem=exc)
+            self._context.launcher.restart_names()
 
 
 def entries(context: Context, vm: Vm, cards: list[Card], coming: Sequence[Card] = (), domain: str = "") -> dict[str, str]:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..errors import StorageFailed, VmshellError
+from ..launcher_messages import STORAGE
+from ..spawn import FIRST_FD
 from . import opening
 from .disk import storage
 
@@ -33,7 +35,7 @@ def make(context: Context, vm: Vm, definition: Definition, done: Callable[[Vmshe
             for fd in made.values():
                 os.close(fd)
 
-    def step(status: int = 0, output: str = "") -> None:
+    def step(status: int = 0, answer: object = None) -> None:
         if status:
             finish(StorageFailed(problem="the disk is full" if status == 2 else "the scratch disk cannot be written"))
         elif not wanted:
@@ -50,7 +52,6 @@ def make(context: Context, vm: Vm, definition: Definition, done: Callable[[Vmshe
         with storage():
             made[index] = context.host.create_file(beside)
             os.unlink(beside)
-            command = context.host.python("storage", "create", str(size), uid=context.host.job_uid())
-            context.jobs.start(command, {3: made[index]}, step)
+            context.jobs.start(STORAGE, ["create", str(size)], {FIRST_FD: made[index]}, step)
 
     step()

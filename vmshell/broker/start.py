@@ -1,4 +1,4 @@
-"""From a VM's definition to a running jail: open everything, hand it over, keep nothing.
+"""From a VM's definition to a launch request: open everything, hand it to the launcher, keep nothing.
 
 A straight list under one ExitStack; whatever step raises, all that was opened is closed again and nothing is left behind.
 Runs in: the broker.
@@ -9,18 +9,20 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import BadValue, StartFailed
+from ..errors import BadValue, LauncherDown, StartFailed, VmshellError
 from ..launch.jail import command
-from ..launch.plan import NICS_MAX, DiskPlan, LaunchPlan, NicPlan
-from ..launch.seccomp import program
+from ..launch.plan import NICS_MAX
+from ..launch.request import plan_of
 from ..model.decide import apply_fixed
 from ..model.definition import Definition, Disk, Nic
 from ..model.values import split_ref
 from ..names import MIB, mac_address
+from ..spawn import FIRST_FD
 from . import opening
 from .cards import WITH_TAP, cards_of
 from .objects import mebibytes
@@ -29,12 +31,13 @@ if TYPE_CHECKING:
     from ..layout import Layout
     from .catalogue import Image
     from .context import Context
+    from .fleet import Live
     from .host import Process
     from .networks import Cables
     from .vms import Vm
 
 _FILE_SLACK = 64 << 20  # a qcow2 file's own tables, beside its contents
-_OOM_SCORE = 500  # when memory runs out, a guest goes before anything of the host
+LAUNCHER_TIMEOUT, LAUNCHER_AGAIN = 30.0, 0.2  # seconds for which a launcher that is away is asked again, and between two tries
 SPARE_NICS = 2  # cards that may come while a VM runs
 _SOCKETS = ("console", "qmp", "agent")
 
@@ -44,29 +47,28 @@ Scratch = Mapping[int, int]  # by the disk's place in the definition: the empty 
 
 @dataclass(frozen=True)
 class Started:
-    """The jail's outer process, the reading end of QEMU's standard error, and the gate: QEMU waits for a byte written there.
+    """The jail's outer process, the reading end of QEMU's standard error, and the start barrier: QEMU waits for a byte there.
 
-    The taker closes both. A broker that is killed before it has written down the process leaves a gate that never opens, so no
-    QEMU ever runs of which nobody knows.
+    The two descriptors close after the call. A broker that is killed before it has written down the process leaves a barrier that
+    never opens, so no QEMU ever runs of which nobody knows.
     """
 
     process: Process
     errors: int
-    gate: int
+    barrier: int
 
 
 class _Descriptors:
-    """The descriptors of one start: numbers as QEMU will see them, from 3 up, and ours behind them."""
+    """The descriptors of one start, in the order of their numbers as QEMU will see them, from 3 up."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._stack = stack
-        self.map: dict[int, int] = {}
+        self.lent: list[int] = []
 
     def add(self, fd: int) -> int:
         self._stack.callback(os.close, fd)
-        number = 3 + len(self.map)
-        self.map[number] = fd
-        return number
+        self.lent.append(fd)
+        return FIRST_FD + len(self.lent) - 1
 
 
 def images_of(context: Context, vm: Vm, definition: Definition) -> dict[str, Image]:
@@ -79,32 +81,65 @@ def images_of(context: Context, vm: Vm, definition: Definition) -> dict[str, Ima
     return {name: context.images.get(name) for name in sorted(names)}
 
 
-def start(context: Context, vm: Vm, definition: Definition, images: Images, scratch: Scratch, cables: Cables) -> Started:
-    """Start *vm*'s QEMU, its CPUs stopped; *cables* stay open here.
+class Start:
+    """One start on its way: everything is opened, the launcher is asked, and whatever it answers, all is closed again.
 
-    Raises a VmshellError; then no process, socket or descriptor is left.
+    `answered(live, error, started)` is called once. The constructor raises a VmshellError; then nothing is left of it. A launcher
+    that went away before it answered is asked again: what it may have started waits at a barrier that nobody opens, and the next
+    launch of the same number ends it first.
     """
-    host = context.host
-    folder = context.layout.vm_run(vm.number)
-    with contextlib.ExitStack() as stack:
-        host.share_with_relay(folder, 0o750)
-        fds = _Descriptors(stack)
-        sockets = {name: stack.enter_context(host.listen_for_qemu(f"{folder}/{name}.sock")).fileno() for name in _SOCKETS}
-        gate = stack.enter_context(_gate(f"{folder}/gate"))
-        plan = _plan(context, vm, definition, images, scratch, cables, fds, sockets, gate)
-        takers = stack.enter_context(contextlib.ExitStack())
-        read_end, write_end = os.pipe2(os.O_CLOEXEC)
-        stack.callback(os.close, write_end)
-        takers.callback(os.close, read_end)
-        os.set_blocking(read_end, False)
-        ours = os.dup(gate)
-        takers.callback(os.close, ours)
+
+    def __init__(
+        self,
+        context: Context,
+        live: Live,
+        definition: Definition,
+        images: Images,
+        scratch: Scratch,
+        cables: Cables,
+        answered: Callable[[Live, VmshellError | None, Started | None], None],
+    ) -> None:
+        self._context = context
+        self._live = live
+        self._answered = answered
+        self._tries_end = time.monotonic() + LAUNCHER_TIMEOUT
+        folder = context.layout.vm_run(live.vm.number)
+        with contextlib.ExitStack() as stack:
+            context.host.share_with_relay(folder, 0o750)
+            fds = _Descriptors(stack)
+            sockets = {name: _listen(context, f"{folder}/{name}.sock", stack) for name in _SOCKETS}
+            self._barrier = stack.enter_context(_barrier(f"{folder}/barrier"))
+            self._plan = _plan(context, live.vm, definition, images, scratch, cables, fds, sockets, self._barrier)
+            self._errors, write_end = os.pipe2(os.O_CLOEXEC)
+            stack.callback(os.close, self._errors)
+            stack.callback(os.close, write_end)
+            os.set_blocking(self._errors, False)
+            self._fds = (*fds.lent, write_end)
+            self._opened = stack.pop_all()
+        self._ask()
+
+    def _ask(self) -> None:
+        if self._live.asked == "kill" or self._live.error:
+            self._heard(StartFailed(vm=self._live.vm.ref, problem="it was killed meanwhile"), None)
+            return
         try:
-            process = host.spawn(command(plan), fds.map, stdout=write_end, stderr=write_end)
-        except OSError as exc:
-            raise StartFailed(vm=vm.ref, problem=f"a program it needs cannot be started ({exc.strerror})") from exc
-        takers.pop_all()
-        return Started(process, read_end, ours)
+            self._context.launcher.launch(self._live.vm.number, self._plan, self._fds, self._heard, self._live.has_status)
+        except BaseException:
+            self._opened.close()
+            raise
+
+    def _heard(self, error: VmshellError | None, process: Process | None) -> None:
+        if isinstance(error, LauncherDown) and time.monotonic() < self._tries_end:
+            self._context.loop.after(LAUNCHER_AGAIN, self._ask)
+            return
+        if isinstance(error, LauncherDown):
+            self._context.launcher.kill(self._live.vm.number)  # it may have been started all the same
+        with self._opened:
+            self._answered(self._live, error, Started(process, self._errors, self._barrier) if process else None)
+
+
+def _listen(context: Context, path: str, stack: contextlib.ExitStack) -> int:
+    return stack.enter_context(context.host.listen_for_qemu(path)).fileno()
 
 
 def launch_line(context: Context, vm: Vm) -> list[str]:
@@ -118,7 +153,10 @@ def launch_line(context: Context, vm: Vm) -> list[str]:
         scratch = {index: null for index, disk in enumerate(definition.disks) if disk.snapshot}
         sockets = dict.fromkeys(_SOCKETS, null)
         cables = {card.index: null for card in cards_of(context, vm, definition, give=False) if card.network.kind in WITH_TAP}
-        return command(_plan(context, vm, definition, images, scratch, cables, _Descriptors(stack), sockets, null))
+        fds = _Descriptors(stack)
+        table = _plan(context, vm, definition, images, scratch, cables, fds, sockets, null)
+    uid = context.policy.host.uid_base + vm.number if context.host.apart else None
+    return command(plan_of(table, number=vm.number, uid=uid, gid=uid, seccomp_fd=FIRST_FD + len(fds.lent)))
 
 
 def _plan(
@@ -130,9 +168,9 @@ def _plan(
     cables: Cables,
     fds: _Descriptors,
     sockets: Mapping[str, int],
-    gate: int,
-) -> LaunchPlan:
-    """Open what *definition* names and say how QEMU gets it."""
+    barrier: int,
+) -> dict[str, object]:
+    """Open what *definition* names and say how QEMU gets it: the plan of a launch request."""
     host, limits = context.host, context.effective(vm.owner).limits
     accel = vm.accel or context.facts.accel
     order = _boot_order(definition)
@@ -144,50 +182,41 @@ def _plan(
     image = images[split_ref(kernel)[1]] if kernel.startswith("image:") else None
     initrd = definition.initrd or (kernel if image and image.initrd else "")
     firmware = opening.open_firmware(context, vm, definition)
-    uid = host.vm_uid(vm.number)
-    return LaunchPlan(
-        number=vm.number,
-        machine=definition.machine,
-        acpi=definition.acpi,
-        clock=definition.clock,
-        reboot_stops=definition.on_reboot == "stop",
-        accel=accel,
-        cpus=definition.cpus,
-        cpu_model=context.policy.catalogues.cpu_models[definition.cpu_model] or None,
-        memory=definition.memory,
-        firmware=None if firmware is None else (fds.add(firmware[0]), fds.add(firmware[1])),
-        boot_menu=definition.boot_menu,
-        kernel_fd=fds.add(_open_boot_file(context, vm, kernel, images, "kernel")) if kernel else None,
-        initrd_fd=fds.add(_open_boot_file(context, vm, initrd, images, "initrd")) if initrd else None,
-        cmdline=definition.cmdline or (image.cmdline if image else ""),
-        option_rom_fds=tuple(fds.add(opening.open_object(context, vm, ref)) for ref in definition.option_roms),
-        loadvm=vm.snapshots[definition.restore].number if definition.restore else None,
-        disks=tuple(disks),
-        nics=tuple(
+    return {
+        "machine": definition.machine,
+        "acpi": definition.acpi,
+        "clock": definition.clock,
+        "reboot_stops": definition.on_reboot == "stop",
+        "accel": accel,
+        "cpus": definition.cpus,
+        "cpu_model": context.policy.catalogues.cpu_models[definition.cpu_model] or None,
+        "memory": definition.memory,
+        "firmware": None if firmware is None else [fds.add(fd) for fd in firmware],
+        "boot_menu": definition.boot_menu,
+        "kernel_fd": fds.add(_open_boot_file(context, vm, kernel, images, "kernel")) if kernel else None,
+        "initrd_fd": fds.add(_open_boot_file(context, vm, initrd, images, "initrd")) if initrd else None,
+        "cmdline": definition.cmdline or (image.cmdline if image else ""),
+        "option_rom_fds": [fds.add(opening.open_object(context, vm, ref)) for ref in definition.option_roms],
+        "loadvm": vm.snapshots[definition.restore].number if definition.restore else None,
+        "disks": disks,
+        "nics": [
             _nic(context, vm, name, nic, cables, fds, order.get(name))
             for name, nic in definition.devices().items()
             if isinstance(nic, Nic)
-        ),
-        spare_nics=min(SPARE_NICS, NICS_MAX - len(definition.nics)) if host.taps else 0,
-        display=definition.display,
-        video=definition.video_shown,
-        keymap=definition.keymap or None,
-        tablet=definition.tablet and definition.display == "vnc",
-        serial=definition.serial,
-        console_fd=fds.add(os.dup(sockets["console"])),
-        qmp_fd=fds.add(os.dup(sockets["qmp"])),
-        agent_fd=fds.add(os.dup(sockets["agent"])) if definition.agent else None,
-        block_fd=fds.add(os.dup(gate)),
-        seccomp_fd=fds.add(_seccomp()),
-        uid=uid,
-        gid=uid,
-        kvm_gid=os.stat("/dev/kvm").st_gid if accel == "kvm" and host.apart else None,
-        file_size_max=_file_size_max(context, vm, definition),
-        # A name for each run: the last one's scope may be there until systemd has seen its end.
-        scope=f"vmshell-vm-{vm.number}-{int(vm.started * 1000)}.scope" if host.systemd else None,
-        cpu_weight=limits.cpu_weight,
-        oom_score_adj=_OOM_SCORE,
-    )
+        ],
+        "spare_nics": min(SPARE_NICS, NICS_MAX - len(definition.nics)) if host.taps else 0,
+        "display": definition.display,
+        "video": definition.video_shown,
+        "keymap": definition.keymap or None,
+        "tablet": definition.tablet and definition.display == "vnc",
+        "serial": definition.serial,
+        "console_fd": fds.add(os.dup(sockets["console"])),
+        "qmp_fd": fds.add(os.dup(sockets["qmp"])),
+        "agent_fd": fds.add(os.dup(sockets["agent"])) if definition.agent else None,
+        "block_fd": fds.add(os.dup(barrier)),
+        "file_size_max": _file_size_max(context, vm, definition),
+        "cpu_weight": limits.cpu_weight,
+    }
 
 
 def _boot_order(definition: Definition) -> dict[str, int]:
@@ -208,44 +237,46 @@ def _disk(
     scratch: int | None,
     fds: _Descriptors,
     order: Mapping[str, int],
-) -> DiskPlan:
-    layers: list[tuple[int, str]] = []
+) -> dict[str, object]:
+    layers: list[list[object]] = []
     if disk.snapshot:
         assert scratch is not None
-        layers.append((fds.add(os.dup(scratch)), "qcow2"))
+        layers.append([fds.add(os.dup(scratch)), "qcow2"])
     if disk.path:
         made = opening.facts_of(context, vm, disk.path)
         own = opening.open_object(context, vm, disk.path, writable=disk.writable)
-        layers.append((fds.add(own), "qcow2" if made.format == "qcow2" else "raw"))
+        layers.append([fds.add(own), "qcow2" if made.format == "qcow2" else "raw"])
         if made.base:
             base = images[made.base]
-            layers.append((fds.add(base.open(base.disk)), base.disk_format))
+            layers.append([fds.add(base.open(base.disk)), base.disk_format])
     name = next(name for name, device in definition.devices().items() if device is disk)
     geometry = disk.geometry
-    return DiskPlan(
-        kind=disk.type,
-        bus=definition.bus_of(disk),
-        layers=tuple(layers),
-        readonly=disk.readonly,
-        geometry=(geometry.cyls, geometry.heads, geometry.secs, geometry.trans) if geometry else None,
-        bootindex=order.get(name),
-    )
+    return {
+        "kind": disk.type,
+        "bus": definition.bus_of(disk),
+        "layers": layers,
+        "readonly": disk.readonly,
+        "geometry": [geometry.cyls, geometry.heads, geometry.secs, geometry.trans] if geometry else None,
+        "bootindex": order.get(name),
+    }
 
 
-def _nic(context: Context, vm: Vm, name: str, nic: Nic, cables: Cables, fds: _Descriptors, bootindex: int | None) -> NicPlan:
+def _nic(
+    context: Context, vm: Vm, name: str, nic: Nic, cables: Cables, fds: _Descriptors, bootindex: int | None
+) -> dict[str, object]:
     index = int(name.removeprefix("net"))
     kind = context.policy.catalogues.networks[nic.network].kind
     cable = fds.add(os.dup(cables[index])) if index in cables else None
-    forwards = tuple((forward.proto, forward.host, forward.guest) for forward in nic.forward)
-    return NicPlan(
-        mac=nic.mac or mac_address(vm.number, index),
-        model=nic.model,
-        tap_fd=cable if kind in WITH_TAP else None,
-        stream_fd=cable if kind not in WITH_TAP else None,
-        forwards=forwards if cable is None else (),
-        bootindex=bootindex,
-        connected=kind != "none",
-    )
+    forwards = [[forward.proto, forward.host, forward.guest] for forward in nic.forward]
+    return {
+        "mac": nic.mac or mac_address(vm.number, index),
+        "model": nic.model,
+        "tap_fd": cable if kind in WITH_TAP else None,
+        "stream_fd": cable if kind not in WITH_TAP else None,
+        "forwards": forwards if cable is None else [],
+        "bootindex": bootindex,
+        "connected": kind != "none",
+    }
 
 
 def _open_boot_file(context: Context, vm: Vm, ref: str, images: Images, what: str) -> int:
@@ -272,7 +303,7 @@ def clean(layout: Layout, number: int) -> None:
 
 
 @contextlib.contextmanager
-def _gate(path: str) -> Iterator[int]:
+def _barrier(path: str) -> Iterator[int]:
     """A pipe as one descriptor: whoever reads it also holds it open for writing, so that nobody's end is the end of the wait."""
     os.mkfifo(path, 0o600)
     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -281,11 +312,3 @@ def _gate(path: str) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-def _seccomp() -> int:
-    """Our system-call filter as a descriptor that bwrap reads."""
-    fd = os.memfd_create("seccomp", os.MFD_CLOEXEC)
-    os.write(fd, program())
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd

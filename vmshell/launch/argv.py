@@ -5,7 +5,7 @@ guest's user), `-drive` (it probes formats), `-daemonize`, `-runas`, `-chroot`, 
 
 What others call things by, over QMP: the format node of disk i is `disk<i>` and the file under it `disk<i>-file`; its device is
 `dev<i>`, of the k-th CD-ROM drive `cd<k>`; `nic<k>` on `n<k>`; `balloon0`; the sockets `ser0`, `agent0` and `qmp0`.
-Used by: broker, probe, admin. Touches nothing.
+Used by: launcher, broker, probe. Touches nothing.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Every value is checked here and held as a number or as our own copy of a word from a closed list, so that `argv.py` can write
 it down without another look (threats B01-B04: a comma in a value is an option in QEMU).
-Used by: broker, probe, admin. Touches nothing.
+Used by: launcher, broker, probe. Touches nothing.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ class DiskPlan:
         self.layers = tuple((descriptor(fd, "layer"), choice(format, FORMATS, "format")) for fd, format in layers)
         fewest, most = (0, 1) if self.kind == "cdrom" else (1, LAYERS_MAX)
         if not fewest <= len(self.layers) <= most:
-            raise ValueError(f"a {self.kind} has {fewest} to {most} layers")
+            raise ValueError(f"layers of a {self.kind} must be {fewest} to {most}")
         if any(format != "qcow2" for _, format in self.layers[:-1]):
-            raise ValueError("only a qcow2 layer has another below it")
+            raise ValueError("layers below another must be under a qcow2 one")
         if self.kind == "cdrom" and any(format != "raw" for _, format in self.layers):
-            raise ValueError("a CD-ROM is raw")
+            raise ValueError("layers of a CD-ROM must be raw")
         self.readonly = flag(readonly, "readonly") or self.kind == "cdrom"
         if self.readonly and self.kind == "disk" and self.bus in ("ide", "sata"):
-            raise ValueError("QEMU has no read-only hard disk on ide or sata")
+            raise ValueError("readonly must be false for a hard disk on ide or sata")
         self.geometry = None if geometry is None else _geometry(*geometry)
         if geometry is not None and (self.kind, self.bus) != ("disk", "ide"):
-            raise ValueError("only a disk on ide has a geometry")
+            raise ValueError("geometry must be a disk's on ide")
         self.bootindex = optional(bootindex, 1, BOOTINDEX_MAX, "bootindex")
 
 
@@ -78,11 +78,11 @@ class NicPlan:
         tap_fd: int | None = None,
         stream_fd: int | None = None,
     ) -> None:
-        octets = mac.split(":")
+        octets = text(mac, "mac").split(":")
         if len(octets) != 6 or any(len(octet) != 2 or octet.strip("0123456789abcdef") for octet in octets):
-            raise ValueError("a MAC is six octets of two lower-case hex digits")
+            raise ValueError("mac must be six octets of two lower-case hex digits")
         if int(octets[0], 16) & 1:
-            raise ValueError("a multicast address is no MAC of an interface")
+            raise ValueError("mac must be no multicast address")
         self.mac = mac
         self.model = choice(model, NIC_MODELS, "model")
         # From 1024: without a capability nobody binds to less, not even in a network namespace of his own.
@@ -91,14 +91,14 @@ class NicPlan:
             for word, port, to in forwards
         )
         if len(self.forwards) > FORWARDS_MAX:
-            raise ValueError(f"an interface has at most {FORWARDS_MAX} forwards")
+            raise ValueError(f"forwards must be at most {FORWARDS_MAX}")
         self.connected = flag(connected, "connected")
         if self.forwards and not self.connected:
-            raise ValueError("forwards need a cable")
+            raise ValueError("connected must be true where there are forwards")
         self.tap_fd = None if tap_fd is None else descriptor(tap_fd, "tap")
         self.stream_fd = None if stream_fd is None else descriptor(stream_fd, "stream")
         if len(self.fds()) > int(self.connected) or (self.fds() and self.forwards):
-            raise ValueError("a card has one cable: a tap, a stream, or QEMU's own network, which alone has forwards")
+            raise ValueError("tap_fd and stream_fd must be one at most, without forwards: those are of QEMU's own network")
         self.bootindex = optional(bootindex, 1, BOOTINDEX_MAX, "bootindex")
 
     def fds(self) -> tuple[int, ...]:
@@ -124,6 +124,12 @@ def choice(value: str, allowed: tuple[str, ...], what: str) -> str:
     if value not in allowed:
         raise ValueError(f"{what} must be one of {', '.join(allowed)}")
     return allowed[allowed.index(value)]
+
+
+def text(value: str, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{what} must be text")
+    return value
 
 
 def flag(value: bool, what: str) -> bool:

@@ -6,7 +6,7 @@
     prlimit               no core files, no locked memory, a cap on every file
     bwrap                 every namespace of its own; our seccomp filter; then QEMU, which adds its own filter
 
-Used by: broker, probe, admin. Touches nothing.
+Used by: launcher, broker, probe. Touches nothing.
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@
 Two free texts: the guest kernel's command line, which becomes one argument of its own, and the CPU, which only the
 administrator's catalogue names. Every value is checked here or in `devices.py`, so that `argv.py` and `jail.py` can write it
 down without another look (threats B01-B04: a comma in a value is an option in QEMU).
-Used by: broker, probe, admin. Touches nothing.
+Used by: launcher, broker, probe. Touches nothing.
 """
 
 from __future__ import annotations
 
 from ..names import KEYMAPS
-from .devices import DiskPlan, NicPlan, choice, descriptor, flag, integer, optional
+from .devices import DiskPlan, NicPlan, choice, descriptor, flag, integer, optional, text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -140,11 +140,11 @@ class LaunchPlan:
         self.kernel_fd = _fd(kernel_fd, "kernel")
         self.initrd_fd = _fd(initrd_fd, "initrd")
         if kernel_fd is None and (initrd_fd is not None or cmdline):
-            raise ValueError("an initrd and a command line need a kernel")
+            raise ValueError("kernel_fd must be there for an initrd or a command line")
         self.cmdline = _cmdline(cmdline)
         self.option_rom_fds = tuple(descriptor(fd, "option_rom") for fd in option_rom_fds)
         if len(self.option_rom_fds) > OPTION_ROMS_MAX:
-            raise ValueError(f"at most {OPTION_ROMS_MAX} option ROMs")
+            raise ValueError(f"option_rom_fds must be at most {OPTION_ROMS_MAX}")
         self.disks = tuple(disks)
         self.nics = tuple(nics)
         self.spare_nics = integer(spare_nics, 0, NICS_MAX - min(NICS_MAX, len(self.nics)), "spare_nics")
@@ -162,7 +162,7 @@ class LaunchPlan:
         self.block_fd = _fd(block_fd, "block")
         self.seccomp_fd = descriptor(seccomp_fd, "seccomp")
         if (uid is None) != (gid is None):
-            raise ValueError("uid and gid go together")
+            raise ValueError("uid and gid must be there together")
         # Never 0: a plan that forgot the uid must not become a QEMU of root's.
         self.uid = optional(uid, 1, ID_MAX, "uid")
         self.gid = optional(gid, 1, ID_MAX, "gid")
@@ -200,13 +200,13 @@ class LaunchPlan:
 
     def _check_devices(self) -> None:
         if len(self.disks) > DISKS_MAX or len(self.nics) > NICS_MAX:
-            raise ValueError(f"a machine has at most {DISKS_MAX} disks and {NICS_MAX} network interfaces")
+            raise ValueError(f"disks and nics must be at most {DISKS_MAX} and {NICS_MAX}")
         buses = [disk.bus for disk in self.disks]
         for bus in buses:
             if ONLY_ON.get(bus, self.family) != self.family:
-                raise ValueError(f"machine {self.family} has no {bus}")
+                raise ValueError(f"bus must be one that machine {self.family} has, not {bus}")
             if buses.count(bus) > BUS_MOST.get(bus, DISKS_MAX):
-                raise ValueError(f"{bus} takes {BUS_MOST[bus]} disks")
+                raise ValueError(f"bus {bus} takes {BUS_MOST[bus]} disks")
         orders = [*(disk.bootindex for disk in self.disks), *(nic.bootindex for nic in self.nics)]
         _unique([order for order in orders if order is not None], "bootindex")
         _unique([forward[:2] for nic in self.nics for forward in nic.forwards], "host port")
@@ -228,6 +228,7 @@ def _unique(values: Collection[object], what: str) -> None:
 
 
 def _machine(value: str) -> str:
+    text(value, "machine")
     for family, prefix in MACHINES.items():
         if value == family:
             return family
@@ -240,20 +241,22 @@ def _machine(value: str) -> str:
     raise ValueError("machine must be q35, pc, or one of their versions, like pc-q35-7.2")
 
 
-def _cpu(text: str) -> str:
-    if not text or len(text) > CPU_MAX or not CPU_CHARS.issuperset(text) or text.startswith("-"):
-        raise ValueError("a CPU model is letters, digits and any of . _ , = + -")
-    return text
+def _cpu(model: str) -> str:
+    text(model, "cpu_model")
+    if not model or len(model) > CPU_MAX or not CPU_CHARS.issuperset(model) or model.startswith("-"):
+        raise ValueError("cpu_model must be letters, digits and any of . _ , = + -")
+    return model
 
 
 def _firmware(code_fd: int, vars_fd: int) -> tuple[int, int]:
     return descriptor(code_fd, "firmware"), descriptor(vars_fd, "variables")
 
 
-def _cmdline(text: str) -> str:
-    if not text.isprintable() or len(text.encode("utf-8", "surrogateescape")) > CMDLINE_MAX:
-        raise ValueError(f"a kernel command line has at most {CMDLINE_MAX} bytes and no control characters")
-    return text
+def _cmdline(line: str) -> str:
+    text(line, "cmdline")
+    if not line.isprintable() or len(line.encode("utf-8", "surrogateescape")) > CMDLINE_MAX:
+        raise ValueError(f"cmdline must have at most {CMDLINE_MAX} bytes and no control characters")
+    return line
 
 
 def _unit(name: str, suffix: str) -> str:

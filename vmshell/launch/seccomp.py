@@ -2,7 +2,7 @@
 
 Classic BPF for x86-64, loaded by bubblewrap's `--add-seccomp-fd` just before QEMU starts. Everything listed answers EPERM;
 the rest is QEMU's own filter's to judge. Its filter, with everything denied, still lets all of these through.
-Used by: broker, probe, admin. Touches nothing.
+Used by: launcher, broker, probe. Touches nothing.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import VmshellError, safe
-from ..names import DIGITS, LETTERS, is_object_name, nearest
+from ..names import CPU_MODELS, DIGITS, LETTERS, is_object_name, nearest
 from .limitkinds import Interface, People
 from .limits import MACHINES, NIC_MODELS, VIDEO_MODELS
 from .values import Bool, Choice, Int, Kind, ListOf, bad
@@ -70,7 +70,7 @@ class Catalogues:
     """`cpu_models`: QEMU's -cpu text by name; an empty one is what this host offers, without nested virtualisation."""
 
     machines: tuple[str, ...] = MACHINES
-    cpu_models: dict[str, str] = field(default_factory=lambda: {"host": "", "qemu64": "qemu64,svm=off"}, hash=False)
+    cpu_models: dict[str, str] = field(default_factory=CPU_MODELS.copy, hash=False)
     firmware: dict[str, Firmware] = field(default_factory=lambda: {"bios": Firmware(), "uefi": OVMF}, hash=False)
     networks: dict[str, Network] = field(default_factory=lambda: {"users": Network()}, hash=False)
     nic_models: tuple[str, ...] = NIC_MODELS

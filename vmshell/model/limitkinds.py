@@ -37,7 +37,6 @@ FEATURES = {
 NO_POOL4 = tuple(ipaddress.IPv4Network(net) for net in ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3"))
 POOL6 = (ipaddress.IPv6Network("fc00::/7"), ipaddress.IPv6Network("2000::/3"))  # unique local, and global
 
-FIRST_UID = 65_537  # below it are people, services and `nobody`
 HEX = DIGITS | frozenset("abcdef")
 
 

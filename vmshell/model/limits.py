@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..names import NUMBER_MAX
+from ..names import UID_BASE, UID_BASES
 from .limitkinds import (
-    FIRST_UID,
     Account,
     Addresses,
     Domain,
@@ -105,7 +104,7 @@ class HostPolicy:
     """`accel`: auto, kvm or tcg. `uid_base` + a VM's number is its QEMU's uid. `boots_at_once` 0 means one per core."""
 
     accel: str = "auto"
-    uid_base: int = 2_100_000_000
+    uid_base: int = UID_BASE
     boots_at_once: int = 0
     log_size_max: int = 1 << 20
     group: str = "vmusers"
@@ -116,11 +115,6 @@ class HostPolicy:
     dns_domain: str = "vm"
     dns_servers: tuple[str, ...] = ()
     ssh_forwarding: bool = False
-
-    @property
-    def job_uid(self) -> int:
-        """The uid of helpers that are nobody's VM."""
-        return self.uid_base - 1
 
 
 class PolicyKey:
@@ -180,7 +174,7 @@ LIMIT_KEYS = _rows(
 
 HOST_KEYS = _rows(
     ("accel", Choice("auto", "kvm", "tcg"), "auto: KVM if a probe guest really runs under it, else TCG (emulation)"),
-    ("uid_base", Int(FIRST_UID, (1 << 32) - 2 - NUMBER_MAX), "QEMU of the VM with number N runs as this plus N"),
+    ("uid_base", Int(UID_BASES.start, UID_BASES.stop - 1), "QEMU of the VM with number N runs as this plus N"),
     ("boots_at_once", Int(0, 1024), "guests that boot at a time; 0: one for each core"),
     ("log_size_max", Size(4096, 1 << 30, unit=1), "a VM's console log before it is rotated; one old one is kept"),
     ("group", Account("group"), "who may use the service"),

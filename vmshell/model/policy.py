@@ -2,13 +2,11 @@
 
 It is complete without the file: the built-in limits are in force before the first login. Of the sections that concern a user the
 narrowest wins, key by key: [user.NAME], then of the [group.NAME]s the one that stands first in the file, then [defaults].
-Used by: broker, shell, admin. Pure, but for `read`, the one look at the file.
+Used by: broker, shell, admin. Pure, but for `load`.
 """
 
 from __future__ import annotations
 
-import os
-import stat
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -16,6 +14,7 @@ from typing import Any
 
 from ..errors import BadPolicy, VmshellError, safe
 from ..names import DIGITS, LETTERS, nearest
+from ..policyfile import read
 from . import catalogues
 from .catalogues import SESSION_CATALOGUES, Catalogues, Firmware, Network
 from .limitkinds import Account
@@ -39,7 +38,6 @@ __all__ = [
 ]
 
 BUILT_IN = "built in"
-SIZE_MAX = 1 << 20  # bytes; a policy for thousands of users has less
 # Each section as it is written, for those who look for it.
 SECTIONS = {
     "host": "[host]",
@@ -187,36 +185,6 @@ def examine(text: str, *, session: bool = False) -> tuple[Policy, list[str]]:
         return start, ["a number in it has thousands of digits"]
     reading = _Reading(document)
     return reading.policy(start), reading.problems
-
-
-def read(path: str, *, trusted: bool = True) -> str:
-    """The text of the file; raises BadPolicy, or FileNotFoundError. *trusted*: only if root or oneself alone can write it."""
-    try:
-        # O_NONBLOCK: a FIFO in its place must not hang the broker.
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY), "rb") as file:
-            _judge(path, os.fstat(file.fileno()), trusted=trusted)
-            data = file.read(SIZE_MAX + 1)
-    except FileNotFoundError:
-        raise
-    except OSError as exc:
-        raise BadPolicy(path=path, problem=exc.strerror or str(exc)) from exc
-    if len(data) > SIZE_MAX:
-        raise BadPolicy(path=path, problem="it is larger than 1M")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as exc:
-        line = data.count(b"\n", 0, exc.start) + 1
-        raise BadPolicy(path=path, problem=f"what stands at line {line} is not UTF-8 text") from None
-
-
-def _judge(path: str, status: os.stat_result, *, trusted: bool) -> None:
-    """By the open file, not its name: nobody can exchange it between the look and the reading."""
-    if not stat.S_ISREG(status.st_mode):
-        raise BadPolicy(path=path, problem="it is not a regular file")
-    if trusted and status.st_mode & 0o022:
-        raise BadPolicy(path=path, problem=f"it must not be writable by others: `chmod go-w {path}`")
-    if trusted and status.st_uid not in (0, os.geteuid()):
-        raise BadPolicy(path=path, problem=f"it belongs to uid {status.st_uid} and must be root's: `chown root {path}`")
 
 
 class _Reading:

@@ -1,12 +1,13 @@
-"""`probe LAYOUT [auto|kvm|tcg] [UID]`: find out what runs VMs here and print it as one line of JSON.
+"""`probe [auto|kvm|tcg] [UID]`: find out what runs VMs here and print it as one line of JSON.
 
     {"qemu": "7.2.22", "accel": "tcg", "reason": "KVM does not run a guest here (…)", "problem": "",
      "machines": {"q35": "pc-q35-7.2", …}, "versions": ["pc-q35-7.2", …]}
 
 `reason` says why `accel` is what it is; `problem`, when not empty, is the one sentence why no VM can run here at all.
 It takes under 4 seconds whatever happens, and leaves no process behind.
-Runs in: a process of its own, started by the broker with its rights, which the jail needs. It reads a few bytes from guests that
-are ours. Touches: the run directory, for a moment; /dev/kvm by the guest.
+Descriptor 3 is a folder in which it may make sockets. Its guests run as whom it runs itself; as UID only in root's own session.
+Runs in: a process of its own, under a job's uid and with the group that may open KVM's device. It reads a few bytes from guests
+that are ours. Touches: its folder, for a moment; /dev/kvm by the guest.
 """
 
 from __future__ import annotations
@@ -20,34 +21,33 @@ import sys
 import time
 
 from ..launch import argv, jail
-from ..layout import Layout
 from . import verdict
 from .trial import STOPPING, Tools, Trial, spawn, wait, watch
 
 VERSION_TIMEOUT = 1.0
 GUEST_TIMEOUT = 2.4
 ACCELS = ("auto", "kvm", "tcg")
+FOLDER_FD = 3
 
 
 def main(args: list[str], tools: Tools | None = None) -> int:
     """Print the answer; the exit status is 0 even when the answer is bad news."""
-    if not args or len(args) > 3:
-        print("usage: probe LAYOUT [auto|kvm|tcg] [UID]", file=sys.stderr)
+    if len(args) > 2:
+        print("usage: probe [auto|kvm|tcg] [UID]", file=sys.stderr)
         return 2
-    layout = Layout.from_args(args[0])
-    wanted = next((word for word in args[1:] if word in ACCELS), "auto")
-    uid = next((int(word) for word in args[1:] if word.isascii() and word.isdigit()), None)
+    wanted = next((word for word in args if word in ACCELS), "auto")
+    uid = next((int(word) for word in args if word.isascii() and word.isdigit()), None)
     # As an exception, so that every `finally` on the way out kills what it started; and only while waiting, so that nothing is
     # ever started and not yet written down.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     for number in STOPPING:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     os.umask(0o077)
-    print(json.dumps(answer(layout, wanted, uid, tools or Tools(qemu=argv.QEMU, bwrap=jail.BWRAP))), flush=True)
+    print(json.dumps(answer(FOLDER_FD, wanted, uid, tools or Tools(qemu=argv.QEMU, bwrap=jail.BWRAP))), flush=True)
     return 0
 
 
-def answer(layout: Layout, wanted: str, uid: int | None, tools: Tools) -> dict[str, object]:
+def answer(folder: int, wanted: str, uid: int | None, tools: Tools) -> dict[str, object]:
     """What there is to know, as `main` prints it."""
     found: dict[str, object] = {"qemu": "", "accel": "tcg", "reason": "", "problem": ""}
     found["problem"] = _missing(tools)
@@ -56,8 +56,7 @@ def answer(layout: Layout, wanted: str, uid: int | None, tools: Tools) -> dict[s
     if not found["problem"]:
         found["machines"], found["versions"] = machines(tools)
         try:
-            os.makedirs(layout.run, 0o700, exist_ok=True)
-            found["accel"], found["reason"], found["problem"] = _try_guests(layout.run, wanted, uid, tools)
+            found["accel"], found["reason"], found["problem"] = _try_guests(folder, wanted, uid, tools)
         except OSError as exc:
             found["problem"] = f"no guest could be tried on this host ({exc.strerror})"
     return found
@@ -127,7 +126,9 @@ def kvm_closed(path: str, uid: int | None) -> tuple[str, int | None]:
         return f"{path} is no device", None
     mode = stat.S_IMODE(status.st_mode)
     if uid is None:
-        return ("" if os.access(path, os.R_OK | os.W_OK) else f"{path} is closed to this account (mode {mode:04o})"), None
+        if os.access(path, os.R_OK | os.W_OK):
+            return "", None
+        return f"{path} is closed to VMs (mode {mode:04o}, group {status.st_gid}); the usual is 0660 and group kvm", None
     if mode & 0o006 == 0o006:
         return "", None
     # Root's own group is never lent to a VM.
@@ -136,15 +137,15 @@ def kvm_closed(path: str, uid: int | None) -> tuple[str, int | None]:
     return f"{path} is closed to VMs (mode {mode:04o}, group {status.st_gid}); the usual is 0660 and group kvm", None
 
 
-def _try_guests(run: str, wanted: str, uid: int | None, tools: Tools) -> tuple[str, str, str]:
+def _try_guests(folder: int, wanted: str, uid: int | None, tools: Tools) -> tuple[str, str, str]:
     """Run the guest under TCG and under KVM at the same time; return accel, reason, problem."""
     trials: list[Trial] = []
     try:
-        tcg = Trial("tcg", tools, run, uid)
+        tcg = Trial("tcg", tools, folder, uid)
         trials.append(tcg)
         refusal, group = ("the policy says so", None) if wanted == "tcg" else kvm_closed(tools.kvm, uid)
         if not refusal:
-            trials.append(Trial("kvm", tools, run, uid, group))
+            trials.append(Trial("kvm", tools, folder, uid, group))
         watch(trials, time.monotonic() + GUEST_TIMEOUT)
     finally:
         for trial in trials:

@@ -1,6 +1,6 @@
 """One probe guest: started in the jail that VMs get, listened to until it has said enough, and always killed.
 
-Runs in: the probe. Touches: two socket names in the run directory, for a moment; the processes it started.
+Runs in: the probe. Touches: two socket names in its folder, for a moment; the processes it started.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Trial:
     for that; in the few milliseconds before, ten seconds of CPU time are its limit (`brief`).
     """
 
-    def __init__(self, accel: str, tools: Tools, run: str, uid: int | None, kvm_gid: int | None = None) -> None:
+    def __init__(self, accel: str, tools: Tools, folder: int, uid: int | None, kvm_gid: int | None = None) -> None:
         self.accel = accel
         self.console = b""
         self.errors = b""
@@ -57,7 +57,7 @@ class Trial:
         try:
             disk = _memfd("probe-disk", guest.SECTOR, guest.DISK_SIZE, lent)
             seccomp = _memfd("probe-seccomp", program(), 0, lent)
-            console, qmp = (self._listen(run, name, lent) for name in ("console", "qmp"))
+            console, qmp = (self._listen(folder, name, lent) for name in ("console", "qmp"))
             errors, info = (self._pipe(name, lent) for name in ("errors", "info"))
             plan = LaunchPlan(
                 number=0,
@@ -155,26 +155,22 @@ class Trial:
             return 0
         return pid if parent == self._pid else 0
 
-    def _listen(self, run: str, name: str, lent: list[int]) -> int:
+    def _listen(self, folder: int, name: str, lent: list[int]) -> int:
         """A listening socket for QEMU; its name is gone again before QEMU starts, so nobody else connects."""
-        place = os.open(run, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        # By descriptor, because a socket's path has only 107 bytes.
-        path = f"/proc/self/fd/{place}/probe-{os.getpid()}-{self.accel}-{name}"
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
-                listener.bind(path)
-                try:
-                    listener.listen(1)
-                    if name == "console":
-                        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-                        client.connect(path)
-                        client.setblocking(False)
-                        self._fds[client.detach()] = name
-                finally:
-                    os.unlink(path)
-                lent.append(listener.detach())
-        finally:
-            os.close(place)
+        # By descriptor: a socket's path has only 107 bytes, and nobody but who holds the folder may be able to enter it.
+        path = f"/proc/self/fd/{folder}/{self.accel}-{name}"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
+            listener.bind(path)
+            try:
+                listener.listen(1)
+                if name == "console":
+                    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+                    client.connect(path)
+                    client.setblocking(False)
+                    self._fds[client.detach()] = name
+            finally:
+                os.unlink(path)
+            lent.append(listener.detach())
         return lent[-1]
 
     def _pipe(self, name: str, lent: list[int]) -> int:

@@ -1,10 +1,9 @@
 """One storage job on inherited descriptors: `create SIZE`, `verify HEX…`, `check-header FORMAT [MAX]`, `check-overlay [MAX]`,
 `put KIND MAX`.
 
-Descriptors start at 3 and are all it ever touches: it opens no path. The exit status is the answer, one line on standard
-error the reason: 0 done, 1 damaged or refused, 2 no space, 3 another I/O error.
-`put`, whose answer goes to a person, also prints it on standard output as one line of JSON: `{"size": …, "bytes": …}` of what
-was taken in, or `{"problem": "…"}`.
+Descriptors start at 3 and are all it ever touches: it opens no path. The answer is one line of JSON on standard output, the last
+thing that it does: `{"status": 0}`, of `put` also `size` and `bytes` of what was taken in, or `{"status": 1, "problem": "…"}`.
+The status is also the exit status: 0 done, 1 damaged or refused, 2 no space, 3 another I/O error.
 Runs in: a process of its own under a job's uid, without capabilities. `create` and `verify` parse nothing that a user made;
 `put`, which does, locks itself in first (see `cage`).
 """
@@ -13,8 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
-import sys
 
 from . import qcow2
 from .files import regular_size, write
@@ -36,8 +35,9 @@ def main(argv: list[str]) -> int:
         _run(argv)
     except (BadImage, OSError) as exc:
         status, reason = _explain(exc)
-        print(reason, file=sys.stderr)
+        _answer(status, {"problem": reason})
         return status
+    _answer(OK, {})
     return OK
 
 
@@ -72,8 +72,6 @@ def _run(argv: list[str]) -> None:
 
 def put(kind: str, size_max: int) -> None:
     """Take in what a user sends. Ends the process: the cage has no way out, not even the interpreter's own."""
-    import json
-
     from . import cage
     from .put import bytes_max, receive
 
@@ -86,15 +84,14 @@ def put(kind: str, size_max: int) -> None:
     except Exception as exc:  # a traceback would open files, which is not for the caged either
         status, reason = _explain(exc)
         answer = {"problem": reason}
-        _say(2, reason)
-    _say(1, json.dumps(answer))
+    _answer(status, answer)
     os._exit(status)
 
 
-def _say(fd: int, line: str) -> None:
-    # Whoever asked may have gone; a log file on descriptor 2 may be longer than our limit on files, which is for all of them.
+def _answer(status: int, more: dict[str, object]) -> None:
+    # Whoever asked may have gone.
     with contextlib.suppress(OSError):
-        os.write(fd, f"{line}\n".encode())
+        os.write(1, json.dumps({"status": status, **more}).encode() + b"\n")
 
 
 def create(fd: int, size: int) -> None:

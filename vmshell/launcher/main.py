@@ -1,0 +1,116 @@
+"""The launcher process: `… launcher LAYOUT [--connection-fd=N]`.
+
+Runs as root with the rights to become somebody else and no others; in session mode as the person, as the broker's child with its
+connection as descriptor N. The broker may ask it, by the account `vmshell-broker`; on a machine without that account whoever runs
+this may. What it started goes on when it ends, and is found again by its successor.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import resource
+import socket
+import sys
+
+from .. import wire
+from ..errors import VmshellError
+from ..layout import Layout
+from .jobs import Jobs
+from .policy import Policy
+from .runs import Runs, SignalAll
+from .server import Server
+from .uids import Uids, is_ours, occupant, processes
+
+BROKER_USER = "vmshell-broker"
+SYSTEMD = "/run/systemd/system"
+_CONNECTION = "--connection-fd="
+_LISTEN_FD = 3  # SD_LISTEN_FDS_START
+
+
+def main(argv: list[str]) -> int:
+    """Serve the broker for the layout in `argv[0]`; returns the exit status. Refusals to start are one sentence on stderr."""
+    layout = Layout.from_args(argv[0])
+    os.chdir("/")
+    os.umask(0o077)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        server = _compose(layout, argv[1:])
+    except (VmshellError, OSError) as exc:
+        print(f"launcher: not started: {exc}", file=sys.stderr)
+        return 1
+    _notify("READY=1")
+    server.run()
+    return 0
+
+
+def _compose(layout: Layout, options: list[str]) -> Server:
+    policy = Policy(layout.policy)
+    uids = Uids(policy.uid_base, embedded=layout.embedded)
+    scopes = uids.helpers_apart and os.path.isdir(SYSTEMD)
+    signal_all: SignalAll | None = None
+    if uids.helpers_apart:
+        from . import ending
+
+        signal_all = ending.signal_all
+    broker_uid = _broker_uid(layout)
+    runs = Runs(uids=uids, policy=policy, scopes=scopes, broker_uid=broker_uid, signal_all=signal_all)
+    jobs = Jobs(uids=uids, signal_all=signal_all)
+    listener, connection = _sockets(layout, options)
+    server = Server(runs=runs, jobs=jobs, broker_uid=broker_uid, listener=listener, connection=connection)
+    if uids.helpers_apart:
+        _must_be_free(uids)
+        _take_over(server, runs, jobs, uids, judge=scopes)
+    return server
+
+
+def _broker_uid(layout: Layout) -> int:
+    try:
+        return os.geteuid() if layout.embedded else pwd.getpwnam(BROKER_USER).pw_uid
+    except KeyError:
+        return os.geteuid()
+
+
+def _must_be_free(uids: Uids) -> None:
+    """Refuse uids in which somebody else lives: a VM's QEMU would be able to do what they can."""
+    if problem := occupant(uids.all):
+        raise OSError(f"the uids {uids.all.start} to {uids.all.stop - 1} are for VMs and jobs, but {problem}; see uid_base")
+
+
+def _take_over(server: Server, runs: Runs, jobs: Jobs, uids: Uids, *, judge: bool) -> None:
+    """Find what an earlier launcher started. *judge*: the service manager's control groups tell whether it was one."""
+    for pid, uid in processes(uids.all):
+        if judge and not is_ours(pid):
+            raise OSError(f"process {pid} has uid {uid}, which is for VMs and jobs of ours, and is none of them; see uid_base")
+        try:
+            if uid in uids.jobs:
+                jobs.found(uid, pid)
+                server.watch_process(pid, lambda uid=uid, pid=pid: jobs.ended(uid, pid))  # type: ignore[misc]
+            else:
+                number = uids.number_of(uid)
+                runs.found(number, pid)
+                server.watch_process(pid, lambda number=number, pid=pid: runs.ended(number, pid))  # type: ignore[misc]
+        except ProcessLookupError:
+            continue  # it has ended meanwhile
+
+
+def _sockets(layout: Layout, options: list[str]) -> tuple[socket.socket | None, socket.socket | None]:
+    """The listening socket, from the service manager or our own; or the one connection that there is."""
+    for option in options:
+        if option.startswith(_CONNECTION):
+            fd = int(option.removeprefix(_CONNECTION))
+            os.set_inheritable(fd, False)
+            return None, socket.socket(fileno=fd)
+    if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS") == "1":
+        os.set_inheritable(_LISTEN_FD, False)
+        return socket.socket(fileno=_LISTEN_FD), None
+    return wire.listen(layout.launcher_socket, 0o600), None
+
+
+def _notify(state: str) -> None:
+    """Tell the service manager, if there is one."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)

@@ -1,0 +1,176 @@
+"""The broker's connection to root: four requests in, an answer to each and the ends of what was started out.
+
+One broker at a time: a second connection takes the first one's place. A request is answered before the next is read. What is
+wrong with one is said by its field, to the broker and in the journal, and harms nothing else.
+Runs in: the launcher. Holds a pidfd of every process it started, or found at its start.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import sys
+from collections.abc import Callable
+
+from .. import wire
+from ..errors import Internal, LaunchRefused, ProtocolError, VmshellError, safe
+from ..fields import request_id
+from ..launcher_messages import LENT_MAX, Ended, Job, Launch, RestartNames, Signal, parse_to_launcher
+from ..spawn import spawn
+from .jobs import Jobs
+from .runs import Runs
+
+RESTART_NAMES = ("systemctl", "--no-block", "restart", "vmshell-names.service")
+
+
+class Server:
+    """*listener* is None in session mode: then *connection* is all there is, and its end is ours."""
+
+    def __init__(
+        self, *, runs: Runs, jobs: Jobs, broker_uid: int, listener: socket.socket | None, connection: socket.socket | None
+    ) -> None:
+        self._runs = runs
+        self._jobs = jobs
+        self._broker_uid = broker_uid
+        self._listener = listener
+        self._connection = connection
+        self._poll = select.poll()
+        self._watched: dict[int, Callable[[], None]] = {}
+        for sock, call in ((listener, self._accept), (connection, self._serve)):
+            if sock is not None:
+                self._watch(sock.fileno(), call)
+
+    def run(self) -> None:
+        """Serve until there is nobody left who could ask."""
+        while self._listener is not None or self._connection is not None:
+            for fd, _ in self._poll.poll():
+                call = self._watched.get(fd)
+                if call is not None:
+                    call()
+
+    def watch_process(self, pid: int, ended: Callable[[], None], *, run: int = 0) -> int:
+        """Call *ended* when *pid* has ended, and say so to who asked for it as *run*; return its pidfd, which stays ours."""
+        pidfd = os.pidfd_open(pid)
+        asker = self._connection
+
+        def over() -> None:
+            self._unwatch(pidfd)
+            status = _exit_status(pidfd)
+            os.close(pidfd)
+            ended()
+            if run and status is not None and asker is not None and asker is self._connection:
+                self._send(Ended(run=run, status=status).to_body())
+
+        self._watch(pidfd, over)
+        return pidfd
+
+    # --- the connection -----------------------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as exc:
+            report(f"accepting failed: {exc}")
+            return
+        if wire.peer_uid(sock) != self._broker_uid:
+            report(f"refused a connection of uid {wire.peer_uid(sock)}")
+            sock.close()
+            return
+        self._hang_up()
+        self._connection = sock
+        self._watch(sock.fileno(), self._serve)
+
+    def _hang_up(self) -> None:
+        if self._connection is not None:
+            self._unwatch(self._connection.fileno())
+            self._connection.close()
+            self._connection = None
+
+    def _serve(self) -> None:
+        assert self._connection is not None
+        try:
+            packet = wire.recv(self._connection, fds_allowed=LENT_MAX)
+        except (OSError, ProtocolError) as exc:
+            report(f"the connection ends: {exc}")
+            packet = None
+        if packet is None:
+            self._hang_up()
+            return
+        ident = 0
+        try:
+            ident = request_id(packet.body)
+            self._answer(ident, packet)
+        except VmshellError as exc:
+            report(f"{safe(packet.body.get('verb'), 20)} {safe(packet.body.get('number', ''), 20)} refused: {exc}")
+            self._send({"id": ident, "error": exc.to_wire()})
+        except Exception as exc:
+            reference = os.urandom(4).hex()
+            report(f"{reference}: {type(exc).__name__}: {exc}")
+            self._send({"id": ident, "error": Internal(reference=reference).to_wire()})
+        finally:
+            packet.close()
+
+    def _answer(self, ident: int, packet: wire.Packet) -> None:
+        """Carry out one request and answer it; raises what it is refused with."""
+        message = parse_to_launcher(packet.body)
+        if packet.fds and not isinstance(message, Launch | Job):
+            raise LaunchRefused(problem="descriptors: this request brings none")
+        try:
+            if isinstance(message, Signal):
+                self._runs.signal(message)
+                self._send({"id": ident, "ok": {}})
+            elif isinstance(message, Launch):
+                number, pid = message.number, self._runs.launch(message, packet.fds, self._connection)
+                self._started(ident, pid, lambda: self._runs.ended(number, pid))
+            elif isinstance(message, Job):
+                job, uid = self._jobs.start(message, packet.fds)
+                self._started(ident, job, lambda: None if uid is None else self._jobs.ended(uid, job))
+            elif isinstance(message, RestartNames):
+                self._started(ident, spawn(RESTART_NAMES, {}, stderr=2), lambda: None)
+        except OSError as exc:
+            raise LaunchRefused(problem=f"a program it needs cannot be started ({exc.strerror})") from exc
+
+    def _started(self, ident: int, pid: int, ended: Callable[[], None]) -> None:
+        pidfd = self.watch_process(pid, ended, run=ident)
+        self._send({"id": ident, "ok": {"pid": pid}}, (pidfd,))
+
+    def _send(self, body: dict[str, object], fds: tuple[int, ...] = ()) -> None:
+        """Send, or hang up on a broker that does not read: it learns everything anew when it comes back."""
+        if self._connection is None:
+            return
+        try:
+            wire.send(self._connection, body, fds)
+        except OSError as exc:
+            report(f"the broker does not take its answers: {exc}")
+            self._hang_up()
+
+    # --- what is waited for -------------------------------------------------------------------------------------------
+
+    def _watch(self, fd: int, call: Callable[[], None]) -> None:
+        self._watched[fd] = call
+        self._poll.register(fd, select.POLLIN)
+
+    def _unwatch(self, fd: int) -> None:
+        del self._watched[fd]
+        self._poll.unregister(fd)
+
+
+def _exit_status(pidfd: int) -> int | None:
+    """The exit status of a child that has ended, 128 and the signal's number if one ended it; None for somebody else's child."""
+    try:
+        info = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    except ChildProcessError:
+        return None
+    if info is None:
+        return None
+    return info.si_status if info.si_code == os.CLD_EXITED else 128 + info.si_status
+
+
+def report(text: str) -> None:
+    """Write one escaped line to the journal."""
+    try:
+        print(f"launcher: {safe(text, 1000)}", file=sys.stderr, flush=True)
+    except OSError:
+        pass  # the journal is gone; nothing here depends on it

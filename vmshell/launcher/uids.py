@@ -1,0 +1,80 @@
+"""Which uids are ours to give: one for each VM, and a pool for jobs; and who else lives among them.
+
+Runs in: the launcher. Reads the account files and /proc, once at the start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from ..names import JOBS_MAX, NUMBER_MAX, uids_of_jobs
+
+# Of the two files of accounts the third field counts; of the two of subordinate ids, which are ranges, the second and third.
+_ACCOUNTS = ("/etc/passwd", "/etc/group")
+_RANGES = ("/etc/subuid", "/etc/subgid")
+
+
+class Uids:
+    """`apart`: QEMU gets a uid of its own, which takes root. `helpers_apart`: so do jobs, but in nobody's session."""
+
+    def __init__(self, base: int, *, embedded: bool) -> None:
+        self.apart = os.geteuid() == 0
+        self.helpers_apart = self.apart and not embedded
+        self.all = range(base, base + NUMBER_MAX + 1 + JOBS_MAX)
+        self.jobs = uids_of_jobs(base)
+        self._base = base
+
+    def of_vm(self, number: int) -> int | None:
+        """The uid of VM *number*'s QEMU; None: our own."""
+        return self._base + number if self.apart else None
+
+    def number_of(self, uid: int) -> int:
+        """The VM whose uid this is."""
+        return uid - self._base
+
+
+def occupant(uids: range, root: str = "") -> str:
+    """Who else has an id in *uids* by the files of accounts below *root*, as a clause; empty if nobody has."""
+    for path in _ACCOUNTS:
+        for name, row in _rows(root + path):
+            if len(row) > 1 and row[1].isdecimal() and int(row[1]) in uids:
+                return f"{name} in {path} has id {row[1]}"
+    for path in _RANGES:
+        for name, row in _rows(root + path):
+            if len(row) > 1 and row[0].isdecimal() and row[1].isdecimal():
+                first, count = int(row[0]), int(row[1])
+                if count and first < uids.stop and first + count > uids.start:
+                    return f"{name} in {path} has the ids from {first} to {first + count - 1}"
+    return ""
+
+
+def _rows(path: str) -> Iterator[tuple[str, list[str]]]:
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            name, *row = line.strip().split(":")
+            yield name, row
+
+
+def processes(uids: range) -> Iterator[tuple[int, int]]:
+    """The pid and real uid of every process of *uids*."""
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if entry.isdecimal() and (uid := _real_uid(entry)) in uids:
+                yield int(entry), uid
+
+
+def is_ours(pid: int) -> bool:
+    """Was *pid* started by a launcher: does its control group lie in a unit of ours?"""
+    try:
+        with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="replace") as file:
+            return any("/vmshell" in line for line in file)
+    except OSError:
+        return True  # it has ended
+
+
+def _real_uid(pid: str) -> int:
+    # Not the owner of /proc/PID: that is root for processes that may not be dumped.
+    with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Uid:"))
