@@ -26,8 +26,6 @@ class DiskPlan:
     Only the top one is ever written, and it is not if *readonly*, as CD-ROMs always are. A CD-ROM drive may be empty.
     """
 
-    __slots__ = ("bootindex", "bus", "geometry", "kind", "layers", "readonly")
-
     def __init__(
         self,
         *,
@@ -64,8 +62,6 @@ class NicPlan:
     *forwards*: (protocol, port on QEMU's own loopback, port of the guest); the jail's network is its own and has nothing else.
     Not *connected*, the card is there and its cable leads nowhere.
     """
-
-    __slots__ = ("bootindex", "connected", "forwards", "mac", "model", "stream_fd", "tap_fd")
 
     def __init__(
         self,

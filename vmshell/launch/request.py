@@ -30,7 +30,7 @@ READ, WRITTEN, LISTENER, STREAM, BARRIER, TAP = "read", "written", "listener", "
 
 def plan_of(table: Table, **own: object) -> LaunchPlan:
     """Build the plan in *table* with the launcher's *own* fields; raises ValueError for whatever a plan cannot be."""
-    _only(table, frozenset(LaunchPlan.__slots__) - LAUNCHERS_OWN, "plan")
+    _only(table, _keywords(LaunchPlan) - LAUNCHERS_OWN, "plan")
     values = dict(table)
     for name in ("option_rom_fds", "firmware"):
         if values.get(name) is not None:
@@ -42,7 +42,7 @@ def plan_of(table: Table, **own: object) -> LaunchPlan:
 
 def _disk(item: object) -> DiskPlan:
     values = _table(item, "disks")
-    _only(values, frozenset(DiskPlan.__slots__), "disks")
+    _only(values, _keywords(DiskPlan), "disks")
     values["layers"] = tuple(_tuple(pair, "layers", 2) for pair in _tuple(values.get("layers"), "layers"))
     if values.get("geometry") is not None:
         values["geometry"] = _tuple(values["geometry"], "geometry", 4)
@@ -51,7 +51,7 @@ def _disk(item: object) -> DiskPlan:
 
 def _nic(item: object) -> NicPlan:
     values = _table(item, "nics")
-    _only(values, frozenset(NicPlan.__slots__), "nics")
+    _only(values, _keywords(NicPlan), "nics")
     values["forwards"] = tuple(_tuple(row, "forwards", 3) for row in _tuple(values.get("forwards", []), "forwards"))
     return _built(NicPlan, values, "nics")
 
@@ -74,6 +74,11 @@ def _tuple(value: object, what: str, length: int | None = None) -> tuple[object,
     if not isinstance(value, list) or len(value) > LISTS_MAX or (length is not None and len(value) != length):
         raise ValueError(f"{what} must be a list" + (f" of {length}" if length else f" of at most {LISTS_MAX}"))
     return tuple(value)
+
+
+def _keywords(kind: type) -> frozenset[str]:
+    """What the constructor of *kind* takes."""
+    return frozenset(kind.__init__.__annotations__) - {"return"}  # type: ignore[misc]
 
 
 def _only(table: Table, known: frozenset[str], what: str) -> None:

@@ -13,70 +13,27 @@ AUDIT_ARCH_X86_64 = 0xC000003E
 X32_BIT = 0x40000000  # the x32 calls have numbers of their own: refused as a whole
 
 # x86-64 numbers; the groups say why a call is here.
+# fmt: off
 DENIED = {
     # other processes' memory, registers and descriptors
-    "ptrace": 101,
-    "process_vm_readv": 310,
-    "process_vm_writev": 311,
-    "process_madvise": 440,
-    "pidfd_getfd": 438,
-    "kcmp": 312,
+    "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "process_madvise": 440, "pidfd_getfd": 438, "kcmp": 312,
     # large kernel interfaces with a history of holes
-    "bpf": 321,
-    "perf_event_open": 298,
-    "userfaultfd": 323,
-    "io_uring_setup": 425,
-    "io_uring_enter": 426,
-    "io_uring_register": 427,
-    "add_key": 248,
-    "request_key": 249,
-    "keyctl": 250,
-    "memfd_secret": 447,
+    "bpf": 321, "perf_event_open": 298, "userfaultfd": 323, "io_uring_setup": 425, "io_uring_enter": 426,
+    "io_uring_register": 427, "add_key": 248, "request_key": 249, "keyctl": 250, "memfd_secret": 447,
     # files by handle, past every mount namespace
-    "name_to_handle_at": 303,
-    "open_by_handle_at": 304,
+    "name_to_handle_at": 303, "open_by_handle_at": 304,
     # namespaces and mounts
-    "unshare": 272,
-    "setns": 308,
-    "mount": 165,
-    "umount2": 166,
-    "pivot_root": 155,
-    "chroot": 161,
-    "mount_setattr": 442,
-    "open_tree": 428,
-    "move_mount": 429,
-    "fsopen": 430,
-    "fsconfig": 431,
-    "fsmount": 432,
-    "fspick": 433,
+    "unshare": 272, "setns": 308, "mount": 165, "umount2": 166, "pivot_root": 155, "chroot": 161, "mount_setattr": 442,
+    "open_tree": 428, "move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432, "fspick": 433,
     # the machine itself
-    "kexec_load": 246,
-    "kexec_file_load": 320,
-    "init_module": 175,
-    "finit_module": 313,
-    "delete_module": 176,
-    "swapon": 167,
-    "swapoff": 168,
-    "reboot": 169,
-    "acct": 163,
-    "quotactl": 179,
-    "quotactl_fd": 443,
-    "sethostname": 170,
-    "setdomainname": 171,
-    "iopl": 172,
-    "ioperm": 173,
-    "syslog": 103,
-    "settimeofday": 164,
-    "clock_settime": 227,
-    "adjtimex": 159,
+    "kexec_load": 246, "kexec_file_load": 320, "init_module": 175, "finit_module": 313, "delete_module": 176, "swapon": 167,
+    "swapoff": 168, "reboot": 169, "acct": 163, "quotactl": 179, "quotactl_fd": 443, "sethostname": 170, "setdomainname": 171,
+    "iopl": 172, "ioperm": 173, "syslog": 103, "settimeofday": 164, "clock_settime": 227, "adjtimex": 159,
     "clock_adjtime": 305,
     # memory placement (to be allowed again where NUMA binding is wanted)
-    "mbind": 237,
-    "set_mempolicy": 238,
-    "get_mempolicy": 239,
-    "migrate_pages": 256,
-    "move_pages": 279,
+    "mbind": 237, "set_mempolicy": 238, "get_mempolicy": 239, "migrate_pages": 256, "move_pages": 279,
 }
+# fmt: on
 IOCTL = 16
 CLONE = 56
 CLONE3 = 435
