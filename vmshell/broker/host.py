@@ -220,14 +220,3 @@ def _stat(pid: int) -> list[str]:
             return file.read().rpartition(") ")[2].split()
     except OSError:
         return []
-
-
-def code_is_safe(path: str) -> bool:
-    """Is every folder from *path* up to / root's, and writable by root alone (A18)?"""
-    while True:
-        status = os.stat(path)
-        if status.st_uid != 0 or (status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX):
-            return False
-        if path == "/":
-            return True
-        path = os.path.dirname(path)

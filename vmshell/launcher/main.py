@@ -11,11 +11,12 @@ import os
 import pwd
 import resource
 import socket
+import stat
 import sys
 
 from .. import wire
 from ..errors import VmshellError
-from ..layout import Layout
+from ..layout import PACKAGE_DIR, Layout
 from .jobs import Jobs
 from .policy import Policy
 from .runs import Runs, SignalAll
@@ -46,6 +47,8 @@ def main(argv: list[str]) -> int:
 
 
 def _compose(layout: Layout, options: list[str]) -> Server:
+    if not layout.embedded and (writable := writable_by_others(PACKAGE_DIR)):
+        raise OSError(f"{writable} can be written by others than root, and root runs what is in it")
     policy = Policy(layout.policy)
     uids = Uids(policy.uid_base, embedded=layout.embedded)
     scopes = uids.helpers_apart and os.path.isdir(SYSTEMD)
@@ -63,6 +66,17 @@ def _compose(layout: Layout, options: list[str]) -> Server:
         _must_be_free(uids)
         _take_over(server, runs, jobs, uids, judge=scopes)
     return server
+
+
+def writable_by_others(path: str) -> str:
+    """The first folder from *path* up to / that is not root's, or writable by others (A18); empty if there is none."""
+    while True:
+        status = os.stat(path)
+        if status.st_uid != 0 or (status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX):
+            return path
+        if path == "/":
+            return ""
+        path = os.path.dirname(path)
 
 
 def _broker_uid(layout: Layout) -> int:
