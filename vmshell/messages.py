@@ -169,6 +169,17 @@ def numbers(value: object, name: str) -> list[int]:
     return value
 
 
+def few(check: Callable[[object, str], T]) -> Callable[[object, str], list[T]]:
+    """A list of at most ASKED_MAX values, each of which *check* lets through."""
+
+    def check_all(value: object, name: str) -> list[T]:
+        if not isinstance(value, list) or len(value) > ASKED_MAX:
+            raise _bad(name, value, f"a list of at most {ASKED_MAX}")
+        return [check(item, name) for item in value]
+
+    return check_all
+
+
 def mac(value: object, name: str) -> str:
     """A unicast MAC in lower case, as `names.mac_address` writes it, or nothing."""
     octets = value.split(":") if isinstance(value, str) else []
@@ -196,6 +207,7 @@ TEXT_MAX = 32 * 1024  # characters of a definition: a packet has 64 KiB
 WORDS_MAX = 64
 OPENINGS_MAX = 256
 NUMBERS_MAX = 4096
+ASKED_MAX, SHOWN_MAX = 16, 5  # images or accounts of one question, and how many things of each are named: all fits into a packet
 SHELF = "shelf"  # where a VM is named: the objects that belong to no VM
 NUMBER = integer(1, NUMBER_MAX)
 
@@ -418,6 +430,20 @@ class Reload(Request):
     verb = "reload"
 
 
+class ImageUsers(Request):
+    """Which VMs stand on each of `images`, and which may stand on any, for their records cannot be read (administrators)."""
+
+    verb = "image-users"
+    images: list[str] = field(few(image_name), default=[])
+
+
+class Owned(Request):
+    """What each of `uids` owns: VMs, half-made and unreadable ones too, and objects on its shelf (administrators)."""
+
+    verb = "owned"
+    uids: list[int] = field(few(integer(0, (1 << 32) - 2)), default=[])
+
+
 class Networks(Request):
     """The networks that the peer may put cards on."""
 
@@ -486,7 +512,7 @@ REQUESTS: dict[str, type[Request]] = {
     kind.verb: kind
     for kind in (
         *(List, Info, New, Define, Change, Boot, Shutdown, Kill, Reset, Reboot, Rm, Console, Display, Snapshot),
-        *(Objects, DiskAdd, Put, Drop, Explain, LaunchLine, Reload, Images, Whoami, Version),
+        *(Objects, DiskAdd, Put, Drop, Explain, LaunchLine, Reload, ImageUsers, Owned, Images, Whoami, Version),
         *(Networks, Net, NetHealth, Connect, Publish, HostKey),
     )
 }
