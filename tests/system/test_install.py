@@ -260,7 +260,7 @@ def doctor(host: Host) -> tuple[int, str]:
 def test_doctor_finds_nothing_wrong(host: Host) -> None:
     status, text = doctor(host)
     assert status == 0 and "FAIL" not in text, text
-    subjects = ("qemu", "jail", "code", "units", "broker", "network", "names", "routing", "shells", "pam")
+    subjects = ("qemu", "jail", "code", "units", "rights", "broker", "network", "names", "routing", "shells", "pam")
     for subject in (*subjects, "sshd          alice"):
         assert f"OK    {subject}" in text, text
 

@@ -21,13 +21,14 @@ from ..messages import NetHealth, Version, Whoami
 from . import own_records, users
 from .asking import ask
 from .doctor_network import check_names, check_network, check_routing
+from .doctor_rights import check_rights
 from .findings import ANSWER_PATIENCE, ENV, FAIL, OK, WARN, Finding, output, problem_of, states
 from .verbs import Arguments, Context
 
 QEMU_OLDEST = (7, 2)
 PROBE_PATIENCE = 60.0  # seconds
 LISTS_OF_SHELLS = "/etc/shells"
-UNITS = tuple(f"vmshell-{name}.{kind}" for name in ("broker", "relay", "tapnet") for kind in ("socket", "service"))
+UNITS = tuple(f"vmshell-{name}.{kind}" for name in ("launcher", "broker", "relay", "tapnet") for kind in ("socket", "service"))
 # What sshd must answer for a member of the group, lower case as `sshd -T` prints it.
 SSHD_WANTED = {
     "forcecommand": users.SHELL,
@@ -153,7 +154,7 @@ def check_units(context: Context) -> Iterator[Finding]:
         words = ", ".join(f"{unit} is {found.get(unit, 'unknown')}" for unit in down)
         yield Finding(FAIL, words, f"systemctl start {' '.join(down)}; journalctl -u 'vmshell-*'")
     else:
-        yield Finding(OK, "broker, relay and tapnet are active")
+        yield Finding(OK, "launcher, broker, relay and tapnet are active")
 
 
 def check_sockets(context: Context) -> Iterator[Finding]:
@@ -327,6 +328,7 @@ CHECKS = (
     ("jail", check_jail),
     ("code", check_code),
     ("units", check_units),
+    ("rights", check_rights),
     ("broker", check_sockets),
     ("acceleration", check_acceleration),
     ("network", check_network),
