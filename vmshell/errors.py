@@ -330,6 +330,14 @@ class ImageInUse(VmshellError):
     hint = "{advice}"
 
 
+class CannotTell(VmshellError):
+    """nobody can say {what}: {problem}"""
+
+    code = "cannot-tell"
+    exit_status = EX_UNAVAILABLE
+    hint = "so nothing was taken away; `vmshell-admin doctor` says what is wrong with the VM service"
+
+
 class CatalogueBusy(VmshellError):
     """another vmshell-admin is at work on the image catalogue"""
 

@@ -15,6 +15,13 @@ from .errors import ProtocolError, UnknownVerb, safe
 from .fields import Message, bad, boolean, choice, field, integer, table, text
 from .names import INTERFACE_RULE, NUMBER_MAX, check_name, check_object, check_vm_ref, is_interface
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeVar
+
+    T = TypeVar("T")
+
 # --- states, as they stand in records, in `list` and on the wire ------------------------------------------------------
 
 OFF = "off"  # defined, not running
@@ -92,6 +99,17 @@ def numbers(value: object, name: str) -> list[int]:
     return value
 
 
+def few(check: Callable[[object, str], T]) -> Callable[[object, str], list[T]]:
+    """A list of at most ASKED_MAX values, each of which *check* lets through."""
+
+    def check_all(value: object, name: str) -> list[T]:
+        if not isinstance(value, list) or len(value) > ASKED_MAX:
+            raise bad(name, value, f"a list of at most {ASKED_MAX}")
+        return [check(item, name) for item in value]
+
+    return check_all
+
+
 def mac(value: object, name: str) -> str:
     """A unicast MAC in lower case, as `names.mac_address` writes it, or nothing."""
     octets = value.split(":") if isinstance(value, str) else []
@@ -119,6 +137,7 @@ TEXT_MAX = 32 * 1024  # characters of a definition: a packet has 64 KiB
 WORDS_MAX = 64
 OPENINGS_MAX = 256
 NUMBERS_MAX = 4096
+ASKED_MAX, SHOWN_MAX = 16, 5  # images or accounts of one question, and how many things of each are named: all fits into a packet
 SHELF = "shelf"  # where a VM is named: the objects that belong to no VM
 NUMBER = integer(1, NUMBER_MAX)
 
@@ -293,6 +312,20 @@ class Reload(Request):
     verb = "reload"
 
 
+class ImageUsers(Request):
+    """Which VMs stand on each of `images`, and which may stand on any, for their records cannot be read (administrators)."""
+
+    verb = "image-users"
+    images: list[str] = field(few(image_name), default=[])
+
+
+class Owned(Request):
+    """What each of `uids` owns: VMs, half-made and unreadable ones too, and objects on its shelf (administrators)."""
+
+    verb = "owned"
+    uids: list[int] = field(few(integer(0, (1 << 32) - 2)), default=[])
+
+
 class Networks(Request):
     """The networks that the peer may put cards on."""
 
@@ -361,7 +394,7 @@ REQUESTS: dict[str, type[Request]] = {
     kind.verb: kind
     for kind in (
         *(List, Info, New, Define, Change, Boot, Shutdown, Kill, Reset, Reboot, Rm, Console, Display, Snapshot),
-        *(Objects, DiskAdd, Put, Drop, Explain, LaunchLine, Reload, Images, Whoami, Version),
+        *(Objects, DiskAdd, Put, Drop, Explain, LaunchLine, Reload, ImageUsers, Owned, Images, Whoami, Version),
         *(Networks, Net, NetHealth, Connect, Publish, HostKey),
     )
 }

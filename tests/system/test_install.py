@@ -15,6 +15,7 @@ from tests.host.machine import CHECKOUT, Host
 pytestmark = [pytest.mark.system, pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SOCKETS = ("vmshell-broker.socket", "vmshell-relay.socket", "vmshell-tapnet.socket")
+VMS = "/var/lib/vmshell/vms"
 UNITS = (*SOCKETS, "vmshell-broker.service", "vmshell-relay.service", "vmshell-tapnet.service", "vmshell-names.service")
 LIBDIR = "/usr/local/lib/vmshell"
 LIBNFTABLES = "/usr/lib/x86_64-linux-gnu/libnftables.so.1"
@@ -215,14 +216,36 @@ def test_user_remove_ends_the_login_and_the_account(host: Host) -> None:
 def test_user_remove_does_not_free_the_uid_of_vms(host: Host) -> None:
     """D22: the next account with this uid would own them."""
     host.add_user("dora")
-    folder = f"/var/lib/vmshell/vms/{host.uid('dora')}/web1"
-    host.sh(f"mkdir -p -m 700 {folder}")
+    own = f"{VMS}/{host.uid('dora')}"
+    host.sh(f"mkdir -p {own}/web1; chown -R --reference={VMS} {own}; chmod -R 700 {own}")
     done = host.admin("user", "remove", "dora", check=False)
     assert done.returncode == 1 and "web1" in done.stderr
     host.exec("getent", "passwd", "dora")
+    assert [row.split()[-1] for row in host.admin("user", "list").stdout.splitlines() if row.startswith("dora")] == ["1"]
     host.admin("user", "remove", "dora", "--keep-account")
     assert host.exec("getent", "passwd", "dora").stdout.strip().endswith(":/usr/sbin/nologin")
-    host.sh(f"rm -r {folder}; userdel dora")
+    host.sh(f"rm -r {own}; userdel dora")
+
+
+def test_without_the_broker_nothing_is_taken_away(host: Host) -> None:
+    """D22: nobody can say what an account owns, or who uses an image; the login alone can be taken."""
+    host.add_user("dora")
+    image = "/var/lib/vmshell/images/lone"
+    host.sh(f"mkdir -p {image}; echo 'description = \"x\"' >{image}/image.toml")
+    host.sh("systemctl stop vmshell-broker.socket vmshell-broker.service")
+    try:
+        removed, rm = (host.admin(*words, check=False) for words in (("user", "remove", "dora"), ("image", "rm", "lone")))
+        listed = host.admin("user", "list")
+        kept = host.admin("user", "remove", "dora", "--keep-account")
+    finally:
+        host.sh("systemctl start vmshell-broker.socket vmshell-broker.service")
+    assert removed.returncode == rm.returncode == 69
+    assert "nobody can say what dora owns" in removed.stderr and "nobody can say which VMs use image lone" in rm.stderr
+    assert [row.split()[-1] for row in listed.stdout.splitlines() if row.startswith("dora")] == ["?"]
+    assert kept.stdout == "dora: removed\n"
+    assert host.exec("getent", "passwd", "dora").stdout.strip().endswith(":/usr/sbin/nologin")
+    assert host.admin("image", "rm", "lone").stdout == "lone: removed\n"
+    host.sh("userdel dora")
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------
@@ -237,8 +260,8 @@ def doctor(host: Host) -> tuple[int, str]:
 def test_doctor_finds_nothing_wrong(host: Host) -> None:
     status, text = doctor(host)
     assert status == 0 and "FAIL" not in text, text
-    subjects = ("qemu", "jail", "code", "units", "broker", "network", "names", "routing", "sshd          alice", "shells", "pam")
-    for subject in subjects:
+    subjects = ("qemu", "jail", "code", "units", "rights", "broker", "network", "names", "routing", "shells", "pam")
+    for subject in (*subjects, "sshd          alice"):
         assert f"OK    {subject}" in text, text
 
 
