@@ -21,7 +21,8 @@ from tests.guests import disk_image, echo_image
 from tests.images import install_images
 from tests.session import Session
 from vmshell.launch.argv import qemu_argv
-from vmshell.launch.plan import DiskPlan, LaunchPlan, NicPlan
+from vmshell.launch.devices import DiskPlan, NicPlan
+from vmshell.launch.plan import LaunchPlan
 from vmshell.layout import Layout
 from vmshell.messages import Boot, Kill, New, Rm
 
@@ -74,7 +75,7 @@ class ByHand:
             )
             self.began = time.perf_counter()
             self._process = subprocess.Popen(
-                qemu_argv(plan), pass_fds=plan.fds(), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                qemu_argv(plan), pass_fds=plan.all_fds(), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
 
     def __enter__(self) -> ByHand:

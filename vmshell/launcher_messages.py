@@ -15,6 +15,10 @@ from .errors import ProtocolError
 from .fields import Message, bad, choice, field, integer, table
 from .names import NUMBER_MAX
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 NUMBER = integer(1, NUMBER_MAX)
 LENT_MAX = 128  # descriptors beside one request
 WORDS_MAX, WORD_MAX = 64, 200
@@ -42,7 +46,7 @@ class Launch(ToLauncher):
 
     verb = "launch"
     number: int = field(NUMBER)
-    plan: dict[str, object] = field(table)
+    plan: dict[str, Any] = field(table)
 
 
 class Job(ToLauncher):

@@ -17,9 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vmshell.errors import BadValue
 from vmshell.launch import jail, seccomp
 from vmshell.launch.argv import CPU, qemu_argv
-from vmshell.launch.plan import DiskPlan, LaunchPlan, NicPlan
+from vmshell.launch.devices import DiskPlan, NicPlan
+from vmshell.launch.plan import LaunchPlan
 from vmshell.names import KEYMAPS
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -688,7 +690,7 @@ BAD: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("bad", BAD, ids=[f"{number}-{'-'.join(bad)}" for number, bad in enumerate(BAD)])
 def test_a_plan_refuses(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"."):
+    with pytest.raises(BadValue, match=r"."):
         plan(**bad)
 
 
@@ -739,7 +741,7 @@ RAW, QCOW2 = (3, "raw"), (4, "qcow2")
 )
 def test_a_disk_refuses(bad: dict[str, Any]) -> None:
     """B13, B14: two formats, by descriptor."""
-    with pytest.raises(ValueError, match=r"."):
+    with pytest.raises(BadValue, match=r"."):
         DiskPlan(**bad)
 
 
@@ -752,7 +754,7 @@ def test_a_cdrom_is_read_only_by_nature() -> None:
 )
 def test_a_nic_refuses(mac: str) -> None:
     """E33: a MAC is made by us from the VM's number."""
-    with pytest.raises(ValueError, match=r"."):
+    with pytest.raises(BadValue, match=r"."):
         NicPlan(mac=mac)
 
 
@@ -773,7 +775,7 @@ def test_a_nic_refuses(mac: str) -> None:
     ids=str,
 )
 def test_a_nic_refuses_other_values(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"."):
+    with pytest.raises(BadValue, match=r"."):
         nic(1, **bad)
 
 

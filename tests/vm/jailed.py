@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from vmshell.launch import jail, seccomp
-from vmshell.launch.plan import DiskPlan, LaunchPlan
+from vmshell.launch.devices import DiskPlan
+from vmshell.launch.plan import LaunchPlan
 
 PATIENCE = 60.0
 
@@ -76,7 +77,7 @@ class Jailed:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                pass_fds=self.plan.fds(),
+                pass_fds=self.plan.all_fds(),
                 env={"SECRET": "of the broker", "PATH": os.environ["PATH"]},
             )
             self._opened += [info_writer, filter_fd]

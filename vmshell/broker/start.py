@@ -12,12 +12,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BadValue, LauncherDown, StartFailed, VmshellError
 from ..launch.jail import command
-from ..launch.plan import NICS_MAX
-from ..launch.request import plan_of
+from ..launch.plan import NICS_MAX, LaunchPlan
 from ..model.decide import apply_fixed
 from ..model.definition import Definition, Disk, Nic
 from ..model.values import split_ref
@@ -156,7 +155,7 @@ def launch_line(context: Context, vm: Vm) -> list[str]:
         fds = _Descriptors(stack)
         table = _plan(context, vm, definition, images, scratch, cables, fds, sockets, null)
     uid = context.policy.host.uid_base + vm.number if context.host.apart else None
-    return command(plan_of(table, number=vm.number, uid=uid, gid=uid, seccomp_fd=FIRST_FD + len(fds.lent)))
+    return command(LaunchPlan(**table, number=vm.number, uid=uid, gid=uid, seccomp_fd=FIRST_FD + len(fds.lent)))
 
 
 def _plan(
@@ -169,7 +168,7 @@ def _plan(
     fds: _Descriptors,
     sockets: Mapping[str, int],
     barrier: int,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Open what *definition* names and say how QEMU gets it: the plan of a launch request."""
     host, limits = context.host, context.effective(vm.owner).limits
     accel = vm.accel or context.facts.accel
@@ -237,7 +236,7 @@ def _disk(
     scratch: int | None,
     fds: _Descriptors,
     order: Mapping[str, int],
-) -> dict[str, object]:
+) -> dict[str, Any]:
     layers: list[list[object]] = []
     if disk.snapshot:
         assert scratch is not None
@@ -263,7 +262,7 @@ def _disk(
 
 def _nic(
     context: Context, vm: Vm, name: str, nic: Nic, cables: Cables, fds: _Descriptors, bootindex: int | None
-) -> dict[str, object]:
+) -> dict[str, Any]:
     index = int(name.removeprefix("net"))
     kind = context.policy.catalogues.networks[nic.network].kind
     cable = fds.add(os.dup(cables[index])) if index in cables else None

@@ -15,11 +15,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from .. import descriptors
-from ..errors import LaunchRefused
-from ..launch import request
+from ..errors import LaunchRefused, VmshellError
+from ..launch import plan as plans
 from ..launch.jail import command
-from ..launch.plan import LaunchPlan
-from ..launch.request import plan_of, uses
+from ..launch.plan import LAUNCHERS_OWN, LaunchPlan
 from ..launch.seccomp import program
 from ..launcher_messages import KILL, Launch, Signal
 from ..spawn import FIRST_FD, spawn
@@ -67,7 +66,7 @@ class Runs:
         try:
             plan = self._plan(message, FIRST_FD + len(lent))
             self._check(plan, lent, errors)
-        except (ValueError, OSError) as exc:
+        except (VmshellError, ValueError, OSError) as exc:
             raise LaunchRefused(problem=exc) from exc
         self._end_leftovers(message.number)
         pid = _start(plan, lent, errors)
@@ -90,8 +89,10 @@ class Runs:
 
     def _plan(self, message: Launch, seccomp_fd: int) -> LaunchPlan:
         uid = self._uids.of_vm(message.number)
-        plan = plan_of(
-            message.plan,
+        for name in LAUNCHERS_OWN & message.plan.keys():
+            raise ValueError(f"{name} is the launcher's own to say")
+        plan = LaunchPlan(
+            **message.plan,
             number=message.number,
             uid=uid,
             gid=uid,
@@ -107,7 +108,7 @@ class Runs:
 
     def _check(self, plan: LaunchPlan, lent: Sequence[int], errors: int) -> None:
         """Raise ValueError unless each descriptor is of its kind, and none is left over or missing."""
-        wanted = {number: (name, kind) for name, number, kind in uses(plan)}
+        wanted = {number: (name, kind) for name, number, kind in plan.lent()}
         numbers = range(FIRST_FD, FIRST_FD + len(lent))
         if sorted(wanted) != list(numbers):
             raise ValueError(f"descriptors: the plan uses {sorted(wanted)}, and there are {list(numbers)}")
@@ -127,12 +128,12 @@ class Runs:
     def _check_one(self, kind: str, fd: int) -> None:
         name, _, tap = kind.partition(" ")
         checks: dict[str, Callable[[int], None]] = {
-            request.READ: partial(descriptors.check_read_file, owner=self._broker_uid),
-            request.WRITTEN: partial(descriptors.check_written_file, owner=self._broker_uid),
-            request.LISTENER: descriptors.check_listener,
-            request.STREAM: descriptors.check_stream,
-            request.BARRIER: partial(descriptors.check_pipe, mode=os.O_RDWR),
-            request.TAP: partial(descriptors.check_tap, name=tap),
+            plans.READ: partial(descriptors.check_read_file, owner=self._broker_uid),
+            plans.WRITTEN: partial(descriptors.check_written_file, owner=self._broker_uid),
+            plans.LISTENER: descriptors.check_listener,
+            plans.STREAM: descriptors.check_stream,
+            plans.BARRIER: partial(descriptors.check_pipe, mode=os.O_RDWR),
+            plans.TAP: partial(descriptors.check_tap, name=tap),
         }
         checks[name](fd)
 

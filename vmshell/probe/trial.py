@@ -12,8 +12,9 @@ import signal
 import socket
 import time
 
+from ..launch.devices import DiskPlan
 from ..launch.jail import command
-from ..launch.plan import DiskPlan, LaunchPlan
+from ..launch.plan import LaunchPlan
 from ..launch.seccomp import program
 from . import guest
 
@@ -76,7 +77,7 @@ class Trial:
                 paused=False,  # nobody speaks QMP to this one
             )
             words = command(plan, qemu=tools.qemu, bwrap=tools.bwrap, brief=True)
-            self._pid = spawn(words, errors, plan.fds())
+            self._pid = spawn(words, errors, plan.all_fds())
         except BaseException:
             self.end()
             raise
