@@ -36,7 +36,7 @@ def ask(path, body, fds=()):
             if packet is None or packet.body.get("verb") != "ended":
                 return packet and packet.body
 def launcher(*fds, **body):
-    return ask("/run/vmshell/launcher.sock", {"id": 1, **body}, fds) or {}
+    return ask("/run/vmshell/launcher.sock", {{"id": 1, **body}}, fds) or {{}}
 """
 
 
@@ -114,7 +114,8 @@ for argv in (
     ("systemctl", "set-property", "vmshell.slice", "MemoryMax=1M"), ("pkexec", "/bin/true"), ("sudo", "-n", "/bin/true"),
 ):
     tries(" ".join(argv), lambda: "refused" if run(*argv) else "done")
-for kind, words in (("storage", ["--", "/bin/sh"]), ("probe", ["kvm", "0"]), ("shell", []), ("broker", []), ("storage", ["x" * 201])):
+jobs = [("storage", ["--", "/bin/sh"]), ("probe", ["kvm", "0"]), ("shell", []), ("broker", []), ("storage", ["x" * 201])]
+for kind, words in jobs:
     reader, writer = os.pipe()
     tries(f"{kind} {words}", lambda: sorted(launcher(writer, verb="job", kind=kind, words=words)))
     os.close(writer)

@@ -62,7 +62,7 @@ class NicPlan(Message):
     """One network interface: its MAC, six octets in lower-case hex as `names.mac_address` makes them.
 
     It is attached to a tap (*tap_fd*), to a stream on whose other end passt is (*stream_fd*), or else to QEMU's own small network
-    with *forwards*: (protocol, port on QEMU's own loopback, port of the guest); the jail's network is its own and has nothing else.
+    with *forwards*: (protocol, port on QEMU's own loopback, port of the guest); the jail's network is its own, with nothing else.
     Not *connected*, it is there and attached to nothing.
     """
 
