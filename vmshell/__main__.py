@@ -1,4 +1,4 @@
-"""The starter of our processes: `python3 -IS …/vmshell/__main__.py broker|relay|storage|probe|sieve|tapnet|admin|shell ARGS…`.
+"""The starter of our processes: `python3 -IS …/vmshell/__main__.py PROCESS ARGS…`, with one of the names below.
 
 `-I -S` keep the environment, the current folder and site-packages out of the process. So the starter adds the one folder our code
 is in, and nothing else. (The installed login shell has a starter of its own, `etc/bin/vmshell`.)
@@ -21,6 +21,8 @@ def main(argv: list[str]) -> int:
     run: Callable[[list[str]], int]
     if process == "broker":
         from vmshell.broker.main import main as run
+    elif process == "accounts":
+        from vmshell.accounts.main import main as run
     elif process == "relay":
         from vmshell.relay.main import main as run
     elif process == "storage":
@@ -40,7 +42,7 @@ def main(argv: list[str]) -> int:
     elif process == "shell":
         from vmshell.shell.main import main as run
     else:
-        print("usage: vmshell broker|relay|storage|probe|sieve|tapnet|admin|shell …", file=sys.stderr)
+        print("usage: vmshell broker|accounts|relay|storage|probe|sieve|tapnet|admin|shell …", file=sys.stderr)
         return 2
     return run(rest)
 

@@ -55,6 +55,7 @@ def _serve(layout: Layout, rules: Policy) -> int:
     context.addresses.load()
     os.makedirs(layout.run_vms, mode=0o750, exist_ok=True)
     context.host.share_with_relay(layout.run_vms, 0o750)
+    context.accounts.begin()
     # Listen last: a shell that can connect must find a broker that knows its VMs.
     context.machines.adopt()
     for folder in leftovers:
@@ -72,6 +73,7 @@ def _serve(layout: Layout, rules: Policy) -> int:
     _notify("READY=1")
     journal.note("started", mode="session" if layout.embedded else "system", pid=os.getpid())
     loop.run()
+    context.accounts.close()
     context.networks.close()
     context.relay.close()
     journal.note("stopped", vms=sum(1 for vm in context.registry if context.machines.qemu_pid(vm)))
