@@ -203,7 +203,7 @@ WORDS_MAX = 64
 OPENINGS_MAX = 256
 NUMBERS_MAX = 4096
 UID_MAX = (1 << 32) - 2
-GROUPS_IN_PART = 40  # of the longest names there can be, escaped: a packet has 64 KiB
+GROUPS_IN_PART = 20  # of the longest names there can be, escaped: a packet has 64 KiB
 SHELF = "shelf"  # where a VM is named: the objects that belong to no VM
 NUMBER = integer(1, NUMBER_MAX)
 
@@ -720,7 +720,7 @@ def parse_to_tapnet(body: dict[str, object]) -> ToTapnet:
 
 # --- broker → accounts helper -----------------------------------------------------------------------------------------
 #
-# One question, then its answer: `part` as often as it takes, then `found` as the reply, or the error that a database is silent.
+# One question, then its answer: `part` as often as it takes, then `found` as the reply.
 
 ACCOUNT_NAME = text(256)
 
@@ -766,12 +766,16 @@ class Part(Message):
 
 
 class Found(Message):
-    """The answer, or its end: whether there is such an account or group, and what was asked about it."""
+    """The answer, or its end: whether there is such an account or group, and what was asked about it.
+
+    Not *whole*, it is what is left while a database is silent: what there is, is so, and there may be more.
+    """
 
     verb = "found"
     exists: bool = field(boolean, default=False)
     uid: int = field(integer(0, UID_MAX), default=0)
     user: str = field(ACCOUNT_NAME, default="")
+    whole: bool = field(boolean, default=True)
 
 
 TO_ACCOUNTS: dict[str, type[ToAccounts]] = {kind.verb: kind for kind in (AboutUid, AboutUser, AboutGroup, AboutMembers)}

@@ -4,9 +4,8 @@ One question after the other, for as long as each takes: the broker, which serve
 nothing in mind, and ends with the broker's end of the socket. (LAYOUT only says in `ps` whose helper it is.)
 
     {"id": 7, "verb": "user", "user": "alice"}
-    {"verb": "part", "groups": ["alice", "students"]}     none or several, then one of
-    {"id": 7, "ok": {"verb": "found", "exists": true, "uid": 1001}}     or
-    {"id": 7, "error": {"code": "accounts-silent", …}}
+    {"verb": "part", "groups": ["alice", "students"]}     none or several
+    {"id": 7, "ok": {"verb": "found", "exists": true, "uid": 1001}}
 
 Runs in: a process of its own under the broker's uid, without rights of its own. Touches: what /etc/nsswitch.conf names.
 """
@@ -19,7 +18,6 @@ import socket
 from collections.abc import Iterator
 
 from .. import wire
-from ..errors import AccountsSilent
 from ..messages import (
     GROUPS_IN_PART,
     NUMBERS_MAX,
@@ -54,15 +52,14 @@ def main(argv: list[str]) -> int:
 
 def answers(body: dict[str, object]) -> Iterator[dict[str, object]]:
     """Every packet that answers the question *body*."""
-    envelope = {"id": request_id(body)}
+    ident = request_id(body)
     try:
         parts, found = _answer(parse_to_accounts(body))
     except lookups.Silent:
-        yield {**envelope, "error": AccountsSilent().to_wire()}
-        return
+        parts, found = [], Found(whole=False)
     for part in parts:
         yield part.to_body()
-    yield {**envelope, "ok": found.to_body()}
+    yield {"id": ident, "ok": found.to_body()}
 
 
 def _answer(question: ToAccounts) -> tuple[list[Part], Found]:
@@ -70,18 +67,31 @@ def _answer(question: ToAccounts) -> tuple[list[Part], Found]:
         name = lookups.name_of(question.uid)
         return [], Found(exists=True, user=name) if name and _fits(name) else Found()
     if isinstance(question, AboutUser):
-        account = lookups.account(question.user)
-        if account is None or account[0] > UID_MAX:
-            return [], Found()
-        groups = [name for name in account[1] if _fits(name)]
-        parts = [Part(groups=groups[at : at + GROUPS_IN_PART]) for at in range(0, len(groups), GROUPS_IN_PART)]
-        return parts, Found(exists=True, uid=account[0])
+        return _account(question.user)
     if isinstance(question, AboutGroup):
         return [], Found(exists=lookups.is_group(question.group))
     assert isinstance(question, AboutMembers)
-    members = lookups.members(question.group)
-    uids = [uid for uid in members or () if uid <= UID_MAX]
-    return [Part(uids=uids[at : at + NUMBERS_MAX]) for at in range(0, len(uids), NUMBERS_MAX)], Found(exists=members is not None)
+    return _members(question.group)
+
+
+def _account(user: str) -> tuple[list[Part], Found]:
+    account = lookups.account(user)
+    if account is None or account[0] > UID_MAX:
+        return [], Found()
+    uid, groups, whole = account
+    groups = [name for name in groups if _fits(name)]
+    parts = [Part(groups=groups[at : at + GROUPS_IN_PART]) for at in range(0, len(groups), GROUPS_IN_PART)]
+    return parts, Found(exists=True, uid=uid, whole=whole)
+
+
+def _members(group: str) -> tuple[list[Part], Found]:
+    members = lookups.members(group)
+    if members is None:
+        return [], Found()
+    uids = [uid for uid in members[0] if uid <= UID_MAX]
+    return [Part(uids=uids[at : at + NUMBERS_MAX]) for at in range(0, len(uids), NUMBERS_MAX)], Found(
+        exists=True, whole=members[1]
+    )
 
 
 def _fits(name: str) -> bool:

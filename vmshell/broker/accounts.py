@@ -76,6 +76,7 @@ class Accounts:
         self._slow = False  # the helper has been about one question for long, or was replaced for it
         self._news: Timer | None = None
         self._unsaved = False
+        self._seen_whole = False  # has it been said that somebody is unknown, or which groups are all of somebody's?
 
     def begin(self) -> None:
         """Start the helper, and wait a little for all that is in use. The loop runs for this alone: it is the broker's start."""
@@ -193,11 +194,28 @@ class Accounts:
         if fact is None:
             seldom("accounts-silent", about=question)
         else:
-            self._remember(question, Entry(fact, time.monotonic(), stamp))
+            self._learn(question, fact, stamp)
             if stamp != stamp_of_files() and any(question in wait.questions for wait in self._waits):
                 self._ask(question, urgent=True)  # somebody asked after the files had changed
                 return
         self._release(question)
+
+    def _learn(self, question: Question, fact: Fact, stamp: Stamp) -> None:
+        """Believe an answer that is whole, and of one that is not, what there is of it.
+
+        But once all databases have answered, what is missing is an outage: who is remembered stays what he was. (Where one never
+        answers, as where nsswitch.conf names a service that is not set up, the others are all there is.)
+        """
+        if fact.whole:
+            # A name that is found may be from the first of them.
+            self._seen_whole = self._seen_whole or not fact.exists or question.kind == "user"
+        elif self._seen_whole or not fact.exists:
+            seldom("accounts-silent", about=question)
+            if not self._seen_whole and question in self._memory:
+                del self._memory[question]
+                self._tell_soon()
+            return
+        self._remember(question, Entry(fact, time.monotonic(), stamp))
 
     def _remember(self, question: Question, entry: Entry) -> None:
         before = self._memory.get(question)
@@ -208,8 +226,11 @@ class Accounts:
         self._unsaved = self._unsaved or not same
         if question in self._missed or not (same or before is None):
             self._missed.discard(question)
-            if self._news is None:
-                self._news = self._loop.after(SOON, self._tell)
+            self._tell_soon()
+
+    def _tell_soon(self) -> None:
+        if self._news is None:
+            self._news = self._loop.after(SOON, self._tell)
 
     def _tell(self) -> None:
         self._news = None
@@ -254,7 +275,7 @@ class Accounts:
         """A broker that is started while a directory is silent remembers what we knew."""
         rows = [[*question, *map(_plain, vars(entry.fact).values())] for question, entry in self._memory.items()]
         try:
-            write_fast(self._path, json.dumps(rows))
+            write_fast(self._path, json.dumps({"whole": self._seen_whole, "facts": rows}))
         except OSError as exc:
             note("accounts-not-saved", problem=exc)
         self._unsaved = False
@@ -262,14 +283,15 @@ class Accounts:
     def _load(self) -> None:
         try:
             with open(self._path, encoding="utf-8") as file:
-                rows: Any = json.load(file)
-            for kind, key, exists, uid, user, groups, uids in rows:
-                fact = Fact(exists, uid, user, frozenset(groups), tuple(uids))
+                saved: Any = json.load(file)
+            self._seen_whole = bool(saved["whole"])
+            for kind, key, exists, uid, user, groups, uids, whole in saved["facts"]:
+                fact = Fact(exists, uid, user, frozenset(groups), tuple(uids), whole)
                 entry = self._memory[Question(kind, key)] = Entry(fact, -KEPT_FRESH, ())
                 entry.read = time.monotonic()
         except FileNotFoundError:
             return
-        except (OSError, ValueError, TypeError) as exc:
+        except (OSError, ValueError, TypeError, KeyError) as exc:
             note("accounts-unreadable", problem=exc)
 
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from .. import wire
-from ..errors import AccountsSilent, VmshellError
+from ..errors import AccountsSilent
 from ..messages import TO_ACCOUNTS, Found, Part
 from .journal import note
 from .link import Link
 
 if TYPE_CHECKING:
+    from ..errors import VmshellError
     from ..layout import Layout
     from ..messages import ToAccounts
     from .host import Host, Process
@@ -55,6 +56,7 @@ class Fact:
     user: str = ""
     groups: frozenset[str] = frozenset()
     uids: tuple[int, ...] = ()
+    whole: bool = True  # else there may be more of it
 
 
 Answered = Callable[[Question, Fact | None, Stamp], None]
@@ -73,7 +75,7 @@ def stamp_of_files() -> Stamp:
 
 
 class AccountsLink(Link):
-    """`on_answer(question, fact, stamp)` gets what came of each question: None if a database, or the helper, was silent.
+    """`on_answer(question, fact, stamp)` gets what came of each question: None if there was no answer in time.
 
     *stamp* is that of the files before they were read. `on_slow` is called when an answer does not come soon.
     """
@@ -130,8 +132,7 @@ class AccountsLink(Link):
         for timer in self._timers:
             timer.cancel()
         assert question is not None
-        lost = isinstance(error, AccountsSilent)  # what the helper itself reports is of another class
-        if lost and not overdue and self._repeated != question:
+        if error and not overdue and self._repeated != question:
             self._repeated = question
             self._urgent = {question: None, **self._urgent}
         else:
@@ -142,7 +143,8 @@ class AccountsLink(Link):
     def _fact(self, packet: wire.Packet) -> Fact:
         found = Found.from_body(packet.body["ok"])  # type: ignore[arg-type]
         groups = frozenset(name for part in self._parts for name in part.groups)
-        return Fact(found.exists, found.uid, found.user, groups, tuple(uid for part in self._parts for uid in part.uids))
+        uids = tuple(uid for part in self._parts for uid in part.uids)
+        return Fact(found.exists, found.uid, found.user, groups, uids, found.whole)
 
     def _heard(self, body: dict[str, object]) -> bool:
         if body.get("verb") != Part.verb:

@@ -189,8 +189,9 @@ class Server:
 
     def _act(self, call: Call, request: Request) -> None:
         """Do what is asked, if the peer still is who it was when it connected (D21, D22)."""
-        if self._identify(call.peer.uid).user != call.peer.user:
+        if self._context.accounts.user_of(call.peer.uid) not in ("", call.peer.user):
             raise NotAllowed(what="this connection", who="the account that opened it")
+        self._identify(call.peer.uid)
         vm = authorise(call.peer, request, self._context.registry)  # again: time may have gone by
         handler = HANDLERS[type(request)]
         if vm is None:
