@@ -29,11 +29,11 @@ NOBODY_HAS = 4_000_000_123
 class Asking:
     """The broker's end, with what came of each question."""
 
-    def __init__(self, layout: Layout, patience: float = 60) -> None:
+    def __init__(self, layout: Layout) -> None:
         self.answers: list[tuple[Question, Fact | None]] = []
         self.loop = Loop(self._raise)
         host = Host(HostPolicy(), embedded=True)
-        self.link = AccountsLink(self.loop, host, layout, self._answered, lambda: None, patience)
+        self.link = AccountsLink(self.loop, host, layout, self._answered, lambda: None, 60)
 
     def _raise(self, exc: BaseException) -> None:
         raise exc
@@ -62,6 +62,7 @@ def asking(layout: Layout) -> Iterator[Asking]:
     yield made
     made.link.close()
     made.turn(lambda: made.link._process is None)
+    made.loop._epoll.close()
 
 
 def test_it_answers_what_the_hosts_databases_say(asking: Asking) -> None:
@@ -96,11 +97,9 @@ def test_a_full_queue_is_no_answer(asking: Asking, monkeypatch: pytest.MonkeyPat
     assert asking.answers == [(Question("uid", NOBODY_HAS + number), None) for number in (2, 3)]
 
 
-def test_a_question_that_ends_the_helper_is_asked_twice_and_then_given_up(
-    layout: Layout, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_question_that_ends_the_helper_is_given_up(asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a database's module may that is linked into it."""
-    asking, started = Asking(layout), []
+    started = []
 
     def python(*words: str, uid: int | None) -> list[str]:
         started.append(words)
@@ -109,11 +108,10 @@ def test_a_question_that_ends_the_helper_is_asked_twice_and_then_given_up(
     monkeypatch.setattr(asking.link._host, "python", python)
     assert asking.ask("user", "alice") is None
     assert len(started) >= 2
-    asking.link.close()
 
 
-def test_g19_a_helper_that_hangs_is_killed_and_the_next_one_answers(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    asking = Asking(layout, patience=0.5)
+def test_g19_a_helper_that_hangs_is_killed_and_the_next_one_answers(asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
+    asking.link._patience = 0.5
     with monkeypatch.context() as patch:
         patch.setattr(asking.link._host, "python", lambda *words, uid: ["sleep", "3600"])
         asking.link.ask(Question("user", "alice"), urgent=True)
@@ -125,7 +123,6 @@ def test_g19_a_helper_that_hangs_is_killed_and_the_next_one_answers(layout: Layo
     asking.turn(lambda: not os.path.exists(f"/proc/{process.pid}"))
     asking.link._patience = 60
     assert asking.ask("uid", NOBODY_HAS) == Fact()
-    asking.link.close()
 
 
 def test_it_ends_with_its_socket(asking: Asking) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
@@ -81,8 +81,10 @@ def layout(tmp_path: Any) -> Layout:
 
 
 @pytest.fixture
-def bench(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    return Bench(layout, monkeypatch)
+def bench(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    made = Bench(layout, monkeypatch)
+    yield made
+    made.loop._epoll.close()
 
 
 def test_what_is_not_known_is_asked_and_waited_for(bench: Bench) -> None:
