@@ -148,6 +148,18 @@ def test_no_calls_a_reviewer_would_ask_about() -> None:
     assert not problems, "\n".join(problems)
 
 
+def test_the_broker_never_asks_the_hosts_accounts_itself() -> None:
+    """G19: its loop serves everybody, and a directory may be silent for half a minute; the accounts helper may wait."""
+    problems = []
+    for path in TREE.glob("vmshell/broker/*.py"):
+        problems += [
+            f"{path.name}:{line}: {name}" for line, name in imports(path) if name.split(".")[0] in ("pwd", "grp", "ctypes")
+        ]
+        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)}
+        problems += [f"{path.name}: {name}()" for name in calls & {"os.getgrouplist", "os.initgroups", "os.path.expanduser"}]
+    assert not problems, "\n".join(problems)
+
+
 def test_modules_say_where_they_run() -> None:
     missing = [
         str(path.relative_to(TREE))

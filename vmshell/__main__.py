@@ -23,6 +23,8 @@ def main(argv: list[str]) -> int:
         from vmshell.broker.main import main as run
     elif process == "launcher":
         from vmshell.launcher.main import main as run
+    elif process == "accounts":
+        from vmshell.accounts.main import main as run
     elif process == "relay":
         from vmshell.relay.main import main as run
     elif process == "storage":
@@ -42,7 +44,7 @@ def main(argv: list[str]) -> int:
     elif process == "shell":
         from vmshell.shell.main import main as run
     else:
-        print("usage: vmshell broker|launcher|relay|storage|probe|sieve|tapnet|admin|shell …", file=sys.stderr)
+        print("usage: vmshell PROCESS …", file=sys.stderr)
         return 2
     return run(rest)
 

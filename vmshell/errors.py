@@ -442,6 +442,14 @@ class TapnetDown(VmshellError):
     hint = "running VMs keep their network; try again in a moment, then tell the administrator"
 
 
+class AccountsSilent(VmshellError):
+    """the host's account database does not answer just now"""
+
+    code = "accounts-silent"
+    exit_status = EX_UNAVAILABLE
+    hint = "running VMs go on; try again in a moment, then tell the administrator"
+
+
 class NetworkFailed(VmshellError):
     """the network could not be made: {problem}"""
 

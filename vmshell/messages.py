@@ -110,6 +110,12 @@ def few(check: Callable[[object, str], T]) -> Callable[[object, str], list[T]]:
     return check_all
 
 
+def group_names(value: object, name: str) -> list[str]:
+    if not isinstance(value, list) or len(value) > GROUPS_IN_PART or not all(isinstance(item, str) for item in value):
+        raise bad(name, value, f"a list of at most {GROUPS_IN_PART} names")
+    return value
+
+
 def mac(value: object, name: str) -> str:
     """A unicast MAC in lower case, as `names.mac_address` writes it, or nothing."""
     octets = value.split(":") if isinstance(value, str) else []
@@ -138,6 +144,8 @@ WORDS_MAX = 64
 OPENINGS_MAX = 256
 NUMBERS_MAX = 4096
 ASKED_MAX, SHOWN_MAX = 16, 5  # images or accounts of one question, and how many things of each are named: all fits into a packet
+UID_MAX = (1 << 32) - 2
+GROUPS_IN_PART = 20  # of the longest names there can be, escaped: a packet has 64 KiB
 SHELF = "shelf"  # where a VM is named: the objects that belong to no VM
 NUMBER = integer(1, NUMBER_MAX)
 
@@ -615,4 +623,75 @@ def parse_to_tapnet(body: dict[str, object]) -> ToTapnet:
     kind = TO_TAPNET.get(verb) if isinstance(verb, str) else None
     if kind is None:
         raise ProtocolError(problem="tapnet has no such verb")
+    return kind.from_body(body)
+
+
+# --- broker → accounts helper -----------------------------------------------------------------------------------------
+#
+# One question, then its answer: `part` as often as it takes, then `found` as the reply.
+
+ACCOUNT_NAME = text(256)
+
+
+class ToAccounts(Message):
+    """What may be asked about the host's accounts."""
+
+
+class AboutUid(ToAccounts):
+    """Whose is `uid`? The answer has `user`."""
+
+    verb = "uid"
+    uid: int = field(integer(0, UID_MAX))
+
+
+class AboutUser(ToAccounts):
+    """Who is `user`? The answer has `uid`, its parts all `groups`."""
+
+    verb = "user"
+    user: str = field(ACCOUNT_NAME)
+
+
+class AboutGroup(ToAccounts):
+    """Is there a group of that name?"""
+
+    verb = "group"
+    group: str = field(ACCOUNT_NAME)
+
+
+class AboutMembers(ToAccounts):
+    """Who is in `group`? The answer's parts have all `uids`."""
+
+    verb = "members"
+    group: str = field(ACCOUNT_NAME)
+
+
+class Part(Message):
+    """Some of what belongs to the answer that follows."""
+
+    verb = "part"
+    groups: list[str] = field(group_names, default=[])
+    uids: list[int] = field(numbers, default=[])
+
+
+class Found(Message):
+    """The answer, or its end: whether there is such an account or group, and what was asked about it.
+
+    Not *whole*, it is what is left while a database is silent: what there is, is so, and there may be more.
+    """
+
+    verb = "found"
+    exists: bool = field(boolean, default=False)
+    uid: int = field(integer(0, UID_MAX), default=0)
+    user: str = field(ACCOUNT_NAME, default="")
+    whole: bool = field(boolean, default=True)
+
+
+TO_ACCOUNTS: dict[str, type[ToAccounts]] = {kind.verb: kind for kind in (AboutUid, AboutUser, AboutGroup, AboutMembers)}
+
+
+def parse_to_accounts(body: dict[str, object]) -> ToAccounts:
+    verb = body.get("verb")
+    kind = TO_ACCOUNTS.get(verb) if isinstance(verb, str) else None
+    if kind is None:
+        raise ProtocolError(problem="the accounts helper has no such verb")
     return kind.from_body(body)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from tests.fakes.accounts import People
 from tests.fakes.tapnet import Tapnet
 from tests.unit.test_live import held
 from vmshell import wire
@@ -52,23 +53,6 @@ kind = "none"
 """
 
 
-def people(names: dict[str, int], groups: dict[str, set[str]]) -> Any:
-    class People(Host):
-        def uid_of(self, user: str) -> int | None:
-            return names.get(user)
-
-        def user_of(self, uid: int) -> str:
-            return next((name for name, number in names.items() if number == uid), "")
-
-        def groups_of(self, user: str) -> frozenset[str]:
-            return frozenset(group for group, members in groups.items() if user in members)
-
-        def is_group(self, group: str) -> bool:
-            return group in groups
-
-    return People
-
-
 @pytest.fixture
 def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Context]:
     roots = {name: str(tmp_path / name) for name in ("etc", "state", "run", "log")}
@@ -79,14 +63,15 @@ def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Context
     layout = Layout(**roots, embedded=False)
     rules = parse(POLICY, "policy.toml")
     names = {"alice": 1001, "bob": 1002, "carol": 1003, "dave": 1004}
-    host = people(names, {"staff": {"bob", "dave"}})(embedded=False)
+    host = Host(embedded=False)
 
     def raises(exc: BaseException) -> None:
         raise exc
 
     loop = Loop(raises)
-    made = Context(layout, rules, loop, cast(Any, host))
+    made = Context(layout, rules, loop, host)
     made.addresses.load()
+    made.accounts = cast(Any, People(names, {"staff": {"bob", "dave"}}))
     host.systemd = False
     made.resolving.begin()
     yield made
@@ -94,7 +79,7 @@ def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Context
 
 
 def machine(context: Context, number: int, owner: str, *nics: Nic) -> Vm:
-    uid = context.host.uid_of(owner)
+    uid = context.accounts.uid_of(owner)
     assert uid is not None
     definition = Definition(f"web{number}", nics=nics)
     return Vm(number, uid, owner, definition, 0, Store(f"{context.layout.state}/none", "x"))
@@ -316,7 +301,7 @@ def test_d22_the_uid_of_an_account_that_is_gone_brings_nothing_along(context: Co
     """carl has bob's uid now: he is in none of bob's segments, and his sockets reach none of bob's VMs."""
     bob = machine(context, 1, "bob", Nic())
     (old,) = cards_of(context, bob, bob.definition, give=True)
-    people = cast(Any, context.host)
+    people = cast(Any, context.accounts)
     names = {"alice": 1001, "carl": 1002}
     people.uid_of, people.user_of = names.get, lambda uid: next((name for name in names if names[name] == uid), "")
     carl = machine(context, 2, "carl", Nic())
@@ -342,7 +327,7 @@ def made_anew(context: Context) -> tuple[Vm, Vm]:
 
 def test_d22_an_account_that_was_made_anew_has_names_of_its_own(context: Context) -> None:
     old, new = made_anew(context)
-    people = cast(Any, context.host)
+    people = cast(Any, context.accounts)
     now, people.uid_of = people.uid_of, lambda user: 1500
     hosts = Path(context.layout.names, "hosts")
     with Tapnet(context.layout.tapnet_socket) as tapnet:
@@ -391,6 +376,9 @@ class Answer:
     def reply(self, answer: dict[str, object]) -> None:
         self.replies.append(answer)
 
+    def guard(self, action: Callable[[], None]) -> None:
+        action()
+
 
 def publish(context: Context, vm: Vm, **more: Any) -> list[dict[str, object]]:
     call = Answer()
@@ -402,6 +390,7 @@ def publish(context: Context, vm: Vm, **more: Any) -> list[dict[str, object]]:
 def alices(context: Context, monkeypatch: pytest.MonkeyPatch) -> Vm:
     """A VM of hers that is off, saved by nobody."""
     vm = machine(context, 1, "alice", Nic())
+    register(context, vm)
     monkeypatch.setattr(context.registry, "of", lambda uid: [vm])
     monkeypatch.setattr(context.registry, "save", lambda vm: None)
     monkeypatch.setattr(journal, "_buckets", {})
@@ -484,14 +473,14 @@ def test_the_names_of_all_vms_ask_about_each_owner_once(context: Context, monkey
     for vm in vms:
         cards_of(context, vm, vm.definition, give=True)
     asked: list[str] = []
-    uid_of = context.host.uid_of
+    uid_of = context.accounts.uid_of
 
     def ask(user: str) -> int | None:
         asked.append(user)
         return uid_of(user)
 
-    monkeypatch.setattr(context.host, "uid_of", ask)
-    monkeypatch.setattr(context.host, "groups_of", ask)
+    monkeypatch.setattr(context.accounts, "uid_of", ask)
+    monkeypatch.setattr(context.accounts, "groups_of", ask)
     context.resolving.begin()
     assert sorted(asked) == ["alice", "bob"]
     assert Path(context.layout.names, "hosts", "2").read_text().split()[1::2] == ["web2.bob.vm", "net1.web2.bob.vm"]
@@ -796,7 +785,7 @@ def test_a_way_that_tapnet_refuses_to_close_is_closed_later(context: Context, mo
 def test_a06_members_are_confined_whenever_they_join(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upkeep, "NUMBERS_MAX", 3)
     context.policy = parse(POLICY + "[host]\nssh_forwarding = true\n", "policy.toml")
-    people = cast(Any, context.host)
+    people = cast(Any, context.accounts)
     members = [1001, 1002, 1003, 1004]
     people.members = lambda group: sorted(members)
     people.groups_of = lambda user: frozenset({context.policy.host.group})

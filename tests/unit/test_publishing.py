@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from tests.fakes.accounts import People
 from tests.fakes.tapnet import Tapnet
 from tests.unit import test_networks
 from tests.unit.test_networks import Answer, machine, plug, publish, ways
@@ -48,11 +49,7 @@ def tapnet(context: Context) -> Iterator[Tapnet]:
 
 def people(context: Context, names: dict[str, int], groups: dict[str, set[str]]) -> None:
     """Whom the host knows from now on."""
-    host = cast(Any, context.host)
-    host.uid_of = names.get
-    host.user_of = lambda uid: next((name for name, number in names.items() if number == uid), "")
-    host.groups_of = lambda user: frozenset(group for group, members in groups.items() if user in members)
-    host.is_group = groups.__contains__
+    context.accounts = cast(Any, People(names, groups))
 
 
 def crowd(context: Context, count: int) -> None:
@@ -287,8 +284,8 @@ def test_a_look_asks_once_about_everybody(context: Context, monkeypatch: pytest.
     for vm in vms:
         vm.published = [Published(port, "tcp", to) for port in range(80, 84) for to in ("@staff", "bob", "dave")]
     running = run(context, *vms)
-    host, registry = context.host, context.registry
-    asked = count(monkeypatch, (host, "user_of"), (host, "uid_of"), (host, "groups_of"), (registry, "of"))
+    known, registry = context.accounts, context.registry
+    asked = count(monkeypatch, (known, "user_of"), (known, "uid_of"), (known, "groups_of"), (registry, "of"))
     counted = count(monkeypatch, (context.addresses, "private"))
     look = Ways(context, running)
     assert all(look.to(vm, card) for vm, cards in running for card in cards if card.network.kind == "private" or card.provides)
@@ -302,7 +299,7 @@ def test_a_list_of_published_ports_asks_once_about_its_owner(
     bobs = machine(context, 2, "bob", *[Nic()] * 8)
     run(context, alices, bobs)
     alices.published = [Published(port, "tcp", "bob") for port in range(80, 110)]
-    asked = count(monkeypatch, (context.host, "uid_of"), (context.host, "groups_of"))
+    asked = count(monkeypatch, (context.accounts, "uid_of"), (context.accounts, "groups_of"))
     for vm, opened in ((alices, [True] * 20 + [False] * 10), (bobs, [])):
         call = Answer()
         handle_net(cast(Any, context), cast(Any, call), Net(vm=vm.name), vm)

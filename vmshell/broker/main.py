@@ -52,6 +52,7 @@ def _serve(layout: Layout, rules: Policy) -> int:
     context.addresses.load()
     os.makedirs(layout.run_vms, mode=0o750, exist_ok=True)
     context.host.share_with_relay(layout.run_vms, 0o750)
+    context.accounts.begin()
     # Listen last: a shell that can connect must find a broker that knows its VMs.
     context.machines.adopt()
     for folder in leftovers:
@@ -70,6 +71,7 @@ def _serve(layout: Layout, rules: Policy) -> int:
     _notify("READY=1")
     journal.note("started", mode="session" if layout.embedded else "system", pid=os.getpid())
     loop.run()
+    context.accounts.close()
     context.networks.close()
     context.relay.close()
     context.launcher.close()

@@ -43,7 +43,7 @@ class Networks:
         """In session mode there is nobody to connect to."""
         if not self._context.layout.embedded:
             self._tapnet.connect()
-            self.upkeep.watch_accounts()
+            self._context.accounts.watch()
 
     def close(self) -> None:
         self._tapnet.close()
