@@ -16,7 +16,7 @@ import pytest
 TREE = Path(__file__).resolve().parent.parent
 # A leaf may import the leaves before it in this order.
 LEAF_ORDER = [
-    *("descriptors", "errors", "layout", "names", "policyfile", "spawn", "wire", "fields"),
+    *("bpf", "confine", "descriptors", "errors", "layout", "names", "policyfile", "servicemanager", "spawn", "wire", "fields"),
     *("launcher_messages", "messages"),
 ]
 LEAVES = set(LEAF_ORDER)
@@ -32,7 +32,8 @@ PRIVILEGED = {
         950,
         (
             *("vmshell/__main__.py", "vmshell/layout.py", "vmshell/wire.py", "vmshell/descriptors.py", "vmshell/policyfile.py"),
-            *("vmshell/spawn.py", "vmshell/launcher/*.py", "pam/*", "etc/migrate.sh"),
+            *("vmshell/servicemanager.py", "vmshell/spawn.py", "vmshell/bpf.py", "vmshell/launcher/*.py"),
+            *("pam/*", "etc/migrate.sh"),
         ),
     ),
     "deciding": (

@@ -19,6 +19,7 @@ from .. import wire
 from ..errors import VmshellError
 from ..layout import Layout
 from ..model.policy import Policy
+from ..servicemanager import notify, passed_socket
 from . import journal
 from .context import Context, read_policy
 from .host import Host
@@ -68,7 +69,7 @@ def _serve(layout: Layout, rules: Policy) -> int:
     _act_on_signals(context)
     if layout.embedded:
         loop.after(LINGER, lambda: _linger(context, server, 0))
-    _notify("READY=1")
+    notify("READY=1")
     journal.note("started", mode="session" if layout.embedded else "system", pid=os.getpid())
     loop.run()
     context.accounts.close()
@@ -93,11 +94,8 @@ def _linger(context: Context, server: Server, accepted: int) -> None:
 
 def _listener(layout: Layout) -> socket.socket:
     """The listening socket: from the service manager if it gave us one, else our own, for ourselves alone."""
-    if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "0") != "0":
-        os.set_inheritable(3, False)
-        return socket.socket(fileno=3)
     # Without a service manager in system mode, members of the group are told apart at accept.
-    return wire.listen(layout.broker_socket, 0o600 if layout.embedded else 0o666)
+    return passed_socket("broker") or wire.listen(layout.broker_socket, 0o600 if layout.embedded else 0o666)
 
 
 @contextlib.contextmanager
@@ -136,12 +134,3 @@ def _act_on_signals(context: Context) -> None:
             journal.note("policy-refused", problem=exc)
 
     context.loop.watch(reader, woken)
-
-
-def _notify(state: str) -> None:
-    """Tell the service manager, if there is one."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if path:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            sock.connect("\0" + path[1:] if path.startswith("@") else path)
-            sock.send(state.encode())

@@ -17,6 +17,7 @@ import sys
 from .. import wire
 from ..errors import VmshellError
 from ..layout import PACKAGE_DIR, Layout
+from ..servicemanager import notify, passed_socket
 from .jobs import Jobs
 from .policy import Policy
 from .runs import Runs, SignalAll
@@ -26,7 +27,6 @@ from .uids import Uids, is_ours, occupant, processes
 BROKER_USER = "vmshell-broker"
 SYSTEMD = "/run/systemd/system"
 _CONNECTION = "--connection-fd="
-_LISTEN_FD = 3  # SD_LISTEN_FDS_START
 
 
 def main(argv: list[str]) -> int:
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     except (VmshellError, OSError) as exc:
         print(f"launcher: not started: {exc}", file=sys.stderr)
         return 1
-    _notify("READY=1")
+    notify("READY=1")
     server.run()
     return 0
 
@@ -116,15 +116,4 @@ def _sockets(layout: Layout, options: list[str]) -> tuple[socket.socket | None, 
             fd = int(option.removeprefix(_CONNECTION))
             os.set_inheritable(fd, False)
             return None, socket.socket(fileno=fd)
-    if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS") == "1":
-        os.set_inheritable(_LISTEN_FD, False)
-        return socket.socket(fileno=_LISTEN_FD), None
-    return wire.listen(layout.launcher_socket, 0o600), None
-
-
-def _notify(state: str) -> None:
-    """Tell the service manager, if there is one."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if path:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+    return passed_socket("launcher") or wire.listen(layout.launcher_socket, 0o600), None
