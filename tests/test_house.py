@@ -31,14 +31,17 @@ PRIVILEGED = {
     "acting": (
         950,
         (
-            *("vmshell/__main__.py", "vmshell/layout.py", "vmshell/wire.py", "vmshell/descriptors.py", "vmshell/policyfile.py"),
-            *("vmshell/servicemanager.py", "vmshell/spawn.py", "vmshell/bpf.py", "vmshell/launcher/*.py"),
+            *("vmshell/__main__.py", "vmshell/wire.py", "vmshell/descriptors.py", "vmshell/policyfile.py"),
+            *("vmshell/servicemanager.py", "vmshell/spawn.py", "vmshell/launcher/*.py"),
             *("pam/*", "etc/migrate.sh"),
         ),
     ),
     "deciding": (
         1300,
-        ("vmshell/errors.py", "vmshell/fields.py", "vmshell/names.py", "vmshell/launcher_messages.py", "vmshell/launch/*.py"),
+        (
+            *("vmshell/layout.py", "vmshell/bpf.py", "vmshell/errors.py", "vmshell/fields.py", "vmshell/names.py"),
+            *("vmshell/launcher_messages.py", "vmshell/launch/*.py"),
+        ),
     ),
 }
 # Modules that no root process has any use for and every reviewer would ask about.
