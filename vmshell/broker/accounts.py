@@ -158,6 +158,9 @@ class Accounts:
         """Call `done` when all *questions* have fresh answers, or there was time enough for them: at once, or within PATIENCE."""
         stamp = stamp_of_files()
         stale = [question for question in questions if not self._is_fresh(question, stamp, FRESH)]
+        if not stale:
+            done()
+            return
         wait = _Wait({question for question in stale if not self._may_do(question)}, done)
         if wait.questions:
             seconds = SLOW if all(map(self.knows, wait.questions)) else PATIENCE
