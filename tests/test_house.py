@@ -235,9 +235,9 @@ def test_starters_are_isolated() -> None:
     """A17: the kernel hands a `#!` line's options over as one word; `-I -S` would lock everybody out."""
     assert first_line("etc/bin/vmshell") == "#!/usr/bin/env -S --ignore-signal=INT,QUIT,TSTP /usr/bin/python3 -IS"
     assert first_line("etc/bin/vmshell-admin") == "#!/usr/bin/python3 -IS"
-    for unit in ("vmshell-broker", "vmshell-relay"):
+    for unit in ("vmshell-broker", "vmshell-launcher", "vmshell-relay", "vmshell-tapnet"):
         text = (TREE / f"etc/systemd/{unit}.service").read_text(encoding="utf-8")
-        assert "ExecStart=/usr/bin/python3 -IS /usr/local/lib/vmshell/" in text
+        assert "ExecStart=/usr/bin/python3 -IS /usr/local/lib/vmshell/current/vmshell/__main__.py " in text
 
 
 def first_line(path: str) -> str:
