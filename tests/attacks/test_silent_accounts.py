@@ -17,7 +17,7 @@ import pytest
 from tests.session import Client, Session
 from vmshell import wire
 from vmshell.errors import VmshellError
-from vmshell.layout import PACKAGE_DIR, Layout
+from vmshell.layout import PACKAGE_DIR, STATE_VERSION, Layout
 from vmshell.messages import List, Whoami
 
 pytestmark = [
@@ -68,6 +68,7 @@ def crowd(short_tmp: Path) -> Iterator[Crowd]:
         os.makedirs(root)
     layout = Layout(**roots, embedded=False)
     Path(layout.policy).write_text('[host]\naccel = "tcg"\ngroup = "vmusers"\n')
+    Path(layout.state_mark).write_text(f"state {STATE_VERSION}\n")
     os.chmod(short_tmp, 0o755)
     running = Crowd(layout, short_tmp)
     with running:

@@ -48,6 +48,7 @@ def image() -> None:
 def directory(image: None, short_tmp: Path) -> Iterator[Directory]:
     made = Directory(short_tmp)
     # Here the directory's group is the one whose members may use the service.
+    made._write("var/lib/vmshell/version", "state 2\n")
     made._write("etc/vmshell/policy.toml", '[host]\naccel = "tcg"\ngroup = "staff2"\n')
     with made:
         yield made

@@ -17,7 +17,7 @@ import sys
 
 from .. import wire
 from ..errors import VmshellError
-from ..layout import Layout
+from ..layout import STATE_VERSION, Layout, read_state_version
 from ..model.policy import Policy
 from ..servicemanager import notify, passed_socket
 from . import journal
@@ -35,6 +35,7 @@ def main(argv: list[str]) -> int:
     os.chdir("/")
     os.umask(0o077)
     try:
+        _check_state_version(layout)
         rules = read_policy(layout)
         with _only_one(layout):
             return _serve(layout, rules)
@@ -44,6 +45,17 @@ def main(argv: list[str]) -> int:
     except OSError as exc:
         print(f"broker: not started: {exc}", file=sys.stderr)
         return 1
+
+
+def _check_state_version(layout: Layout) -> None:
+    """Refuse state of another version: a later one is not understood, an earlier one only half ours."""
+    if layout.embedded:
+        return  # no installer: it was always this account's
+    found = read_state_version(layout)
+    if found > STATE_VERSION:
+        raise OSError(f"the state in {layout.state} is of version {found}, and this vmshell knows none after {STATE_VERSION}")
+    if found < STATE_VERSION:
+        raise OSError(f"the state in {layout.state} is not marked as of {STATE_VERSION}: `make install` brings it to that")
 
 
 def _serve(layout: Layout, rules: Policy) -> int:
