@@ -19,7 +19,7 @@ LEAVES = {"errors", "names", "messages", "wire", "layout", "descriptors"}
 LEAF_ORDER = ["descriptors", "errors", "layout", "names", "wire", "messages"]
 # One folder is one process, but for two pure libraries, which import leaves only: the launch line is for those who start QEMU,
 # the model (definition and policy) for those who read them.
-LIBRARIES = {"launch": {"admin", "broker", "probe"}, "model": {"admin", "broker", "shell"}}
+LIBRARIES = {"launch": {"admin", "broker", "probe"}, "model": {"admin", "broker", "dnsmasq", "shell", "tapnet"}}
 THIRD_PARTY = {"shell": {"prompt_toolkit", "pexpect"}, "tapnet": {"pyroute2"}}
 # What runs as root, in two heaps: the code that acts on the host or keeps the state of VMs, and pure code that only decides (what
 # a message, a definition, a policy, a command line may be; text in, value out, tested without a host).
@@ -106,6 +106,9 @@ def test_import_arrows() -> None:
         ("vmshell/wire.py", "vmshell.messages", False),
         ("vmshell/messages.py", "vmshell.wire", True),
         ("tapnet/links.py", "vmshell.broker.host", False),
+        ("tapnet/rootpolicy.py", "vmshell.model.policy", True),
+        ("vmshell/dnsmasq/main.py", "vmshell.model.policy", True),
+        ("vmshell/dnsmasq/main.py", "vmshell.broker.resolving", False),
     ],
 )
 def test_the_arrows_tell_good_from_bad(path: str, name: str, allowed: bool) -> None:
@@ -206,9 +209,9 @@ def test_starters_are_isolated() -> None:
     """A17: the kernel hands a `#!` line's options over as one word; `-I -S` would lock everybody out."""
     assert first_line("etc/bin/vmshell") == "#!/usr/bin/env -S --ignore-signal=INT,QUIT,TSTP /usr/bin/python3 -IS"
     assert first_line("etc/bin/vmshell-admin") == "#!/usr/bin/python3 -IS"
-    for unit in ("vmshell-broker", "vmshell-relay"):
-        text = (TREE / f"etc/systemd/{unit}.service").read_text(encoding="utf-8")
-        assert "ExecStart=/usr/bin/python3 -IS /usr/local/lib/vmshell/" in text
+    for unit, line in (("broker", "ExecStart"), ("relay", "ExecStart"), ("tapnet", "ExecStart"), ("names", "ExecStartPre")):
+        text = (TREE / f"etc/systemd/vmshell-{unit}.service").read_text(encoding="utf-8")
+        assert f"{line}=/usr/bin/python3 -IS /usr/local/lib/vmshell/" in text
 
 
 def first_line(path: str) -> str:

@@ -1,4 +1,4 @@
-"""The starter of our processes: `python3 -IS …/vmshell/__main__.py broker|relay|storage|probe|sieve|tapnet|admin|shell ARGS…`.
+"""The starter of our processes: `python3 -IS …/vmshell/__main__.py PROCESS ARGS…`; PROCESS is the name of a folder of ours.
 
 `-I -S` keep the environment, the current folder and site-packages out of the process. So the starter adds the one folder our code
 is in, and nothing else. (The installed login shell has a starter of its own, `etc/bin/vmshell`.)
@@ -29,6 +29,8 @@ def main(argv: list[str]) -> int:
         from vmshell.probe.main import main as run
     elif process == "sieve":
         from vmshell.sieve.main import main as run
+    elif process == "dnsmasq":
+        from vmshell.dnsmasq.main import main as run
     elif process == "tapnet":
         # It cannot do without pyroute2, which is in this interpreter's own environment or in Debian's packages.
         environment = os.path.dirname(os.path.dirname(sys.executable))
@@ -40,7 +42,7 @@ def main(argv: list[str]) -> int:
     elif process == "shell":
         from vmshell.shell.main import main as run
     else:
-        print("usage: vmshell broker|relay|storage|probe|sieve|tapnet|admin|shell …", file=sys.stderr)
+        print("usage: vmshell broker|relay|storage|probe|sieve|dnsmasq|tapnet|admin|shell …", file=sys.stderr)
         return 2
     return run(rest)
 

@@ -24,7 +24,7 @@ from vmshell.broker.host import Host
 from vmshell.broker.loop import Loop
 from vmshell.broker.objects import Store
 from vmshell.broker.publishing import Published, Running, Ways, handle_publish
-from vmshell.broker.resolving import configuration, entries
+from vmshell.broker.resolving import entries
 from vmshell.broker.vms import Vm
 from vmshell.errors import BadName, NetworkFailed, NoAddress, NoSuchVm, PortTaken, StorageFailed, TooOften, VmshellError
 from vmshell.layout import Layout
@@ -499,16 +499,9 @@ def test_the_names_of_all_vms_ask_about_each_owner_once(context: Context, monkey
     assert asked == ["alice"]
 
 
-def test_the_configuration_is_what_dnsmasq_takes(context: Context) -> None:
-    import shutil
-    import subprocess
-
-    dnsmasq = shutil.which("dnsmasq", path="/usr/sbin:/usr/bin")
-    if dnsmasq is None:
-        pytest.skip("dnsmasq-base is not installed")
-    done = subprocess.run([dnsmasq, "--test", f"--conf-file={context.layout.names}/dnsmasq.conf"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "dhcp-ignore-names" in configuration(context)
+def test_the_broker_writes_data_and_no_configuration(context: Context) -> None:
+    assert sorted(os.listdir(context.layout.names)) == ["dhcp-hosts", "dhcp-opts", "hosts"]
+    assert not os.path.exists(context.layout.dnsmasq_conf)
 
 
 # --- tapnet -----------------------------------------------------------------------------------------------------------
