@@ -17,6 +17,7 @@ from __future__ import annotations
 # `ssh host list` would cost (bench P1). Same code, same rules; what they would add is not used here.
 import _socket
 import os
+import pwd
 import struct
 from _json import encode_basestring, encode_basestring_ascii, make_encoder, make_scanner
 
@@ -30,6 +31,7 @@ FRAME_MAX = 64 * 1024
 DEPTH_MAX = 16
 INT_MAX = 1 << 53
 FDS_MAX = 4
+BROKER_ACCOUNT = "vmshell-broker"
 
 _UCRED = struct.Struct("iII")  # pid, uid, gid
 # Room for more descriptors than we take: then stray ones arrive, are seen and closed, and nothing is cut silently.
@@ -108,6 +110,15 @@ def listen(path: str, mode: int, backlog: int = 512) -> socket.socket:
 def peer_uid(sock: _socket.socket) -> int:
     """The uid that connected (SO_PEERCRED: who *connected*, whatever that process became later)."""
     return int(_UCRED.unpack(sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, _UCRED.size))[1])
+
+
+def broker_uids() -> frozenset[int]:
+    """Whose connections a service of the broker's takes: the broker's account's (root's where there is none) and one's own."""
+    try:
+        broker = pwd.getpwnam(BROKER_ACCOUNT).pw_uid
+    except KeyError:
+        broker = 0
+    return frozenset((broker, os.geteuid()))
 
 
 def encode(body: dict[str, object]) -> bytes:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -155,6 +156,19 @@ def test_a_process_without_the_json_module_refuses_the_same() -> None:
         "    raise AssertionError(frame)\n"
     )
     subprocess.run([sys.executable, "-IS", "-c", program], check=True, timeout=60)
+
+
+def test_who_may_speak_as_the_broker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """N6: where the broker has an account, root is not it."""
+
+    def nobody(name: str) -> object:
+        raise KeyError(name)
+
+    monkeypatch.setattr("pwd.getpwnam", nobody)
+    assert wire.broker_uids() == {0, os.geteuid()}
+    monkeypatch.setattr("pwd.getpwnam", lambda name: SimpleNamespace(pw_uid={"vmshell-broker": 987}[name]))
+    monkeypatch.setattr("os.geteuid", lambda: 986)
+    assert wire.broker_uids() == {987, 986}
 
 
 def test_what_a_peer_said_before_it_hung_up_is_heard(pair: tuple[socket.socket, socket.socket]) -> None:

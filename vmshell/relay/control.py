@@ -1,19 +1,20 @@
 """The broker's connection: Watch, Attach, Order and Forget in; an answer to each, and Events, out.
 
-The relay listens; whoever connects must be root or the relay's own uid (the kernel says who it is). One connection at a time:
-a broker that comes back replaces the one that is gone, and re-sends Watch for every VM it knows.
+The relay listens; whoever connects must be of the broker's account or of the relay's own uid (the kernel says who it is). One
+connection at a time: a broker that comes back replaces the one that is gone, and re-sends Watch for every VM it knows. What it
+brings is looked at before anything is done with it: it may no longer be the program that we know.
 Runs in: the relay. Touches `relay.sock`.
 """
 
 from __future__ import annotations
 
 import gc
-import os
 import socket
 from collections import deque
 
 from .. import messages, wire
 from ..errors import Internal, NotWatched, ProtocolError, QemuSilent, VmshellError
+from .checks import BadDescriptor, check_order, check_stderr, check_viewer
 from .loop import GONE, IN, OUT
 from .orders import brings_fd
 from .vm import Kept, Vm
@@ -108,6 +109,8 @@ class Control:
         self._service = service
         self._listener = listener
         self._link: Link | None = None
+        self._peers = wire.broker_uids()
+        self._broker_uid = -1  # whose files QEMU may be handed
         self._collecting = False
         self._handlers: dict[type[messages.ToRelay], Callable[..., None]] = {
             messages.Watch: self._on_watch,
@@ -144,13 +147,15 @@ class Control:
             sock, _ = self._listener.accept()
         except BlockingIOError:
             return
-        if wire.peer_uid(sock) not in (0, os.geteuid()):
+        uid = wire.peer_uid(sock)
+        if uid not in self._peers:
+            self.loop.report(f"refused a connection of uid {uid}")
             sock.close()
             return
         sock.setblocking(False)
         if self._link is not None:
             self._link.close()
-        self._link = Link(self, sock)
+        self._link, self._broker_uid = Link(self, sock), uid
 
     def link_closed(self, link: Link) -> None:
         if self._link is link:
@@ -171,6 +176,9 @@ class Control:
             number = messages.request_id(packet.body)
             message = messages.parse_to_relay(packet.body)
             self._handlers[type(message)](message, packet, _Reply(link, number))
+        except BadDescriptor as exc:
+            self.loop.report(f"{packet.body.get('verb')}: {exc}")
+            _Reply(link, number).error(exc)
         except VmshellError as exc:
             _Reply(link, number).error(exc)
         except Exception as exc:
@@ -185,6 +193,8 @@ class Control:
     # --- the verbs ---
 
     def _on_watch(self, watch: messages.Watch, packet: wire.Packet, reply: _Reply) -> None:
+        if packet.fds:
+            check_stderr(packet.fds[0])
         vm = self.vms.get(watch.number)
         if vm is not None and packet.fds:
             # The error pipe comes with a QEMU just started: what we know is about one that has ended.
@@ -206,7 +216,7 @@ class Control:
 
     def _on_attach(self, attach: messages.Attach, packet: wire.Packet, reply: _Reply) -> None:
         vm = self._vm(attach.number)
-        fd = packet.take_fd()
+        fd = _taken(packet, check_viewer)
         try:
             vm.console.audience.attach(fd, attach.label, attach.readonly, attach.replay)
         except OSError as exc:
@@ -215,7 +225,7 @@ class Control:
 
     def _on_order(self, order: messages.Order, packet: wire.Packet, reply: _Reply) -> None:
         vm = self._vm(order.number)
-        fd = packet.take_fd() if brings_fd(order.what) else -1
+        fd = _taken(packet, lambda fd: check_order(order, fd, self._broker_uid)) if brings_fd(order.what) else -1
 
         def answer(ok: bool) -> None:
             # QEMU may be gone before its "yes" to quit has been read: that is a yes.
@@ -262,6 +272,13 @@ class Control:
 
     def _abandon(self, vm: Vm) -> None:
         self._drop(vm, "the VM has ended", False)
+
+
+def _taken(packet: wire.Packet, check: Callable[[int], None]) -> int:
+    """Take the packet's descriptor out of it if it passes *check*; else it is closed with the packet."""
+    if packet.fds:
+        check(packet.fds[0])
+    return packet.take_fd()
 
 
 class _Reply:
