@@ -16,6 +16,7 @@ from vmshell.layout import Layout
 
 from .features import Features
 from .network import Network
+from .rootpolicy import RootPolicy
 from .service import Service, report
 
 _LISTEN = "--listen-fd="
@@ -38,16 +39,18 @@ def main(argv: list[str]) -> int:
     # Descriptors on their way to a broker that is slow to take them count as ours.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    root = RootPolicy(layout.policy)
     try:
-        network, features = Network(), Features()
+        network, features = Network(root), Features()
     except PermissionError as error:
         report(f"it cannot start without CAP_NET_ADMIN: {error.strerror}")
         return 1
     network.begin()
     features.probe(network.links, network.nft)
-    for problem in (*network.problems, *features.problems):
+    root.look()
+    for problem in filter(None, (root.problem, *network.problems, *features.problems)):
         report(problem)
-    service = Service(listener, network, features)
+    service = Service(listener, root, network, features)
     _end_on_signals(service)
     _ready()
     service.run()

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from tests.fakes.tapnet import Tapnet
 from tests.unit.test_live import held
 from vmshell import wire
-from vmshell.broker import journal, live, upkeep
+from vmshell.broker import journal, live, passt, reaching, upkeep
 from vmshell.broker import networks as networks_module
 from vmshell.broker.access import Peer, authorise
 from vmshell.broker.addresses import WITHOUT_SUBNET, Addresses
@@ -28,7 +29,7 @@ from vmshell.broker.resolving import entries
 from vmshell.broker.vms import Vm
 from vmshell.errors import BadName, NetworkFailed, NoAddress, NoSuchVm, PortTaken, StorageFailed, TooOften, VmshellError
 from vmshell.layout import Layout
-from vmshell.messages import OPENINGS_MAX, RUNNING, Publish, Rm
+from vmshell.messages import OPENINGS_MAX, RUNNING, Connect, Publish, Rm
 from vmshell.model.addressing import Plan
 from vmshell.model.definition import Definition, Nic
 from vmshell.model.policy import parse
@@ -789,7 +790,7 @@ def test_a06_members_are_confined_whenever_they_join(context: Context, monkeypat
     monkeypatch.setattr(upkeep, "NUMBERS_MAX", 3)
     context.policy = parse(POLICY + "[host]\nssh_forwarding = true\n", "policy.toml")
     people = cast(Any, context.host)
-    members = [1001, 1002, 1003, 1004]
+    members = [0, 998, 1001, 1002, 1003, 1004]  # root and a service are nobody's to confine
     people.members = lambda group: sorted(members)
     people.groups_of = lambda user: frozenset({context.policy.host.group})
     with Tapnet(context.layout.tapnet_socket) as tapnet:
@@ -811,6 +812,20 @@ def test_a06_members_are_confined_whenever_they_join(context: Context, monkeypat
         people.groups_of = lambda user: frozenset()
         context.networks.refresh()
         tapnet.turn(context.loop, lambda: tapnet.verbs().count("settings") == 4 and len(confined()) == 5)
+
+
+def test_n6_connect_says_where_the_guest_is_and_opens_no_socket(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an installed host the one file of the broker's with sockets of a network has no part: in no boot, nor in `connect`."""
+    replies: list[dict[str, object]] = []
+    call = SimpleNamespace(peer=SimpleNamespace(uid=1001), reply=replies.append)
+    with Tapnet(context.layout.tapnet_socket) as tapnet:
+        vm = machine(context, 1, "alice", Nic())
+        for name in ("start_all", "leads", "available"):
+            monkeypatch.setattr(passt, name, None)
+        plug_in(context, tapnet, vm)
+        vm.state = RUNNING
+        reaching.handle_connect(context, cast(Any, call), Connect(vm="web1", port=22), vm)
+        assert replies == [{"name": vm.ref, "address": context.networks.plugged(vm)[0].address4, "port": 22}]
 
 
 def test_a_rate_follows_the_policy_and_is_shown_as_it_is(context: Context) -> None:
