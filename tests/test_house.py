@@ -138,6 +138,23 @@ def test_no_calls_a_reviewer_would_ask_about() -> None:
     assert not problems, "\n".join(problems)
 
 
+# What makes a socket of a network; the one file of the broker's with one is for session mode, where the broker is the user.
+NETWORK_SOCKETS = {"AF_INET", "AF_INET6", "AF_PACKET", "create_connection", "create_server", "getaddrinfo"}
+WITH_NETWORK_SOCKETS = {"vmshell/broker/passt.py"}
+
+
+def test_the_broker_speaks_to_no_network() -> None:
+    """N6: `connect` leads to a guest by the user's own shell, whose uid the packet filter asks for."""
+    found = set()
+    for path in TREE.glob("vmshell/broker/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(node, "attr", "") or getattr(node, "id", "")
+            bare = isinstance(node, ast.Call) and ast.unparse(node) == "socket.socket()"
+            if bare or name in NETWORK_SOCKETS:
+                found.add(str(path.relative_to(TREE)))
+    assert found == WITH_NETWORK_SOCKETS
+
+
 def test_modules_say_where_they_run() -> None:
     missing = [
         str(path.relative_to(TREE))
