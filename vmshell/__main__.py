@@ -44,6 +44,8 @@ def main(argv: list[str]) -> int:
         from vmshell.probe.main import main as run
     elif process == "sieve":
         from vmshell.sieve.main import main as run
+    elif process == "dnsmasq":
+        from vmshell.dnsmasq.main import main as run
     elif process == "tapnet":
         # It cannot do without pyroute2, which is in this interpreter's own environment or in Debian's packages.
         environment = os.path.dirname(os.path.dirname(sys.executable))

@@ -89,8 +89,13 @@ class Layout:
 
     @property
     def names(self) -> str:
-        """What dnsmasq reads: its configuration and who has which address. Everybody may read it."""
+        """The data that dnsmasq reads: who has which address and name. The broker writes it, everybody may read it."""
         return f"{self.run}/names"
+
+    @property
+    def dnsmasq_conf(self) -> str:
+        """dnsmasq's configuration, in a folder of its own service's: nothing of the broker's is there."""
+        return f"{self.run}-names/dnsmasq.conf"
 
     @property
     def addresses(self) -> str:

@@ -6,7 +6,6 @@ Runs in: the launcher, the front, the broker, the relay, tapnet. Stdlib only, no
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 
@@ -32,6 +31,10 @@ def passed_socket(name: str) -> socket.socket | None:
 def notify(state: str) -> None:
     """Say *state* (`READY=1`), if there is anybody to hear it."""
     path = os.environ.get("NOTIFY_SOCKET", "")
-    if path:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+    if not path:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        try:
             sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+        except OSError:
+            pass  # whoever has gone needs no word

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -15,7 +16,7 @@ from tests.fakes.accounts import People
 from tests.fakes.tapnet import Tapnet
 from tests.unit.test_live import held
 from vmshell import wire
-from vmshell.broker import journal, live, upkeep
+from vmshell.broker import journal, live, passt, reaching, upkeep
 from vmshell.broker import networks as networks_module
 from vmshell.broker.access import Peer, authorise
 from vmshell.broker.addresses import WITHOUT_SUBNET, Addresses
@@ -25,11 +26,11 @@ from vmshell.broker.host import Host
 from vmshell.broker.loop import Loop
 from vmshell.broker.objects import Store
 from vmshell.broker.publishing import Published, Running, Ways, handle_publish
-from vmshell.broker.resolving import configuration, entries
+from vmshell.broker.resolving import entries
 from vmshell.broker.vms import Vm
 from vmshell.errors import BadName, NetworkFailed, NoAddress, NoSuchVm, PortTaken, StorageFailed, TooOften, VmshellError
 from vmshell.layout import Layout
-from vmshell.messages import OPENINGS_MAX, RUNNING, Publish, Rm
+from vmshell.messages import OPENINGS_MAX, RUNNING, Connect, Publish, Rm
 from vmshell.model.addressing import Plan
 from vmshell.model.definition import Definition, Nic
 from vmshell.model.policy import parse
@@ -489,16 +490,9 @@ def test_the_names_of_all_vms_ask_about_each_owner_once(context: Context, monkey
     assert asked == ["alice"]
 
 
-def test_the_configuration_is_what_dnsmasq_takes(context: Context) -> None:
-    import shutil
-    import subprocess
-
-    dnsmasq = shutil.which("dnsmasq", path="/usr/sbin:/usr/bin")
-    if dnsmasq is None:
-        pytest.skip("dnsmasq-base is not installed")
-    done = subprocess.run([dnsmasq, "--test", f"--conf-file={context.layout.names}/dnsmasq.conf"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "dhcp-ignore-names" in configuration(context)
+def test_the_broker_writes_data_and_no_configuration(context: Context) -> None:
+    assert sorted(os.listdir(context.layout.names)) == ["dhcp-hosts", "dhcp-opts", "hosts"]
+    assert not os.path.exists(context.layout.dnsmasq_conf)
 
 
 # --- tapnet -----------------------------------------------------------------------------------------------------------
@@ -786,7 +780,7 @@ def test_a06_members_are_confined_whenever_they_join(context: Context, monkeypat
     monkeypatch.setattr(upkeep, "NUMBERS_MAX", 3)
     context.policy = parse(POLICY + "[host]\nssh_forwarding = true\n", "policy.toml")
     people = cast(Any, context.accounts)
-    members = [1001, 1002, 1003, 1004]
+    members = [0, 998, 1001, 1002, 1003, 1004]  # root and a service are nobody's to confine
     people.members = lambda group: sorted(members)
     people.groups_of = lambda user: frozenset({context.policy.host.group})
     with Tapnet(context.layout.tapnet_socket) as tapnet:
@@ -808,6 +802,20 @@ def test_a06_members_are_confined_whenever_they_join(context: Context, monkeypat
         people.groups_of = lambda user: frozenset()
         context.networks.refresh()
         tapnet.turn(context.loop, lambda: tapnet.verbs().count("settings") == 4 and len(confined()) == 5)
+
+
+def test_n6_connect_says_where_the_guest_is_and_opens_no_socket(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an installed host the one file of the broker's with sockets of a network has no part: in no boot, nor in `connect`."""
+    replies: list[dict[str, object]] = []
+    call = SimpleNamespace(peer=SimpleNamespace(uid=1001), reply=replies.append)
+    with Tapnet(context.layout.tapnet_socket) as tapnet:
+        vm = machine(context, 1, "alice", Nic())
+        for name in ("start_all", "leads", "available"):
+            monkeypatch.setattr(passt, name, None)
+        plug_in(context, tapnet, vm)
+        vm.state = RUNNING
+        reaching.handle_connect(context, cast(Any, call), Connect(vm="web1", port=22), vm)
+        assert replies == [{"name": vm.ref, "address": context.networks.plugged(vm)[0].address4, "port": 22}]
 
 
 def test_a_rate_follows_the_policy_and_is_shown_as_it_is(context: Context) -> None:

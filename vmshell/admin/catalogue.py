@@ -24,12 +24,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from .. import brokeraccount
 from ..errors import CatalogueBusy, ImageDamaged, ImageInUse, NoSuchImage
 from ..layout import Layout
 from ..names import NAME_CHARS, check_name
 from . import usage
 
-BROKER_USER = "vmshell-broker"
 _HIDDEN = ".build-"
 _DIRECTORY_MODE = 0o755  # of an image, and of all of them below a 0700 state directory; jobs of other uids get descriptors only
 _SHARED_MODE = 0o750  # of all images below a state directory that others may enter: root's, and the broker's to read
@@ -239,7 +239,7 @@ def _sync(path: str) -> None:
 def _broker_group() -> int | None:
     """The group of the broker's account, if this host has one."""
     try:
-        return pwd.getpwnam(BROKER_USER).pw_gid
+        return pwd.getpwnam(brokeraccount.NAME).pw_gid
     except KeyError:
         return None
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .. import brokeraccount
 from ..errors import VmshellError
 from ..model import policy
 from ..names import JOBS_MAX, NUMBER_MAX
@@ -55,7 +56,7 @@ class Service:
 SERVICES = (
     # No filter: QEMU would inherit it, and has exactly two of its own.
     Service("launcher", "root", (SETUID, SETGID, SETPCAP), filtered=False),
-    Service("broker", "vmshell-broker"),
+    Service("broker", brokeraccount.NAME),
     Service("relay", "vmshell-relay"),
     Service("tapnet", "vmshell-tapnet", (NET_ADMIN,)),
     Service("names", "vmshell-names", (NET_BIND_SERVICE, NET_ADMIN, NET_RAW)),

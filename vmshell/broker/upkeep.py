@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from .. import wire
 from ..errors import TapnetDown, VmshellError
 from ..messages import NUMBERS_MAX, OPENINGS_MAX, Confine, Open, Settings
+from ..model.limitkinds import FIRST_CONFINED
 from .cards import ADDRESSED, port_message
 from .journal import note
 from .publishing import Ways
@@ -133,7 +134,8 @@ class Upkeep:
         host, known = self._context.policy.host, self._context.accounts
         # A directory may not list everybody whom it knows.
         self.met = {uid for uid in self.met if host.group in known.groups_of(known.user_of(uid))}
-        self._confined = frozenset({*known.members(host.group), *self.met} if host.ssh_forwarding else ())
+        confined = {*known.members(host.group), *self.met} if host.ssh_forwarding else set()
+        self._confined = frozenset(uid for uid in confined if uid >= FIRST_CONFINED)
         uids = sorted(self._confined)
         messages = [
             Settings(pool4=host.ipv4_pool, pool6=host.ipv6_pool, confined=uids[:NUMBERS_MAX]),

@@ -8,13 +8,12 @@ this may. What it started goes on when it ends, and is found again by its succes
 from __future__ import annotations
 
 import os
-import pwd
 import resource
 import socket
 import stat
 import sys
 
-from .. import wire
+from .. import brokeraccount, wire
 from ..errors import VmshellError
 from ..layout import PACKAGE_DIR, Layout
 from ..servicemanager import notify, passed_socket
@@ -24,7 +23,6 @@ from .runs import Runs, SignalAll
 from .server import Server
 from .uids import Uids, is_ours, occupant, processes
 
-BROKER_USER = "vmshell-broker"
 SYSTEMD = "/run/systemd/system"
 _CONNECTION = "--connection-fd="
 
@@ -57,7 +55,7 @@ def _compose(layout: Layout, options: list[str]) -> Server:
         from . import ending
 
         signal_all = ending.signal_all
-    broker_uid = _broker_uid(layout)
+    broker_uid = os.geteuid() if layout.embedded else brokeraccount.uid()
     runs = Runs(uids=uids, policy=policy, scopes=scopes, broker_uid=broker_uid, signal_all=signal_all)
     jobs = Jobs(uids=uids, signal_all=signal_all)
     listener, connection = _sockets(layout, options)
@@ -77,13 +75,6 @@ def writable_by_others(path: str) -> str:
         if path == "/":
             return ""
         path = os.path.dirname(path)
-
-
-def _broker_uid(layout: Layout) -> int:
-    try:
-        return os.geteuid() if layout.embedded else pwd.getpwnam(BROKER_USER).pw_uid
-    except KeyError:
-        return os.geteuid()
 
 
 def _must_be_free(uids: Uids) -> None:

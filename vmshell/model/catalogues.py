@@ -1,6 +1,6 @@
 """What there is to choose from on this host, by names: users see the names, the administrator says what stands behind them.
 
-Used by: broker, shell, admin. Pure.
+Used by: broker, shell, admin, tapnet, dnsmasq. Pure.
 """
 
 from __future__ import annotations

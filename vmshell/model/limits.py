@@ -1,7 +1,7 @@
 """What one user may have and what the host does: every key of `policy.toml`, its built-in value, its kind and its meaning.
 
 One row for a key: it feeds the reader, `vmshell-admin policy show`, and the tests of etc/policy.toml and vmshell-policy(5).
-Used by: broker, shell, admin. Pure data.
+Used by: broker, shell, admin, tapnet, dnsmasq. Pure data.
 """
 
 from __future__ import annotations

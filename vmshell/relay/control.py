@@ -1,7 +1,8 @@
 """The broker's connection: Watch, Attach, Order and Forget in; an answer to each, and Events, out.
 
-The relay listens; whoever connects must be root or the relay's own uid (the kernel says who it is). One connection at a time:
-a broker that comes back replaces the one that is gone, and re-sends Watch for every VM it knows.
+The relay listens; whoever connects must be of the broker's account or of the relay's own uid (the kernel says who it is). One
+connection at a time: a broker that comes back replaces the one that is gone, and re-sends Watch for every VM it knows. What it
+brings is looked at before anything is done with it: it may no longer be the program that we know.
 Runs in: the relay. Touches `relay.sock`.
 """
 
@@ -12,9 +13,10 @@ import os
 import socket
 from collections import deque
 
-from .. import messages, wire
+from .. import brokeraccount, messages, wire
 from ..errors import Internal, NotWatched, ProtocolError, QemuSilent, VmshellError
 from ..fields import request_id
+from .checks import BadDescriptor, check_order, check_stderr, check_viewer
 from .loop import GONE, IN, OUT
 from .orders import brings_fd
 from .vm import Kept, Vm
@@ -109,6 +111,8 @@ class Control:
         self._service = service
         self._listener = listener
         self._link: Link | None = None
+        self._peers = {brokeraccount.uid(), os.geteuid()}
+        self._broker_uid = -1  # whose files QEMU may be handed
         self._collecting = False
         self._handlers: dict[type[messages.ToRelay], Callable[..., None]] = {
             messages.Watch: self._on_watch,
@@ -145,13 +149,15 @@ class Control:
             sock, _ = self._listener.accept()
         except BlockingIOError:
             return
-        if wire.peer_uid(sock) not in (0, os.geteuid()):
+        uid = wire.peer_uid(sock)
+        if uid not in self._peers:
+            self.loop.report(f"refused a connection of uid {uid}")
             sock.close()
             return
         sock.setblocking(False)
         if self._link is not None:
             self._link.close()
-        self._link = Link(self, sock)
+        self._link, self._broker_uid = Link(self, sock), uid
 
     def link_closed(self, link: Link) -> None:
         if self._link is link:
@@ -172,6 +178,9 @@ class Control:
             number = request_id(packet.body)
             message = messages.parse_to_relay(packet.body)
             self._handlers[type(message)](message, packet, _Reply(link, number))
+        except BadDescriptor as exc:
+            self.loop.report(f"{packet.body.get('verb')}: {exc}")
+            _Reply(link, number).error(exc)
         except VmshellError as exc:
             _Reply(link, number).error(exc)
         except Exception as exc:
@@ -186,6 +195,8 @@ class Control:
     # --- the verbs ---
 
     def _on_watch(self, watch: messages.Watch, packet: wire.Packet, reply: _Reply) -> None:
+        if packet.fds:
+            check_stderr(packet.fds[0])
         vm = self.vms.get(watch.number)
         if vm is not None and packet.fds:
             # The error pipe comes with a QEMU just started: what we know is about one that has ended.
@@ -207,7 +218,7 @@ class Control:
 
     def _on_attach(self, attach: messages.Attach, packet: wire.Packet, reply: _Reply) -> None:
         vm = self._vm(attach.number)
-        fd = packet.take_fd()
+        fd = _taken(packet, check_viewer)
         try:
             vm.console.audience.attach(fd, attach.label, attach.readonly, attach.replay)
         except OSError as exc:
@@ -216,7 +227,7 @@ class Control:
 
     def _on_order(self, order: messages.Order, packet: wire.Packet, reply: _Reply) -> None:
         vm = self._vm(order.number)
-        fd = packet.take_fd() if brings_fd(order.what) else -1
+        fd = _taken(packet, lambda fd: check_order(order, fd, self._broker_uid)) if brings_fd(order.what) else -1
 
         def answer(ok: bool) -> None:
             # QEMU may be gone before its "yes" to quit has been read: that is a yes.
@@ -263,6 +274,13 @@ class Control:
 
     def _abandon(self, vm: Vm) -> None:
         self._drop(vm, "the VM has ended", False)
+
+
+def _taken(packet: wire.Packet, check: Callable[[int], None]) -> int:
+    """Take the packet's descriptor out of it if it passes *check*; else it is closed with the packet."""
+    if packet.fds:
+        check(packet.fds[0])
+    return packet.take_fd()
 
 
 class _Reply:

@@ -13,12 +13,12 @@ import resource
 import signal
 import socket
 
-from .. import wire
+from .. import servicemanager, wire
 from ..layout import Layout
 from ..names import NUMBER_MAX
 from .control import Control
 from .loop import IN, Loop
-from .service import Service, take_fds
+from .service import Service
 from .vm import UNLOGGED, Kept
 
 _LISTEN = "--listen-fd="
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     """Serve; *argv* is the layout as one argument, and perhaps the number of the listening socket."""
     layout = Layout.from_args(argv[0])
     service = Service(os.environ.pop("NOTIFY_SOCKET", ""))
-    passed = take_fds()
+    passed = servicemanager.passed()
     os.umask(0o027)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
