@@ -80,7 +80,7 @@ def test_doctor_sees_a_process_of_ours_that_is_roots(host: Host) -> None:
     """The relay's code, started by root beside the unit; and a process under a VM's uid that kept a capability."""
     layout = "/etc/vmshell:/var/lib/vmshell:/run/other:/var/log/other:0"
     host.sh("mkdir -p /run/other /var/log/other")
-    host.sh(f"systemd-run --quiet --unit=stray /usr/bin/python3 -IS {LIBDIR}/vmshell/__main__.py relay {layout}")
+    host.sh(f"systemd-run --quiet --unit=stray /usr/bin/python3 -IS {LIBDIR}/current/vmshell/__main__.py relay {layout}")
     kept = "--reuid 2100000009 --regid 2100000009 --clear-groups --inh-caps=+kill --ambient-caps=+kill"
     host.sh(f"systemd-run --quiet --unit=kept setpriv {kept} -- sleep 600")
     try:

@@ -95,7 +95,6 @@ class Resolving:
     def _restart(self) -> None:
         self._restart_due = False
         self._restarted = monotonic()
-
         if self._context.host.systemd:
             self._context.launcher.restart_names()
 
