@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 
-from vmshell.errors import NetworkFailed, ProtocolError
+from vmshell.errors import ProtocolError
 from vmshell.messages import Port, Segment, Settings
+from vmshell.refusals import NetworkFailed
 
 from .links import Link, bridge_mac
 from .policy import NotInPolicy

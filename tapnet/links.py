@@ -17,8 +17,8 @@ from typing import Any
 
 from pyroute2 import IPRoute, NetlinkError
 
-from vmshell.errors import NetworkFailed
 from vmshell.messages import Port, Segment
+from vmshell.refusals import NetworkFailed
 
 from . import netlink, sysctl
 from .netlink import attribute, message, nested, u8, u32, u64

@@ -11,8 +11,9 @@ import os
 from functools import partial
 from time import monotonic
 
-from vmshell.errors import NetworkFailed, VmshellError
+from vmshell.errors import VmshellError
 from vmshell.messages import Confine, Open, Opening, Port, Segment, Settings, ToTapnet, Unplug
+from vmshell.refusals import NetworkFailed
 
 from . import rules, sysctl, taps
 from .checks import is_our_tap, orphans

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 
-from vmshell.errors import NetworkFailed
+from vmshell.refusals import NetworkFailed
 
 LIBRARY = "libnftables.so.1"
 MISSING = f"{LIBRARY} is missing; install the package nftables (Debian: libnftables1)"

@@ -21,12 +21,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from ipaddress import ip_address, ip_interface
 
-from vmshell.errors import NetworkFailed
 from vmshell.messages import Opening, Port, Segment, Settings
 from vmshell.model.addressing import Plan
 from vmshell.model.catalogues import NETWORK_KINDS, OUTSIDE
 from vmshell.model.limitkinds import FIRST_CONFINED, port_range
 from vmshell.model.policy import HostPolicy, Policy
+from vmshell.refusals import NetworkFailed
 
 # [host] takes effect in the broker when it starts, and here at once.
 STALE = "if that has become another, `systemctl restart vmshell-broker`"

@@ -8,8 +8,8 @@ Runs in: every process. Stdlib only, no I/O at import.
 
 from __future__ import annotations
 
+from .encoding import INT_MAX
 from .errors import BadValue, safe
-from .wire import INT_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

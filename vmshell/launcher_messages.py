@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from .errors import ProtocolError
 from .fields import Message, bad, choice, field, integer, table
-from .names import NUMBER_MAX
+from .numbering import NUMBER_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

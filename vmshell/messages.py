@@ -11,9 +11,11 @@ Runs in: every process. Stdlib only, no I/O at import.
 
 from __future__ import annotations
 
-from .errors import ProtocolError, UnknownVerb, safe
+from .errors import ProtocolError, safe
 from .fields import Message, bad, boolean, choice, field, integer, table, text
-from .names import INTERFACE_RULE, NUMBER_MAX, check_name, check_object, check_vm_ref, is_interface
+from .names import INTERFACE_RULE, check_name, check_object, check_vm_ref, is_interface
+from .numbering import NUMBER_MAX
+from .refusals import UnknownVerb
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

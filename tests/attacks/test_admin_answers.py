@@ -25,9 +25,10 @@ from vmshell.admin.catalogue import Catalogue, Image
 from vmshell.admin.doctor_network import check_network
 from vmshell.admin.findings import FAIL, OK
 from vmshell.admin.verbs import Arguments, Context
-from vmshell.errors import BrokerDown, CannotTell, ImageInUse, ProtocolError, TimedOut, VmshellError
+from vmshell.errors import ProtocolError, VmshellError
 from vmshell.layout import PACKAGE_DIR, Layout
 from vmshell.messages import Whoami
+from vmshell.refusals import BrokerDown, CannotTell, ImageInUse, TimedOut
 
 Capture = pytest.CaptureFixture[str]
 GENEROUS = 120.0  # seconds: far from what is right, and farther from what hangs

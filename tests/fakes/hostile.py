@@ -15,7 +15,7 @@ import struct
 import threading
 from collections.abc import Sequence
 
-from vmshell import wire
+from vmshell import encoding, wire
 from vmshell.layout import Layout
 
 Packet = bytes | tuple[bytes, int]
@@ -56,7 +56,7 @@ class HostileBroker:
     def _talk(self, client: socket.socket) -> None:
         with contextlib.suppress(OSError):
             client.settimeout(20)
-            client.recv(wire.FRAME_MAX)
+            client.recv(encoding.FRAME_MAX)
             for packet in self._packets:
                 data, fds = (packet, []) if isinstance(packet, bytes) else (packet[0], [packet[1]])
                 socket.send_fds(client, [data], fds)

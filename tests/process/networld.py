@@ -20,7 +20,7 @@ import pytest
 
 from tests.process.tapnets import Namespace, Tapnet, mac
 from vmshell.messages import Port, Segment
-from vmshell.names import bridge_name
+from vmshell.numbering import bridge_name
 
 EVIL, VICTIM = mac(1), mac(2)
 HIS, HERS, GATEWAY = "10.77.1.2", "10.77.1.3", "10.77.1.1"

@@ -18,9 +18,9 @@ from vmshell.broker import accountslink
 from vmshell.broker.accountslink import AccountsLink, Fact, Question, Stamp
 from vmshell.broker.host import Host
 from vmshell.broker.loop import Loop
+from vmshell.encoding import encode
 from vmshell.layout import PACKAGE_DIR, Layout
 from vmshell.messages import GROUPS_IN_PART, NUMBERS_MAX, UID_MAX, AboutMembers, AboutUser
-from vmshell.wire import encode
 
 NOBODY_HAS = 4_000_000_123
 

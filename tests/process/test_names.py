@@ -29,7 +29,7 @@ from vmshell.layout import Layout
 from vmshell.messages import Port
 from vmshell.model.definition import Definition, Nic
 from vmshell.model.policy import parse
-from vmshell.names import bridge_name
+from vmshell.numbering import bridge_name
 
 DNSMASQ = shutil.which("dnsmasq", path="/usr/sbin:/usr/bin")
 REASON = unable() or ("" if DNSMASQ else "dnsmasq-base is not installed")

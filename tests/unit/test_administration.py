@@ -16,7 +16,7 @@ from typing import Any, cast
 import pytest
 
 from tests.fakes.broker import FakeBroker
-from vmshell import wire
+from vmshell import encoding
 from vmshell.admin import usage
 from vmshell.broker.access import Peer
 from vmshell.broker.context import Context
@@ -25,11 +25,12 @@ from vmshell.broker.loop import Loop
 from vmshell.broker.objects import Object
 from vmshell.broker.verbs import HANDLERS
 from vmshell.broker.vms import Vm
-from vmshell.errors import BadValue, CannotTell, NotAllowed, VmshellError
+from vmshell.errors import BadValue, VmshellError
 from vmshell.layout import Layout
 from vmshell.messages import ASKED_MAX, SHOWN_MAX, ImageUsers, Owned, Request, parse_request
 from vmshell.model.definition import Definition
 from vmshell.model.policy import Policy
+from vmshell.refusals import CannotTell, NotAllowed
 
 ROOT, ALICE = Peer(0, "root", admin=True), Peer(1000, "alice", admin=False)
 
@@ -57,7 +58,7 @@ def ask(context: Context, request: Request, peer: Peer = ROOT) -> dict[str, Any]
     call = SimpleNamespace(peer=peer, reply=answers.append)
     HANDLERS[type(request)](context, call, request)
     (answer,) = answers
-    return wire.decode(wire.encode({"id": 1, "ok": answer}))["ok"]  # type: ignore[return-value]
+    return encoding.decode(encoding.encode({"id": 1, "ok": answer}))["ok"]  # type: ignore[return-value]
 
 
 def make(context: Context, name: str, image: str, uid: int = 1000, owner: str = "alice") -> Vm:

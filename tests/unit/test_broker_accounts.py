@@ -12,8 +12,8 @@ from vmshell.broker import accounts as accounts_module
 from vmshell.broker.accounts import Accounts
 from vmshell.broker.accountslink import Fact, Question, Stamp
 from vmshell.broker.loop import Loop
-from vmshell.errors import AccountsSilent
 from vmshell.layout import Layout
+from vmshell.refusals import AccountsSilent
 
 ALICE, UID = Question("user", "alice"), Question("uid", 1001)
 STAFF = Fact(True, 1001, groups=frozenset({"staff"}))

@@ -27,12 +27,13 @@ from vmshell.broker.objects import Store
 from vmshell.broker.relaylink import RelayLink
 from vmshell.broker.server import Call
 from vmshell.broker.vms import Registry, Vm
-from vmshell.errors import StorageFailed, TooManyRequests, VmshellError
+from vmshell.errors import VmshellError
 from vmshell.layout import Layout
 from vmshell.messages import FAILED, OFF, QUEUED, RUNNING, STOPPING, Forget, Order
 from vmshell.model.definition import Definition
 from vmshell.model.policy import Policy
-from vmshell.names import NUMBER_MAX
+from vmshell.numbering import NUMBER_MAX
+from vmshell.refusals import StorageFailed, TooManyRequests
 
 
 @pytest.fixture

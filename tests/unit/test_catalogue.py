@@ -18,8 +18,9 @@ from vmshell.admin import main as admin
 from vmshell.admin import usage
 from vmshell.admin.catalogue import Catalogue, Image
 from vmshell.admin.verbs import Verb
-from vmshell.errors import CatalogueBusy, ImageDamaged, ImageInUse, NoSuchImage, Usage, VmshellError
+from vmshell.errors import VmshellError
 from vmshell.layout import Layout
+from vmshell.refusals import CatalogueBusy, ImageDamaged, ImageInUse, NoSuchImage, Usage
 
 
 @pytest.fixture

@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmshell.errors import BadValue
+from vmshell.hardware import KEYMAPS
 from vmshell.launch import jail, seccomp
 from vmshell.launch.argv import CPU, qemu_argv
 from vmshell.launch.devices import DiskPlan, NicPlan
 from vmshell.launch.plan import LaunchPlan
-from vmshell.names import KEYMAPS
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 

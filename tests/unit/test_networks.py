@@ -28,13 +28,14 @@ from vmshell.broker.objects import Store
 from vmshell.broker.publishing import Published, Running, Ways, handle_publish
 from vmshell.broker.resolving import entries
 from vmshell.broker.vms import Vm
-from vmshell.errors import BadName, NetworkFailed, NoAddress, NoSuchVm, PortTaken, StorageFailed, TooOften, VmshellError
+from vmshell.errors import VmshellError
 from vmshell.layout import Layout
 from vmshell.messages import OPENINGS_MAX, RUNNING, Connect, Publish, Rm
 from vmshell.model.addressing import Plan
 from vmshell.model.definition import Definition, Nic
 from vmshell.model.policy import parse
-from vmshell.names import bridge_name
+from vmshell.numbering import bridge_name
+from vmshell.refusals import BadName, NetworkFailed, NoAddress, NoSuchVm, PortTaken, StorageFailed, TooOften
 
 ALICE, BOB = (1001, "alice"), (1002, "bob")
 POLICY = """

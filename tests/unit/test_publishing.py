@@ -14,7 +14,7 @@ from tests.fakes.accounts import People
 from tests.fakes.tapnet import Tapnet
 from tests.unit import test_networks
 from tests.unit.test_networks import Answer, machine, plug, publish, ways
-from vmshell import wire
+from vmshell import encoding
 from vmshell.broker import networks as networks_module
 from vmshell.broker import upkeep
 from vmshell.broker.cards import cards_of
@@ -23,12 +23,13 @@ from vmshell.broker.publishing import Published, Running, Ways
 from vmshell.broker.reaching import handle_net
 from vmshell.broker.verbs import handle_info
 from vmshell.broker.vms import Registry, Vm
-from vmshell.errors import BadValue, VmBusy
+from vmshell.errors import BadValue
 from vmshell.messages import CREATING, OPENINGS_MAX, Info, Net
 from vmshell.model.addressing import Plan
 from vmshell.model.definition import Definition, Nic
 from vmshell.model.policy import parse
-from vmshell.names import bridge_name
+from vmshell.numbering import bridge_name
+from vmshell.refusals import VmBusy
 
 context, alices = test_networks.context, test_networks.alices
 GRANTS = """
@@ -350,7 +351,7 @@ def test_what_is_published_of_a_vm_fits_into_an_answer(
     for handle, request in ((handle_net, Net(vm="web1")), (handle_info, Info(vm="web1"))):
         call = Answer()
         handle(cast(Any, context), cast(Any, call), cast(Any, request), alices)
-        assert len(wire.encode({"id": wire.INT_MAX, "ok": call.replies[0]})) < wire.FRAME_MAX * 0.85
+        assert len(encoding.encode({"id": encoding.INT_MAX, "ok": call.replies[0]})) < encoding.FRAME_MAX * 0.85
     publish(context, alices, port=10_000, to=name, remove=True)
 
 

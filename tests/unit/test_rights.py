@@ -16,7 +16,7 @@ from vmshell.admin.findings import FAIL, OK, WARN
 from vmshell.admin.verbs import Context
 from vmshell.layout import Layout
 from vmshell.model.policy import HostPolicy
-from vmshell.names import uids_of_jobs
+from vmshell.numbering import uids_of_jobs
 
 UID = 990
 VMS = range(2_100_000_000, 2_100_000_100)

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from vmshell import messages
-from vmshell.errors import Usage
+from vmshell.refusals import Usage
 from vmshell.shell import actions, candidates, helptext, verbs
 from vmshell.shell.checks import CHECKS
 from vmshell.shell.show import greeting

@@ -22,7 +22,7 @@ from vmshell.admin.catalogue import Catalogue
 from vmshell.admin.packages import PackageError, Packages
 from vmshell.launch.devices import NicPlan
 from vmshell.layout import Layout
-from vmshell.names import mac_address
+from vmshell.numbering import mac_address
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow]
 

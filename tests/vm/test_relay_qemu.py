@@ -24,7 +24,7 @@ import pytest
 from tests.process.relays import RelayProcess, until
 from vmshell.layout import Layout
 from vmshell.messages import Forget, Order, Watch
-from vmshell.names import tap_name
+from vmshell.numbering import tap_name
 
 pytestmark = pytest.mark.vm
 

@@ -14,9 +14,10 @@ import contextlib
 import socket
 import time
 
-from .. import messages, wire
-from ..errors import BrokerDown, ProtocolError, from_wire, safe
+from .. import encoding, messages, wire
+from ..errors import ProtocolError, safe
 from ..layout import Layout
+from ..refusals import BrokerDown, from_wire
 
 PATIENCE = 30.0  # seconds for a whole answer; a broker that has just started may look at the host first
 IDENT = 1
@@ -115,8 +116,8 @@ def _packet(sock: wire.Socket, end: float) -> dict[str, object]:
         raise ProtocolError(problem="what the VM service answered is too large, or brings what nobody asked for")
     if not data:
         raise ConnectionResetError("it closed the connection")
-    sock.recv(wire.FRAME_MAX)
-    return wire.decode(data)
+    sock.recv(encoding.FRAME_MAX)
+    return encoding.decode(data)
 
 
 def _look(sock: wire.Socket, end: float) -> tuple[bytes, int]:
@@ -124,7 +125,7 @@ def _look(sock: wire.Socket, end: float) -> tuple[bytes, int]:
     if left <= 0:
         raise TimeoutError
     sock.settimeout(left)
-    data, _, flags, _ = sock.recvmsg(wire.FRAME_MAX, 0, socket.MSG_PEEK)
+    data, _, flags, _ = sock.recvmsg(encoding.FRAME_MAX, 0, socket.MSG_PEEK)
     return data, flags
 
 

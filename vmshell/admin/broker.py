@@ -9,8 +9,9 @@ import subprocess
 import sys
 
 from .. import messages
-from ..errors import EX_DONE, EX_REFUSED, TimedOut
+from ..errors import EX_DONE, EX_REFUSED
 from ..layout import PACKAGE_DIR, PYTHON_FLAGS
+from ..refusals import TimedOut
 from .asking import ask
 from .verbs import Arguments, Context
 

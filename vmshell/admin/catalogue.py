@@ -25,9 +25,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from .. import brokeraccount
-from ..errors import CatalogueBusy, ImageDamaged, ImageInUse, NoSuchImage
 from ..layout import Layout
 from ..names import NAME_CHARS, check_name
+from ..refusals import CatalogueBusy, ImageDamaged, ImageInUse, NoSuchImage
 from . import usage
 
 _HIDDEN = ".build-"

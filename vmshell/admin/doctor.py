@@ -15,9 +15,10 @@ import stat
 import subprocess
 from collections.abc import Iterator
 
-from ..errors import BrokerDown, VmshellError, safe
+from ..errors import VmshellError, safe
 from ..layout import PACKAGE_DIR
 from ..messages import NetHealth, Version, Whoami
+from ..refusals import BrokerDown
 from . import own_records, users
 from .asking import ask
 from .doctor_network import check_names, check_network, check_routing

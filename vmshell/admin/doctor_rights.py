@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from .. import brokeraccount
 from ..errors import VmshellError
 from ..model import policy
-from ..names import JOBS_MAX, NUMBER_MAX
+from ..numbering import JOBS_MAX, NUMBER_MAX
 from .findings import FAIL, OK, WARN, Finding, output
 from .verbs import Context
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import subprocess
 
-from ..errors import EX_VM_FAILED, BadValue, BuildFailed, CannotTell, ImageDamaged, NoSuchImage, StorageFailed
+from ..errors import EX_VM_FAILED, BadValue
 from ..layout import Layout
 from ..names import check_name, format_size
+from ..refusals import BuildFailed, CannotTell, ImageDamaged, NoSuchImage, StorageFailed
 from . import image_build, usage
 from .catalogue import Catalogue, Image
 from .disk import DiskError

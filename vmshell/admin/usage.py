@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..errors import CannotTell, VmshellError
+from ..errors import VmshellError
 from ..layout import Layout
 from ..messages import ASKED_MAX, SHOWN_MAX, ImageUsers, Owned
+from ..refusals import CannotTell
 from . import own_records
 from .asking import Answer, ask
 

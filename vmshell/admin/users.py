@@ -19,8 +19,9 @@ import subprocess
 import time
 from collections.abc import Iterator
 
-from ..errors import AccountRefused, BadName, CannotTell, NotAllowed, ProgramFailed, VmshellError
+from ..errors import VmshellError
 from ..messages import NetHealth
+from ..refusals import AccountRefused, BadName, CannotTell, NotAllowed, ProgramFailed
 from . import usage
 from .asking import ask
 from .verbs import Arguments, Context

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AccountsSilent
+from ..refusals import AccountsSilent
 from .accountslink import PATIENCE, SLOW, AccountsLink, Fact, Question, Stamp, stamp_of_files
 from .disk import write_fast
 from .journal import note, seldom

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from .. import wire
-from ..errors import AccountsSilent
 from ..messages import TO_ACCOUNTS, Found, Part
+from ..refusals import AccountsSilent
 from ..spawn import python
 from .journal import note
 from .link import Link

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import NotAllowed, StorageFailed, safe
+from ..errors import safe
 from ..messages import SHOWN_MAX, ImageUsers, Owned
+from ..refusals import NotAllowed, StorageFailed
 from .vms import images_of
 
 if TYPE_CHECKING:

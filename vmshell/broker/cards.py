@@ -9,12 +9,13 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BadValue, NetworkFailed, VmshellError
+from ..errors import BadValue, VmshellError
 from ..messages import Port, Segment
 from ..model.addressing import label
 from ..model.catalogues import Network
 from ..model.definition import Nic
-from ..names import mac_address, tap_name
+from ..numbering import mac_address, tap_name
+from ..refusals import NetworkFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..errors import NoSuchUser, NotAllowed, VmshellError
+from ..errors import VmshellError
 from ..messages import Boot, Change, Define, DiskAdd, Explain, New, Request, parse_request
 from ..model import definition as definitions
 from ..model.decide import Verdict
 from ..model.definition import Definition
+from ..refusals import NoSuchUser, NotAllowed
 from . import defining, opening, snapshots
 from .access import Peer, authorise
 from .accountslink import Question

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Mapping, Sequence
 
 from .. import spawn
-from ..errors import StorageFailed
+from ..refusals import StorageFailed
 
 RELAY_USER = "vmshell-relay"
 ACCOUNTS_FILE = "/etc/passwd"

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .. import wire
-from ..errors import LauncherDown, ProtocolError, VmshellError
+from ..errors import ProtocolError, VmshellError
 from ..launcher_messages import KILL, TERM, Ended, Job, Launch, RestartNames, Signal
+from ..refusals import LauncherDown
 from .host import Process
 from .journal import note
 from .link import Link, start_service

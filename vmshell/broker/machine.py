@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..errors import VmBusy, VmshellError, VmStopped, WrongState
+from ..errors import VmshellError
 from ..messages import ALIVE, FAILED, OFF, PAUSED, QUEUED, RUNNING, STARTING, STOPPING, Attach, Event, Forget
+from ..refusals import VmBusy, VmStopped, WrongState
 from . import start as starter
 from .boots import Boots
 from .endings import Endings

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from .. import wire
-from ..errors import BadValue, NoPortToReach, NoSuchVm, PortTaken, TooOften, VmBusy
+from .. import encoding
+from ..errors import BadValue
 from ..messages import CREATING
 from ..model.decide import Verdict, refuse
 from ..model.limitkinds import port_range
-from ..names import bridge_name, tap_name
+from ..numbering import bridge_name, tap_name
+from ..refusals import NoPortToReach, NoSuchVm, PortTaken, TooOften, VmBusy
 from .accountslink import Question
 from .cards import names_user
 from .disk import kept
@@ -95,7 +96,8 @@ def _with(context: Context, vm: Vm, request: Publish) -> list[Published]:
     new = Published(request.port, request.proto, request.to, host_port, uid)
     others = [item for item in vm.published if (item.port, item.proto, item.to) != (new.port, new.proto, new.to)]
     refuse(_verdicts(context, vm, new, others), vm.ref)
-    if len(json.dumps([vars(item) for item in (*others, new)])) > wire.FRAME_MAX // 2:  # `net` and `info` say it in one message
+    # `net` and `info` say it in one message.
+    if len(json.dumps([vars(item) for item in (*others, new)])) > encoding.FRAME_MAX // 2:
         rule = f"{vm.ref} has published {len(others)} ports, and its list is full: unpublish some, or publish to a group"
         raise BadValue(field="publish", value=request.port, rule=rule)
     published = [item for other in context.registry for item in (others if other is vm else other.published)]

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import BadValue, NotAllowed, NotConnected, VmBusy, VmshellError, WrongState
+from ..errors import BadValue, VmshellError
 from ..messages import CREATING, RUNNING, Connect, HostKey, Net, NetHealth, Networks
 from ..model.definition import Nic
+from ..refusals import NotAllowed, NotConnected, VmBusy, WrongState
 from . import passt
 from .cards import ADDRESSED, dns_name, domain_of, known_cards, names_user, tap_of
 from .disk import kept

@@ -18,7 +18,7 @@ from functools import cache
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from ..names import bridge_name
+from ..numbering import bridge_name
 from .cards import dns_name, domain_of, known_cards
 from .disk import read_text, write_fast
 

@@ -12,9 +12,10 @@ import socket
 from collections.abc import Callable
 
 from .. import wire
-from ..errors import Internal, NotAllowed, ProtocolError, TooManyRequests, VmshellError
+from ..errors import Internal, ProtocolError, VmshellError
 from ..fields import request_id
 from ..messages import Request, parse_request
+from ..refusals import NotAllowed, TooManyRequests
 from . import journal
 from .access import Peer, authorise
 from .accountslink import Question

@@ -14,13 +14,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BadValue, LauncherDown, StartFailed, VmshellError
+from ..errors import BadValue, VmshellError
 from ..launch.jail import command
 from ..launch.plan import NICS_MAX, LaunchPlan
 from ..model.decide import apply_fixed
 from ..model.definition import Definition, Disk, Nic
 from ..model.values import split_ref
-from ..names import MIB, mac_address
+from ..names import MIB
+from ..numbering import mac_address
+from ..refusals import LauncherDown, StartFailed
 from ..spawn import FIRST_FD
 from . import opening
 from .cards import WITH_TAP, cards_of

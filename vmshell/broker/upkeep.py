@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .. import wire
-from ..errors import TapnetDown, VmshellError
+from ..errors import VmshellError
 from ..messages import NUMBERS_MAX, OPENINGS_MAX, Confine, Open, Settings
 from ..model.limitkinds import FIRST_CONFINED
+from ..refusals import TapnetDown
 from .cards import ADDRESSED, port_message
 from .journal import note
 from .publishing import Ways

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..errors import NoQemu, NotAllowed, VmBusy, VmshellError, WrongState
+from ..errors import VmshellError
 from ..messages import (
     ALIVE,
     FAILED,
@@ -51,7 +51,8 @@ from ..messages import (
     Whoami,
 )
 from ..model.definition import Disk, Nic
-from ..names import mac_address
+from ..numbering import mac_address
+from ..refusals import NoQemu, NotAllowed, VmBusy, WrongState
 from . import administration, defining, explaining, keeping, passt, publishing, reaching, snapshots, start
 from .access import visible
 from .host import cpu_seconds, resident_bytes

@@ -17,14 +17,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import StorageFailed, VmExists
 from ..layout import Layout
 from ..messages import ALIVE, CREATING, FAILED, OFF, SHELF, STATES
 from ..model import definition as definitions
 from ..model.decide import Usage
 from ..model.definition import Definition
 from ..model.values import split_ref
-from ..names import NUMBER_MAX, check_name
+from ..names import check_name
+from ..numbering import NUMBER_MAX
+from ..refusals import StorageFailed, VmExists
 from .disk import read_text, storage, sync_folder, write_fast, write_text
 from .journal import note
 from .objects import Store

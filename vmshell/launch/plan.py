@@ -10,7 +10,8 @@ Used by: launcher, broker, probe. Touches nothing.
 from __future__ import annotations
 
 from ..fields import Message, bad, boolean, choice, field, integer, listing, nested, optional, row, text
-from ..names import KEYMAPS, tap_name
+from ..hardware import KEYMAPS
+from ..numbering import tap_name
 from .devices import FD, DiskPlan, NicPlan
 
 TYPE_CHECKING = False

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import VmshellError, safe
-from ..names import CPU_MODELS, DIGITS, LETTERS, is_object_name, nearest
+from ..hardware import CPU_MODELS
+from ..names import DIGITS, LETTERS, is_object_name, nearest
 from .limitkinds import Interface, People
 from .limits import MACHINES, NIC_MODELS, VIDEO_MODELS
 from .values import Bool, Choice, Int, Kind, ListOf, bad

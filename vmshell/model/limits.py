@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..names import UID_BASE, UID_BASES
+from ..numbering import UID_BASE, UID_BASES
 from .limitkinds import (
     Account,
     Addresses,

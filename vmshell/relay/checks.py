@@ -14,7 +14,7 @@ import stat
 from .. import messages
 from ..descriptors import check_pipe, check_read_file, check_stream, check_tap
 from ..errors import ProtocolError
-from ..names import tap_name
+from ..numbering import tap_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ import socket
 from collections import deque
 
 from .. import brokeraccount, messages, wire
-from ..errors import Internal, NotWatched, ProtocolError, QemuSilent, VmshellError
+from ..errors import Internal, ProtocolError, VmshellError
 from ..fields import request_id
+from ..refusals import NotWatched, QemuSilent
 from .checks import BadDescriptor, check_order, check_stderr, check_viewer
 from .loop import GONE, IN, OUT
 from .orders import brings_fd

@@ -15,7 +15,7 @@ import socket
 
 from .. import servicemanager, wire
 from ..layout import Layout
-from ..names import NUMBER_MAX
+from ..numbering import NUMBER_MAX
 from .control import Control
 from .loop import IN, Loop
 from .service import Service
