@@ -99,7 +99,7 @@ class Message:
         for name in own:
             delattr(cls, name)
 
-    def __init__(self, **values: object) -> None:
+    def __init__(self, /, **values: object) -> None:
         for name, spec in self.fields.items():
             if name in values:
                 setattr(self, name, spec.check(values.pop(name), name))
