@@ -32,7 +32,8 @@ INTERFACE_RULE = f"a network interface's name is 1 to {INTERFACE_MAX} letters, d
 NUMBER_MAX = 0xAFFFFF
 UID_BASE = 2_100_000_000  # QEMU of VM number N runs as this plus N, unless the policy says another; jobs behind all of them
 JOBS_MAX = 64
-UID_BASES = range(65_537, (1 << 32) - 2 - NUMBER_MAX - JOBS_MAX)  # below are people, services and `nobody`
+# Below are people, services and `nobody`; above what bubblewrap can write into a user namespace's map, an int of C's.
+UID_BASES = range(65_537, (1 << 31) - NUMBER_MAX - JOBS_MAX)
 CPU_MODELS = {"host": "", "qemu64": "qemu64,svm=off"}  # what there is without a policy: QEMU's -cpu text by name
 
 MIB = 1 << 20
