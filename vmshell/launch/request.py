@@ -32,9 +32,9 @@ def plan_of(table: Table, **own: object) -> LaunchPlan:
     """Build the plan in *table* with the launcher's *own* fields; raises ValueError for whatever a plan cannot be."""
     _only(table, frozenset(LaunchPlan.__slots__) - LAUNCHERS_OWN, "plan")
     values = dict(table)
-    for name in ("option_rom_fds", "firmware"):
-        if values.get(name) is not None:
-            values[name] = _tuple(values[name], name)
+    values["option_rom_fds"] = _tuple(values.get("option_rom_fds", []), "option_rom_fds")
+    if values.get("firmware") is not None:
+        values["firmware"] = _tuple(values["firmware"], "firmware", 2)
     values["disks"] = tuple(_disk(item) for item in _tuple(values.get("disks", []), "disks"))
     values["nics"] = tuple(_nic(item) for item in _tuple(values.get("nics", []), "nics"))
     return _built(LaunchPlan, {**values, **own}, "plan")
