@@ -39,6 +39,7 @@ class Server:
         self._watched: dict[int, Callable[[], None]] = {}
         for sock, call in ((listener, self._accept), (connection, self._serve)):
             if sock is not None:
+                sock.setblocking(False)
                 self._watch(sock.fileno(), call)
 
     def run(self) -> None:
@@ -74,6 +75,7 @@ class Server:
         except OSError as exc:
             report(f"accepting failed: {exc}")
             return
+        sock.setblocking(False)  # whoever does not read is hung up on, see `_send`
         if wire.peer_uid(sock) != self._broker_uid:
             report(f"refused a connection of uid {wire.peer_uid(sock)}")
             sock.close()
