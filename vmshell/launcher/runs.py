@@ -76,6 +76,12 @@ class Runs:
         self._running[message.number] = (connection, {pid})
         return pid
 
+    def forget(self, pid: int) -> None:
+        """Kill the jail *pid*, only just started, of which nobody could be told: its barrier never opens."""
+        # It may be the VM's uid already; then the next launch ends it. In its session there may be its child.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+
     def signal(self, message: Signal) -> None:
         """Signal every process of the VM, in system mode."""
         if self._signal_all is None:

@@ -126,6 +126,8 @@ class Server:
             elif isinstance(message, Launch):
                 number, pid = message.number, self._runs.launch(message, packet.fds, self._connection)
                 self._started(ident, pid, lambda: self._runs.ended(number, pid))
+                if self._connection is None:
+                    self._runs.forget(pid)
             elif isinstance(message, Job):
                 job, uid = self._jobs.start(message, packet.fds)
                 self._started(ident, job, lambda: None if uid is None else self._jobs.ended(uid, job))
