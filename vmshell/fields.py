@@ -120,7 +120,7 @@ def table(value: object, name: str) -> dict[str, object]:
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(field,))
 class Message:
-    """The base: subclasses set `verb` and declare fields with `field()`."""
+    """The base: subclasses set `verb`, by which they are known, and declare fields with `field()`."""
 
     verb = ""
     fds = 0  # how many descriptors come beside it
@@ -132,7 +132,7 @@ class Message:
         for name in own:
             delattr(cls, name)
 
-    def __init__(self, **values: object) -> None:
+    def __init__(self, /, **values: object) -> None:
         for name, spec in self.fields.items():
             if name in values:
                 setattr(self, name, spec.check(values.pop(name), name))

@@ -42,7 +42,7 @@ class ToLauncher(Message):
 
 
 class Launch(ToLauncher):
-    """Start the QEMU of VM *number*; *plan* is a LaunchPlan less what the launcher sets itself (see `launch/request.py`)."""
+    """Start the QEMU of VM *number*; *plan* is a LaunchPlan less what the launcher sets itself (`launch/plan.py`)."""
 
     verb = "launch"
     number: int = field(NUMBER)

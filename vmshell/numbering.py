@@ -9,7 +9,8 @@ from __future__ import annotations
 NUMBER_MAX = 0xAFFFFF
 UID_BASE = 2_100_000_000  # QEMU of VM number N runs as this plus N, unless the policy says another; jobs behind all of them
 JOBS_MAX = 64
-UID_BASES = range(65_537, (1 << 32) - 2 - NUMBER_MAX - JOBS_MAX)  # below are people, services and `nobody`
+# Below are people, services and `nobody`; above what bubblewrap can write into a user namespace's map, an int of C's.
+UID_BASES = range(65_537, (1 << 31) - NUMBER_MAX - JOBS_MAX)
 
 
 def uids_of_jobs(base: int) -> range:

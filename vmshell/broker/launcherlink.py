@@ -104,7 +104,10 @@ class LauncherLink(Link):
         return True
 
     def _connected(self) -> None:
-        self._statuses.clear()
+        # What the last launcher would have said of its children, nobody will: whoever waits for that waits no longer.
+        statuses, self._statuses = self._statuses, {}
+        for ended in statuses.values():
+            ended(0)
         for number in sorted(self._to_kill):
             self.kill(number)
 

@@ -24,7 +24,7 @@ from ..names import MIB
 from ..numbering import mac_address
 from ..refusals import LauncherDown, StartFailed
 from ..spawn import FIRST_FD
-from . import opening
+from . import leftjails, opening
 from .cards import WITH_TAP, cards_of
 from .objects import mebibytes
 
@@ -86,8 +86,8 @@ class Start:
     """One start on its way: everything is opened, the launcher is asked, and whatever it answers, all is closed again.
 
     `answered(live, error, started)` is called once. The constructor raises a VmshellError; then nothing is left of it. A launcher
-    that went away before it answered is asked again: what it may have started waits at a barrier that nobody opens, and the next
-    launch of the same number ends it first.
+    that went away before it answered is asked again: what it may have started waits at a barrier that nobody opens. In a
+    session it is ended at once, on a host by the next launch of the same number.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Start:
             context.host.share_with_relay(folder, 0o750)
             fds = _Descriptors(stack)
             sockets = {name: _listen(context, f"{folder}/{name}.sock", stack) for name in _SOCKETS}
-            self._barrier = stack.enter_context(_barrier(f"{folder}/barrier"))
+            self._barrier = stack.enter_context(_barrier(f"{folder}/{leftjails.BARRIER}"))
             self._plan = _plan(context, live.vm, definition, images, scratch, cables, fds, sockets, self._barrier)
             self._errors, write_end = os.pipe2(os.O_CLOEXEC)
             stack.callback(os.close, self._errors)
@@ -130,6 +130,8 @@ class Start:
             raise
 
     def _heard(self, error: VmshellError | None, process: Process | None) -> None:
+        if isinstance(error, LauncherDown) and self._context.layout.embedded:
+            leftjails.end_waiting(self._context.layout.vm_run(self._live.vm.number))
         if isinstance(error, LauncherDown) and time.monotonic() < self._tries_end:
             self._context.loop.after(LAUNCHER_AGAIN, self._ask)
             return

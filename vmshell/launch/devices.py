@@ -34,6 +34,8 @@ class DiskPlan(Message):
     Only the top one is ever written, and it is not if *readonly*, as CD-ROMs always are. A CD-ROM drive may be empty.
     """
 
+    verb = "disk"
+
     layers: tuple[tuple[int, str], ...] = field(listing(row(FD, choice(*FORMATS)), LAYERS_MAX))
     kind: str = field(choice(*BUSES), default="disk")
     bus: str = field(text(16), default="virtio")
@@ -65,6 +67,8 @@ class NicPlan(Message):
     with *forwards*: (protocol, port on QEMU's own loopback, port of the guest); the jail's network is its own, with nothing else.
     Not *connected*, it is there and attached to nothing.
     """
+
+    verb = "nic"
 
     mac: str = field(mac)
     model: str = field(choice(*NIC_MODELS), default="virtio")

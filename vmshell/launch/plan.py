@@ -73,6 +73,8 @@ def unit(value: object, name: str) -> str:
 class LaunchPlan(Message):
     """All of one start. Descriptors are the numbers that the started process sees; *uid* None means: stay who we are."""
 
+    verb = "plan"
+
     number: int = field(integer(0, 0xFFFFFF))
     accel: str = field(choice("kvm", "tcg"))
     cpus: int = field(integer(1, 255))

@@ -90,12 +90,12 @@ def _take_over(server: Server, runs: Runs, jobs: Jobs, uids: Uids, *, judge: boo
             raise OSError(f"process {pid} has uid {uid}, which is for VMs and jobs of ours, and is none of them; see uid_base")
         try:
             if uid in uids.jobs:
-                jobs.found(uid, pid)
                 server.watch_process(pid, lambda uid=uid, pid=pid: jobs.ended(uid, pid))  # type: ignore[misc]
+                jobs.found(uid, pid)
             else:
                 number = uids.number_of(uid)
-                runs.found(number, pid)
                 server.watch_process(pid, lambda number=number, pid=pid: runs.ended(number, pid))  # type: ignore[misc]
+                runs.found(number, pid)
         except ProcessLookupError:
             continue  # it has ended meanwhile
 

@@ -51,14 +51,16 @@ class Runs:
     def ended(self, number: int, pid: int) -> None:
         """The process *pid* of this VM has ended."""
         pids = self._running.get(number, _NOTHING)[1]
-        if pid in pids:
-            pids.discard(pid)
-            if not pids:
-                del self._running[number]
+        pids.discard(pid)
+        if not pids:
+            # Not forgotten: a jail's outer process may end before QEMU does, and then the next launch ends QEMU.
+            self._running[number] = (None, set())
 
     def launch(self, message: Launch, fds: Sequence[int], connection: object) -> int:
         """Start the VM's QEMU, which waits at its start barrier; return the pid of its jail. Raises LaunchRefused or OSError."""
-        if connection is not None and self._running.get(message.number, _NOTHING)[0] is connection:
+        starter, pids = self._running.get(message.number, _NOTHING)
+        # The broker may have seen the end before we did.
+        if starter is not None and starter is connection and not all(wait_for_end(pid, 0) for pid in pids):
             raise LaunchRefused(problem=f"number: VM {message.number} runs already")
         if not fds:
             raise LaunchRefused(problem="descriptors: there are none")
@@ -72,6 +74,12 @@ class Runs:
         pid = _start(plan, lent, errors)
         self._running[message.number] = (connection, {pid})
         return pid
+
+    def forget(self, pid: int) -> None:
+        """Kill the jail *pid*, only just started, of which nobody could be told: its barrier never opens."""
+        # It may be the VM's uid already; then the next launch ends it. In its session there may be its child.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
 
     def signal(self, message: Signal) -> None:
         """Signal every process of the VM, in system mode."""
@@ -111,7 +119,7 @@ class Runs:
         wanted = {number: (name, kind) for name, number, kind in plan.lent()}
         numbers = range(FIRST_FD, FIRST_FD + len(lent))
         if sorted(wanted) != list(numbers):
-            raise ValueError(f"descriptors: the plan uses {sorted(wanted)}, and there are {list(numbers)}")
+            raise ValueError(f"descriptors: the plan uses {sorted(wanted)}, and there are {len(lent)} from {FIRST_FD}")
         if plan.block_fd is None:
             raise ValueError("block_fd must be there")
         for number, fd in zip(numbers, lent, strict=True):
