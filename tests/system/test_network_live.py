@@ -222,6 +222,29 @@ def test_nothing_is_left_of_vms_that_have_ended(web1: Guest) -> None:
     assert str(number) not in web1.host.sh("ls /run/vmshell/names/hosts /run/vmshell/names/dhcp-hosts").split()
 
 
+def test_n7_dnsmasq_is_configured_from_the_policy_whatever_the_broker_writes(web1: Guest) -> None:
+    """And it runs without the broker's folders, without a policy, and on when that is broken."""
+    host, conf = web1.host, "/run/vmshell-names/dnsmasq.conf"
+
+    def restarted() -> str:
+        host.sh("systemctl restart vmshell-names")
+        return host.sh(f"systemctl is-active vmshell-names; stat -c '%U %a' {conf}; cat {conf}")
+
+    try:
+        host.sh("echo dhcp-script=/bin/true >/run/vmshell/names/dnsmasq.conf")
+        said = restarted()
+        assert said.startswith("active\nvmshell-names 600\n") and "dhcp-script" not in said and "local=/vm/" in said
+        host.sh("mv /run/vmshell/names /run/vmshell/away; mv /etc/vmshell/policy.toml /root/")
+        assert "dir=" not in (said := restarted()) and said.startswith("active\n")
+        host.sh("mv /run/vmshell/away /run/vmshell/names; echo nonsense >/etc/vmshell/policy.toml")
+        assert restarted() == said
+        assert "the configuration stays what it was" in host.sh("journalctl -u vmshell-names")
+    finally:
+        host.sh("mv -T /run/vmshell/away /run/vmshell/names; mv /root/policy.toml /etc/vmshell/", check=False)
+        host.sh("systemctl restart vmshell-names")
+    wait_for(lambda: "Address" in web1.run("nslookup web1.alice.vm 10.77.0.1")[1])
+
+
 SMALL = """\
 [host]
 ipv4_pool = "10.78.0.0/28"

@@ -163,12 +163,19 @@ def test_other_names_are_asked_of_whom_the_host_asks(world: World) -> None:
 # --- sshd's own forwarding, where the administrator opens it ----------------------------------------------------------
 
 
+def names_started(host: Host) -> str:
+    """When dnsmasq was started last."""
+    return host.sh("systemctl show --value -p ExecMainStartTimestampMonotonic vmshell-names").strip()
+
+
 @pytest.fixture
 def forwarding(world: World) -> Iterator[World]:
     host = world.host
     host.sh(f"cp /usr/local/share/vmshell/examples/{FORWARDING.rpartition('/')[2]} {FORWARDING}; sshd -t && systemctl reload ssh")
+    before = names_started(host)
     host.sh("sed -i 's/^.host.$/[host]\\nssh_forwarding = true/' /etc/vmshell/policy.toml; systemctl restart vmshell-broker")
     wait_for(lambda: "elements" in host.sh("nft list set inet vmshell confined"))
+    wait_for(lambda: names_started(host) not in (before, "0"))  # with the broker's start; until then it is about to be away
     yield world
     host.sh(f"rm {FORWARDING}; systemctl reload ssh; sed -i /ssh_forwarding/d /etc/vmshell/policy.toml")
     host.sh("systemctl restart vmshell-broker")

@@ -1,4 +1,5 @@
-"""The process that configures dnsmasq: `… dnsmasq LAYOUT`, before each start of dnsmasq, as the same uid.
+"""The process that configures dnsmasq: `… dnsmasq LAYOUT`, as the same uid, before it starts; if it is only started anew, while
+the old one still answers.
 
 The broker, which nobody need believe, has no part in it: it writes data files and may have the service started anew.
 Runs in: dnsmasq. Reads policy.toml; writes dnsmasq.conf into a folder that is the service's own.
