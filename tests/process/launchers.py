@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.process.relays import _STARTER as STARTER
 from vmshell import wire
 from vmshell.launcher.uids import processes
 from vmshell.layout import PACKAGE_DIR, PYTHON_FLAGS, Layout
@@ -59,6 +60,7 @@ class Launcher:
         self.accounts.write_text(Path("/etc/passwd").read_text("utf-8") + f"vmshell-broker:x:{BROKER}:{BROKER}::/:/bin/false\n")
         self.accounts.chmod(0o644)
         self.use(BASES[(os.getpid() * 7 + next(_COUNTER)) % len(BASES)])
+        self.listener = wire.listen(self.layout.launcher_socket, 0o600)  # as the service manager's, which outlives the process
         self._ids = itertools.count(1)
         self.events: list[Answer] = []
 
@@ -86,7 +88,20 @@ class Launcher:
         code = [sys.executable, PYTHON_FLAGS, f"{PACKAGE_DIR}/__main__.py", "launcher", self.layout.to_args()]
         with open(self.folder / "journal", "ab") as journal:
             self.process = subprocess.Popen(
-                ["unshare", "-m", "sh", "-c", _MANAGED if managed else _ACCOUNT, str(self.accounts), *RIGHTS, *code],
+                [
+                    *(sys.executable, "-IS", "-c", STARTER, "launcher", str(self.listener.fileno())),
+                    *(
+                        "/usr/bin/unshare",
+                        "-m",
+                        "sh",
+                        "-c",
+                        _MANAGED if managed else _ACCOUNT,
+                        str(self.accounts),
+                        *RIGHTS,
+                        *code,
+                    ),
+                ],
+                pass_fds=(self.listener.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=journal,
                 stderr=journal,
@@ -102,18 +117,12 @@ class Launcher:
 
     def connect(self, uid: int = BROKER) -> wire.Socket:
         """A connection that *uid* makes: the kernel remembers who connected."""
-        end = time.monotonic() + PATIENCE
-        while True:
-            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-                # Without a service manager the socket is the launcher's own; what counts here is whom it takes for its peer.
-                os.chown(self.layout.launcher_socket, uid, -1)
-                os.seteuid(uid)
-                try:
-                    return wire.connect(self.layout.launcher_socket, PATIENCE)
-                finally:
-                    os.seteuid(0)
-            assert self.process.poll() is None and time.monotonic() < end, f"the launcher does not listen: {self.journal()}"
-            time.sleep(0.01)
+        os.chown(self.layout.launcher_socket, uid, -1)
+        os.seteuid(uid)
+        try:
+            return wire.connect(self.layout.launcher_socket, PATIENCE)
+        finally:
+            os.seteuid(0)
 
     def journal(self) -> str:
         path = self.folder / "journal"
@@ -201,6 +210,7 @@ class Launcher:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+        self.listener.close()
         until(self._killed, "the end of all processes of its uids")
 
     def _killed(self) -> bool:
