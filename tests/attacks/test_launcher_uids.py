@@ -20,6 +20,7 @@ import pytest
 from tests.process.launchers import SOMEBODY, Launcher, Lent, processes_of, small_plan, status, until, uploads
 from vmshell.launcher.ending import signal_all
 from vmshell.launcher.uids import occupant, processes
+from vmshell.layout import PACKAGE_DIR
 from vmshell.numbering import JOBS_MAX, UID_BASES
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be a launcher")]
@@ -320,3 +321,12 @@ def test_a_qemu_whose_jail_was_killed_ends_before_the_next_run(launcher: Launche
         os.close(launcher.started(*lent.request(VM, small_plan(lent)))[1])
         until(lambda: qemu not in launcher.of(launcher.base + VM), "the old QEMU to end")
         launcher.end(VM)
+
+
+def test_a_signal_that_cannot_be_sent_is_said() -> None:
+    """Without the right to become that uid nothing was signalled, and the broker must not take it for done."""
+    code = "import os, sys; sys.path.insert(0, sys.argv[1]); os.setuid(65534)\n"
+    code += "from vmshell.launcher.ending import signal_all\nsignal_all(2_100_000_005, range(2_100_000_000, 2_100_000_010), 9)"
+    command = [sys.executable, "-IS", "-c", code, os.path.dirname(PACKAGE_DIR)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "the processes of uid 2100000005 cannot be signalled" in done.stderr

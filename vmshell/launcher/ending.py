@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import os
 
+from ..errors import LaunchRefused
+
 
 def signal_all(uid: int, uids: range, number: int) -> None:
     """Send signal *number* to all processes of *uid*, which must lie in *uids*; that there are none is no error.
+
+    Raises LaunchRefused if the kernel does not let us become that uid, or OSError.
 
     The first of *uids* is nobody's (VMs are numbered from 1). As its real uid the sender cannot be signalled by whom it signals:
     stopped before it has sent anything, it would never be waited for to the end.
@@ -20,12 +24,17 @@ def signal_all(uid: int, uids: range, number: int) -> None:
         raise ValueError(f"uid {uid} is none of ours to signal")
     child = os.fork()
     if child == 0:
+        failed = 1
         try:
             os.setgroups([])
             os.setresgid(uid, uid, uid)
             os.setresuid(nobody, uid, nobody)
             # The kernel leaves out whoever asks, and lets an unprivileged asker meet nobody but his own.
             os.kill(-1, number)
+            failed = 0
+        except ProcessLookupError:
+            failed = 0
         finally:
-            os._exit(0)
-    os.waitpid(child, 0)
+            os._exit(failed)
+    if os.waitpid(child, 0)[1]:
+        raise LaunchRefused(problem=f"the processes of uid {uid} cannot be signalled")

@@ -48,7 +48,14 @@ class Server:
             for fd, _ in self._poll.poll():
                 call = self._watched.get(fd)
                 if call is not None:
-                    call()
+                    self._call(call)
+
+    def _call(self, call: Callable[[], None]) -> None:
+        """What fails for one process or connection (no memory to fork with, say) is said, and the others go on."""
+        try:
+            call()
+        except (OSError, VmshellError) as exc:
+            report(f"an event was not dealt with to its end: {exc}")
 
     def watch_process(self, pid: int, ended: Callable[[], None], *, run: int = 0) -> int:
         """Call *ended* when *pid* has ended, and say so to who asked for it as *run*; return its pidfd, which stays ours."""
