@@ -211,6 +211,14 @@ class ObjectExists(VmshellError):
     hint = "`rm {ref}` deletes it"
 
 
+class TooMany(VmshellError):
+    """{where} has {limit} {what}, and there is no room for more"""
+
+    code = "too-many-kept"
+    exit_status = EX_LIMIT
+    hint = "delete some that you no longer need"
+
+
 class ObjectInUse(VmshellError):
     """{object} is in use by {user}"""
 

@@ -101,7 +101,8 @@ def machine(context: Context, number: int, owner: str, *nics: Nic) -> Vm:
 
 
 def register(context: Context, *vms: Vm) -> None:
-    context.registry._vms.update({(vm.uid, vm.name): vm for vm in vms})
+    for vm in vms:
+        context.registry.add(vm)
 
 
 # --- addresses --------------------------------------------------------------------------------------------------------

@@ -5,9 +5,10 @@ Runs in: the broker. What a user sends is read by a job without rights; only siz
 
 from __future__ import annotations
 
+import json
 import os
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import ObjectInUse, StorageFailed, TooManyRequests, UploadRefused, VmBusy, VmshellError, WrongState
 from ..launcher_messages import STORAGE
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
     from .server import Call
     from .vms import Vm
 
+T = TypeVar("T")
 ROWS_MAX = 200  # of a reply
+USERS_SHOWN = 10  # VMs that use an object
+OBJECTS_SHARE, LIBRARY_SHARE = 44 << 10, 16 << 10  # bytes of a reply, which has 64 KiB
 UPLOADS_MAX = 1  # of one user: an upload may take all the room that is left, so two would take it twice
 READ_ONLY = ("file", "rom")
 
@@ -38,6 +42,8 @@ def store_for(context: Context, call: Call, vm: Vm | None) -> Store:
 def handle_objects(context: Context, call: Call, request: Objects, vm: Vm | None = None) -> None:
     store = store_for(context, call, vm)
     uid = call.peer.uid if vm is None else vm.uid
+    users = users_of(context, uid, store, running=False)
+    objects = list(store)
     rows = [
         {
             "name": name,
@@ -45,12 +51,24 @@ def handle_objects(context: Context, call: Call, request: Objects, vm: Vm | None
             "size": made.size,
             "base": made.base,
             "used": store.used(name),
-            "users": users_of(context, uid, store, name, running=False)[:10],
+            "users": users.get(name, [])[:USERS_SHOWN],
         }
-        for name, made in store
+        for name, made in objects[:ROWS_MAX]
     ]
-    library = opening.library_names(context) if vm is None else []
-    call.reply({"where": store.where, "objects": rows[:ROWS_MAX], "more": len(rows) > ROWS_MAX, "library": library[:ROWS_MAX]})
+    shown = fitting(rows, OBJECTS_SHARE)
+    library = fitting(opening.library_names(context)[:ROWS_MAX] if vm is None else [], LIBRARY_SHARE)
+    call.reply({"where": store.where, "objects": shown, "more": len(objects) > len(shown), "library": library})
+
+
+def fitting(rows: list[T], room: int) -> list[T]:
+    """The first of *rows*, as many as take no more than *room* bytes of a packet."""
+    shown = []
+    for row in rows:
+        room -= len(json.dumps(row)) + 1
+        if room < 0:
+            break
+        shown.append(row)
+    return shown
 
 
 def handle_disk_add(context: Context, call: Call, request: DiskAdd, vm: Vm | None = None) -> None:
@@ -151,7 +169,7 @@ def handle_drop(context: Context, call: Call, request: Drop, vm: Vm | None = Non
     uid = call.peer.uid if vm is None else vm.uid
     store = store_for(context, call, vm)
     store.get(request.object)
-    users = users_of(context, uid, store, request.object, running=False)
+    users = users_of(context, uid, store, running=False).get(request.object, [])
     if users:
         running = [name for name in users if (other := context.registry.get(uid, name)) and other.state in ALIVE]
         advice = "shut it down first" if running else f"take it out of the definition first, with `unset {users[0]} DEVICE`"

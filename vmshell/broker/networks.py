@@ -36,6 +36,7 @@ class Networks:
         self._context = context
         self._tapnet = TapnetLink(context.loop, context.layout.tapnet_socket, self._tell_all)
         self._plugged: dict[int, tuple[Vm, list[Card]]] = {}  # what tapnet was told to make and to keep
+        self._macs: dict[tuple[int, str], int] = {}  # of those cards, by segment and MAC: whose VM's
         self._coming: dict[int, _Batch] = {}  # by the VM's number: what tapnet was told to make and has not yet
         self.upkeep = Upkeep(context, self._tapnet, self._plugged)
 
@@ -82,13 +83,12 @@ class Networks:
     def _name(self, vm: Vm, cards: list[Card], coming: list[Card]) -> None:
         """Have dnsmasq know *cards*, of which *coming* are about to be plugged in; raises NetworkFailed if a MAC is taken."""
         # tapnet looks, too, but by then dnsmasq would have taken the other card's address away.
-        taken = {(card.segment, card.mac) for other, theirs in self._plugged.values() if other is not vm for card in theirs}
-        if twin := next((card for card in coming if (card.segment, card.mac) in taken), None):
+        twin = next((card for card in coming if self._macs.get((card.segment, card.mac), vm.number) != vm.number), None)
+        if twin:
             raise NetworkFailed(problem=f"another card on this network has the MAC {twin.mac}")
         context = self._context
-        for other in context.registry:
-            if other.owner == vm.owner and other.uid != vm.uid:  # its account was made anew: it is called otherwise now (D22)
-                context.resolving.write(other, known_cards(context, other))
+        for other in context.registry.namesakes(vm):  # whose account was made anew: it is called otherwise now (D22)
+            context.resolving.write(other, known_cards(context, other))
         context.resolving.write(vm, cards, coming)
 
     def _make(self, vm: Vm, wanted: list[Card], done: Plugged) -> None:
@@ -116,9 +116,13 @@ class Networks:
 
     def _keep(self, vm: Vm, cards: list[Card]) -> None:
         """These are plugged in; written with the VM's next state."""
+        for card in self.plugged(vm):
+            if self._macs.get((card.segment, card.mac)) == vm.number:
+                del self._macs[card.segment, card.mac]
         self._plugged.pop(vm.number, None)
         if cards:
             self._plugged[vm.number] = (vm, cards)
+            self._macs |= {(card.segment, card.mac): vm.number for card in cards}
         vm.cables = [saved(card) for card in cards]
 
     def ended(self, vm: Vm) -> None:

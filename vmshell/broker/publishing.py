@@ -52,6 +52,7 @@ class Published:
 def handle_publish(context: Context, call: Call, request: Publish, vm: Vm) -> None:
     if vm.state == CREATING:
         raise VmBusy(vm=vm.ref, state=vm.state)
+    vm.must_be_recorded("publish")
     what = "unpublish" if request.remove else "publish"
     if not has_share(call.peer.uid, what):
         raise TooOften(what=what, limit=BURST)
