@@ -11,8 +11,13 @@ from typing import Any, cast
 
 import pytest
 
+from tests.fakes.broker import FakeBroker
 from tests.unit.test_broker_guards import FakeClient
 from vmshell import messages
+from vmshell.admin.doctor_records import check_records
+from vmshell.admin.findings import FAIL, WARN
+from vmshell.admin.findings import OK as FINE
+from vmshell.admin.verbs import Context as AdminContext
 from vmshell.broker import disk, keeping, verbs
 from vmshell.broker.access import Peer, authorise
 from vmshell.broker.context import Context
@@ -22,7 +27,7 @@ from vmshell.broker.loop import Loop
 from vmshell.broker.objects import DAMAGED, FACTS, OBJECTS_MAX, Object, Store
 from vmshell.broker.server import Call
 from vmshell.broker.vms import Registry, Snapshot, Vm
-from vmshell.errors import CannotSnapshot, NoSuchVm, StorageFailed, TooMany, VmshellError, from_wire
+from vmshell.errors import CannotSnapshot, NoSuchVm, NotAllowed, StorageFailed, TooMany, VmshellError, from_wire
 from vmshell.layout import Layout
 from vmshell.messages import FAILED, OFF, RUNNING
 from vmshell.model.definition import Definition, Disk
@@ -294,3 +299,35 @@ def test_a_long_list_of_objects_is_told_in_a_packet(context: Context) -> None:
     shelf._objects = {f"{'n' * 60}{index:04}": Object("qcow2", 1 << 40, "b" * 31) for index in range(OBJECTS_MAX)}
     rows = ask(context, ALICE, messages.Objects(vm="shelf"))
     assert rows["more"] is True and keeping.ROWS_MAX >= len(rows["objects"]) > 100
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def doctor(context: Context) -> list[tuple[str, str]]:
+    """What `vmshell-admin doctor` finds where the broker answers so."""
+    answer = ask(context, ROOT, messages.Unreadable())
+    with FakeBroker(context.layout) as fake:
+        fake.answers["unreadable"] = answer
+        return [(finding.level, finding.text) for finding in check_records(AdminContext(context.layout))]
+
+
+def test_doctor_says_what_cannot_be_read(context: Context, shelf: Store, layout: Layout) -> None:
+    assert doctor(context) == [(FINE, "all that the broker has written down can be read")]
+    file(layout, "record.json").write_text("")
+    Path(shelf.folder, FACTS).write_text("{")
+    Path(layout.addresses).write_text("{")
+    (vms, shelves, addresses) = doctor(broker(layout))
+    assert vms == (FAIL, "what is written down about alice/web1 cannot be read")
+    assert shelves == (FAIL, "the list of the objects on 1000/shelf cannot be read")
+    assert addresses[0] == FAIL and addresses[1].startswith("the list of addresses cannot be used: ")
+
+
+def test_doctor_without_a_broker_knows_nothing(layout: Layout) -> None:
+    ((level, text),) = [(finding.level, finding.text) for finding in check_records(AdminContext(layout))]
+    assert level == WARN and text.startswith("nobody can say whether all records are whole")
+
+
+def test_d29_only_administrators_are_told_whose_records_are_damaged(context: Context) -> None:
+    with pytest.raises(NotAllowed):
+        ask(context, ALICE, messages.Unreadable())

@@ -21,6 +21,7 @@ from ..messages import NetHealth, Version, Whoami
 from . import own_records, users
 from .asking import ask
 from .doctor_network import check_names, check_network, check_routing
+from .doctor_records import check_records
 from .doctor_rights import check_rights
 from .findings import ANSWER_PATIENCE, ENV, FAIL, OK, WARN, Finding, output, problem_of, states
 from .verbs import Arguments, Context
@@ -334,6 +335,7 @@ CHECKS = (
     ("network", check_network),
     ("names", check_names),
     ("routing", check_routing),
+    ("records", check_records),
     ("images", check_images),
     ("sshd", check_sshd),
     ("shells", check_shells),

@@ -238,7 +238,7 @@ class Addresses:
 
     def _must_be_whole(self) -> None:
         if self.damaged:
-            raise StorageFailed(problem=f"the list of addresses cannot be used ({self.damaged}), so none is given out or taken back")
+            raise StorageFailed(problem=f"the list of addresses cannot be used ({self.damaged}), so none is given or taken back")
 
     def _tidy(self) -> None:
         """Have the file no longer than twice what it says. It says the same if that fails."""

@@ -47,6 +47,7 @@ from ..messages import (
     Rm,
     Shutdown,
     Snapshot,
+    Unreadable,
     Version,
     Whoami,
 )
@@ -292,6 +293,7 @@ HANDLERS: dict[type[Request], Callable[..., None]] = {
     Reload: handle_reload,
     ImageUsers: administration.handle_image_users,
     Owned: administration.handle_owned,
+    Unreadable: administration.handle_unreadable,
     Images: handle_images,
     Networks: reaching.handle_networks,
     Net: reaching.handle_net,

@@ -269,6 +269,16 @@ class Registry:
         """What is in place of a VM, as `uid/name`, has a name that no VM has, and is still there."""
         return [name for name in self._unreadable if os.path.lexists(f"{self._layout.vms}/{name}")]
 
+    def unreadable_shelves(self) -> list[str]:
+        """Every shelf, as `uid/shelf`, of which it is not known what its objects are."""
+        found = []
+        with storage():
+            uids = os.listdir(self._layout.shelves) if os.path.isdir(self._layout.shelves) else []
+            for uid in uids:
+                if uid.isdecimal():
+                    found += [f"{uid}/{SHELF}" for store in self.shelves_of(int(uid)) if store.damaged]
+        return found
+
     def folders(self, uid: int) -> list[str]:
         """The folders of all VMs of *uid*, whatever state they are in: half made, removed, unreadable."""
         with storage():
