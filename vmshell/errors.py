@@ -520,6 +520,14 @@ class ProtocolError(VmshellError):
     exit_status = EX_INTERNAL
 
 
+class AnswerTooLarge(VmshellError):
+    """the answer does not fit into one message"""
+
+    code = "answer-too-large"
+    exit_status = EX_LIMIT
+    hint = "what was asked for is done; ask for less at a time"
+
+
 class Internal(VmshellError):
     """something went wrong inside vmshell (reference {reference})"""
 

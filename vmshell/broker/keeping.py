@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .. import wire
+from ..descriptors import check_stream
 from ..errors import ObjectInUse, StorageFailed, TooManyRequests, UploadRefused, VmBusy, VmshellError, WrongState
 from ..launcher_messages import STORAGE
 from ..messages import ALIVE, SHELF, DiskAdd, Drop, Objects, Put
@@ -94,35 +95,33 @@ def handle_disk_add(context: Context, call: Call, request: DiskAdd, vm: Vm | Non
 def handle_put(context: Context, call: Call, request: Put, vm: Vm | None = None) -> None:
     """Start the job that reads the upload; it becomes an object once the job says that it is whole and it fits the limits."""
     fd = call.take_fd()
+    try:
+        _put(context, call, request, vm, fd)
+    finally:
+        wire.close_fd(fd)
+
+
+def _put(context: Context, call: Call, request: Put, vm: Vm | None, fd: int) -> None:
     uid = call.peer.uid if vm is None else vm.uid
     owner = call.peer.user if vm is None else vm.owner
     ref = f"{request.vm}.{request.object}"
+    try:
+        check_stream(fd)
+    except ValueError as exc:
+        raise UploadRefused(object=ref, problem="an upload comes on a stream socket") from exc
     store = store_for(context, call, vm)
     effective = context.effective(owner)
-    try:
-        with socket.socket(fileno=os.dup(fd)) as stream:
-            if stream.family != socket.AF_UNIX or stream.type != socket.SOCK_STREAM:
-                raise UploadRefused(object=ref, problem="an upload comes on a stream socket")
-        if vm is not None:
-            defining.must_be_known(vm, "put")
-            if vm.store.folder != f"{context.layout.vm_state(vm.uid, vm.name)}/disks":
-                raise VmBusy(vm=vm.ref, state=vm.state)
-        if uid in context.uploads:
-            raise TooManyRequests(count=UPLOADS_MAX + 1, what="uploads", limit=UPLOADS_MAX)
-        free = effective.limits.user_disk - context.registry.used(uid).disk
-        room = min(free, effective.limits.disk_size_max)
-        if room <= 0:
-            fits(ref, effective, Usage(disk=1), context.registry.used(uid))
-        path = store.begin(request.object, Object(request.format, 0))
-        context.uploads.add(uid)
-        try:
-            _start(context, path, request, room, fd, lambda status, answer: ended(status, answer))
-        except OSError as exc:
-            context.uploads.discard(uid)
-            store.give_up(request.object)
-            raise StorageFailed(problem=exc.strerror or "the disk refused") from exc
-    finally:
-        os.close(fd)
+    if vm is not None:
+        defining.must_be_known(vm, "put")
+        if vm.store.folder != f"{context.layout.vm_state(vm.uid, vm.name)}/disks":
+            raise VmBusy(vm=vm.ref, state=vm.state)
+    if uid in context.uploads:
+        raise TooManyRequests(count=UPLOADS_MAX + 1, what="uploads", limit=UPLOADS_MAX)
+    free = effective.limits.user_disk - context.registry.used(uid).disk
+    room = min(free, effective.limits.disk_size_max)
+    if room <= 0:
+        fits(ref, effective, Usage(disk=1), context.registry.used(uid))
+    path = store.begin(request.object, Object(request.format, 0))
 
     def ended(status: int, answer: dict[str, Any]) -> None:
         context.uploads.discard(uid)
@@ -139,6 +138,16 @@ def handle_put(context: Context, call: Call, request: Put, vm: Vm | None = None)
         else:
             by_user(uid, "put", object=ref, size=made.size, format=made.format)
             call.reply({"name": request.vm, "object": request.object, "size": made.size, "format": made.format})
+
+    context.uploads.add(uid)
+    try:
+        _start(context, path, request, room, fd, ended)
+    except BaseException as exc:
+        context.uploads.discard(uid)
+        store.give_up(request.object)
+        if isinstance(exc, OSError):
+            raise StorageFailed(problem=exc.strerror or "the disk refused") from exc
+        raise
 
 
 def _start(context: Context, path: str, request: Put, room: int, fd: int, ended: Done) -> None:

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .. import wire
-from ..errors import NetworkFailed, TapnetDown, VmshellError, VmStopped
+from ..errors import Internal, NetworkFailed, TapnetDown, VmshellError, VmStopped
 from ..messages import Health, Settle, Unplug
 from . import passt
 from .cards import WITH_TAP, cards_of, known_cards, port_message, restored, saved, segment_message
-from .journal import note
+from .journal import note, unexpected
 from .tapnetlink import TapnetLink
 from .upkeep import Upkeep
 
@@ -95,15 +95,19 @@ class Networks:
         """Ask for taps; in the end every card has one, or none of them is left."""
 
         def made(error: VmshellError | None, cables: Cables) -> None:
-            # Else the run has ended meanwhile, its taps were taken away, and those of their names are the next run's.
-            if self._coming.get(vm.number) is batch:
-                del self._coming[vm.number]
-                if error:
-                    self.remove(vm, batch.indexes)
-                else:
-                    # Not before: a new connection is told what exists, and these were still to be made.
-                    self._keep(vm, [*self.plugged(vm), *wanted])
-                    self.upkeep.open_ports()
+            try:
+                # Else the run has ended meanwhile, its taps were taken away, and those of their names are the next run's.
+                if self._coming.get(vm.number) is batch:
+                    del self._coming[vm.number]
+                    if error:
+                        self.remove(vm, batch.indexes)
+                    else:
+                        # Not before: a new connection is told what exists, and these were still to be made.
+                        self._keep(vm, [*self.plugged(vm), *wanted])
+                        self.upkeep.open_ports()
+            except Exception as exc:
+                close(cables)  # the boot goes no further, and its end takes away the taps
+                error = error or Internal(reference=unexpected(exc))
             done(error, cables)
 
         batch = self._coming[vm.number] = _Batch(wanted, made)
@@ -241,10 +245,10 @@ class _Batch:
         self._finished = True
         if self._error:
             close(self._cables)
-            self._cables.clear()
         self._done(self._error, self._cables)
 
 
 def close(cables: Cables) -> None:
-    for fd in cables.values():
-        os.close(fd)
+    """Close them, once: afterwards there are none."""
+    while cables:
+        os.close(cables.popitem()[1])

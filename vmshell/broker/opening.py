@@ -58,12 +58,19 @@ def open_library(context: Context, name: str) -> int:
             fd = os.open(f"{folder}/{name}", READ)
         except OSError:
             continue  # not here, or a link: nothing that is offered
-        status = os.fstat(fd)
-        # QEMU opens kernels anew by /proc/self/fd, under another uid: what others may not read is no offer.
-        if stat.S_ISREG(status.st_mode) and status.st_mode & stat.S_IROTH:
+        if _is_offered(fd):
             return fd
         os.close(fd)
     raise NoSuchObject(where="the library", object=name, advice="ask the administrator, or bring it in with `put`")
+
+
+def _is_offered(fd: int) -> bool:
+    """QEMU opens kernels anew by /proc/self/fd, under another uid: what others may not read is no offer."""
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and bool(status.st_mode & stat.S_IROTH)
 
 
 def library_names(context: Context) -> list[str]:
