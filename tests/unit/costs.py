@@ -132,7 +132,9 @@ class Bench:
 
     def _people(self, own: int, others: int) -> None:
         for index in range(own):
-            self.run(self.vm(100 + index, 1000, "alice", f"own{index}"))
+            vm = self.vm(100 + index, 1000, "alice", f"own{index}")
+            vm.published = [Published(80, "tcp", "u2000")]
+            self.run(vm)
         for index in range(others):
             self.run(self.vm(1_000_000 + index, 2000 + index // 4, f"u{2000 + index // 4}", f"vm{index % 4}"))
 

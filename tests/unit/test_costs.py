@@ -27,7 +27,7 @@ from vmshell.model.keys import ALIASES, DISK_KEYS, KEYS, NET_KEYS, SECTIONS
 Make = Callable[[int], dict[str, object]]
 SIZE = 3000  # characters of what grows; twice as much fits into a packet whatever it is made of
 LINEAR, FIXED = 2.5, 3000  # twice the size is at most so much more work, beside so many steps that have nothing to do with it
-HARDLY = 1.05  # twice as many of somebody else's things are at most so much more work
+HARDLY = 400  # steps that 200 more VMs of others may take: two for each
 # What an administrator asks may look at everybody's; and a port for the world is compared with all that are given away.
 OF_EVERYBODYS = {"image-users", "owned", "unreadable", "net-health", "reload", "publish"}
 
@@ -212,8 +212,6 @@ def test_the_worst_that_fits_into_a_packet_is_answered_in_a_million_steps(folder
 
 # --- what there is grows ----------------------------------------------------------------------------------------------
 
-ONCE = {"others": 0, "own": 5, "objects": 10, "grants": 5}
-
 
 def requests_of(verb: str) -> Iterator[dict[str, object]]:
     """Requests that get as far as they can: about each VM and the shelf, with what there is and what there is not."""
@@ -236,15 +234,15 @@ def requests_of(verb: str) -> Iterator[dict[str, object]]:
 
 @pytest.mark.parametrize("verb", REQUESTS)
 def test_what_others_have_costs_nothing(folders: Iterator[Path], verb: str) -> None:
-    most = 2 * LINEAR if verb in OF_EVERYBODYS else HARDLY
     for body in requests_of(verb):
-        few, many = (cost(Bench(next(folders), **{**ONCE, "others": count}), body) for count in (100, 300))
-        assert many <= most * few + (FIXED if most > 2 else 0), f"{body}: {few} steps beside 100 VMs of others, {many} beside 300"
+        few, many = (cost(Bench(next(folders), own=5, objects=10, grants=5, others=count), body) for count in (100, 300))
+        most = 2 * LINEAR * few + FIXED if verb in OF_EVERYBODYS else few + HARDLY
+        assert many <= most, f"{body}: {few} steps beside 100 VMs of others, {many} beside 300"
 
 
-@pytest.mark.parametrize("what", ["own", "objects", "grants"])
 @pytest.mark.parametrize("verb", REQUESTS)
-def test_what_one_has_oneself_costs_as_much_as_it_is(folders: Iterator[Path], verb: str, what: str) -> None:
+def test_what_one_has_oneself_costs_as_much_as_it_is(folders: Iterator[Path], verb: str) -> None:
+    """All of it grows at once: VMs compared with objects, or with each other, would take four times as long."""
     for body in requests_of(verb):
-        few, many = (cost(Bench(next(folders), **{**ONCE, what: count}), body) for count in (40, 80))
-        assert many <= LINEAR * few + FIXED, f"{body}: {few} steps with 40 {what}, and {many} with 80"
+        few, many = (cost(Bench(next(folders), own=count, objects=count, grants=count), body) for count in (40, 80))
+        assert many <= LINEAR * few + FIXED, f"{body}: {few} steps with 40 VMs, objects and grants, and {many} with 80"

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 WORLD = "world"
-WAYS_MAX = 4096  # of one card that are looked at; tapnet takes fewer
+WAYS_MAX = 1024  # of one card that are looked at; tapnet takes OPENINGS_MAX of them
 Running = list[tuple["Vm", "list[Card]"]]
 
 
