@@ -156,11 +156,18 @@ class Bench:
 
     def ask(self, body: dict[str, object], peer: Peer = ALICE, fds: tuple[int, ...] = ()) -> list[dict[str, Any]]:
         """What a packet with *body* is answered at once, by the code that would answer it."""
+        return self.take(wire.Packet(wire.decode(wire.encode(body)), [os.dup(fd) for fd in fds]), peer)
+
+    def take(self, packet: wire.Packet, peer: Peer) -> list[dict[str, Any]]:
         client = _Client(self.server, peer)
-        packet = wire.Packet(wire.decode(wire.encode(body)), [os.dup(fd) for fd in fds])
-        client._take(packet)
-        packet.close()
+        try:
+            client._take(packet)
+        finally:
+            packet.close()
         return client.sent
+
+    def close(self) -> None:
+        self.context.loop._epoll.close()
 
 
 class _Client(Client):

@@ -111,12 +111,12 @@ class Networks:
             done(error, cables)
 
         batch = self._coming[vm.number] = _Batch(wanted, made)
+        self._context.loop.after(ANSWER_TIMEOUT, batch.too_late)  # first: whatever is raised below, what came is closed
         for card in wanted:
             self._ask(segment_message(self._context, card), batch.failed)
             port = port_message(self._context, vm, card, create=True)
             self.upkeep.asked(port)
             self._tapnet.request(port, batch.taker(card.index))
-        self._context.loop.after(ANSWER_TIMEOUT, batch.too_late)
 
     def _keep(self, vm: Vm, cards: list[Card]) -> None:
         """These are plugged in; written with the VM's next state."""
