@@ -129,9 +129,13 @@ class Layout:
         """A VM's lasting directory. By the owner's uid: account names come in shapes that do not belong into a path."""
         return f"{self.vms}/{uid}/{name}"
 
+    @property
+    def shelves(self) -> str:
+        return f"{self.state}/shelf"
+
     def shelf(self, uid: int) -> str:
         """The objects that belong to no VM, of all accounts that have had this uid."""
-        return f"{self.state}/shelf/{uid}"
+        return f"{self.shelves}/{uid}"
 
     @property
     def run_vms(self) -> str:

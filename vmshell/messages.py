@@ -329,6 +329,12 @@ class ImageUsers(Request):
     images: list[str] = field(few(image_name), default=[])
 
 
+class Unreadable(Request):
+    """Whose records, lists of objects and addresses cannot be read (administrators)."""
+
+    verb = "unreadable"
+
+
 class Owned(Request):
     """What each of `uids` owns: VMs, half-made and unreadable ones too, and objects on its shelf (administrators)."""
 
@@ -404,7 +410,7 @@ REQUESTS: dict[str, type[Request]] = {
     kind.verb: kind
     for kind in (
         *(List, Info, New, Define, Change, Boot, Shutdown, Kill, Reset, Reboot, Rm, Console, Display, Snapshot),
-        *(Objects, DiskAdd, Put, Drop, Explain, LaunchLine, Reload, ImageUsers, Owned, Images, Whoami, Version),
+        *(Objects, DiskAdd, Put, Drop, Explain, LaunchLine, Reload, ImageUsers, Owned, Unreadable, Images, Whoami, Version),
         *(Networks, Net, NetHealth, Connect, Publish, HostKey),
     )
 }

@@ -152,6 +152,14 @@ class ObjectExists(VmshellError):
     hint = "`rm {ref}` deletes it"
 
 
+class TooMany(VmshellError):
+    """{where} has {limit} {what}, and there is no room for more"""
+
+    code = "too-many-kept"
+    exit_status = EX_LIMIT
+    hint = "delete some that you no longer need"
+
+
 class ObjectInUse(VmshellError):
     """{object} is in use by {user}"""
 
@@ -437,6 +445,14 @@ class QemuSilent(VmshellError):
 
     code = "qemu-silent"
     exit_status = EX_VM_FAILED
+
+
+class AnswerTooLarge(VmshellError):
+    """the answer does not fit into one message"""
+
+    code = "answer-too-large"
+    exit_status = EX_LIMIT
+    hint = "what was asked for is done; ask for less at a time"
 
 
 def _register() -> dict[str, type[VmshellError]]:

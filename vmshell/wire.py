@@ -48,9 +48,8 @@ class Packet:
 
     def close(self) -> None:
         """Close every descriptor not taken."""
-        for fd in self.fds:
-            os.close(fd)
-        self.fds.clear()
+        while self.fds:
+            close_fd(self.fds.pop())
 
 
 class Socket(_socket.socket):
@@ -63,6 +62,14 @@ class Socket(_socket.socket):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def close_fd(fd: int) -> None:
+    """Close a descriptor that somebody sent: it is closed also where the file behind it answers with an error (FUSE can)."""
+    try:
+        os.close(fd)
+    except OSError:
+        pass
 
 
 def connect(path: str, timeout: float | None = None) -> Socket:

@@ -231,3 +231,61 @@ def test_an_unknown_image_is_named_and_nothing_is_made(session: Session) -> None
     assert caught.value.code == "no-such-image"
     assert session.ask(List())["vms"] == []
     assert not list(Path(session.layout.vms).glob("*/*"))
+
+
+# Each with descriptors beside it: a file, a directory, a socket of another kind, two at once. Only `put` wants one.
+HOSTILE: list[dict[str, object]] = [
+    {"verb": "put", "vm": "shelf", "object": "x", "format": "raw"},
+    {"verb": "put", "vm": "none", "object": "x", "format": "raw"},
+    {"verb": "put", "vm": "shelf", "object": "../x", "format": "raw"},
+    {"verb": "put", "vm": "shelf", "object": "x", "format": "nonsense"},
+    {"verb": "put"},
+    {"verb": "whoami"},
+    {"verb": "console", "vm": "none"},
+    {"verb": "display", "vm": "none"},
+    {"verb": "boot", "vm": "none", "console": True},
+    {"verb": "define", "vm": "x", "text": "a." * 8000 + "a = 1", "once": True},
+    {"verb": "define", "vm": "x", "text": "a = " + "[" * 8000, "once": True},
+    {"verb": "define", "vm": "x", "text": "[cpu]\ncount = " + "9" * 8000},
+    {"verb": "define", "vm": "x", "text": "[cpu]\ncount = 0x" + "f" * 8000},
+    {"verb": "set", "vm": "none", "set": {"k" * 8000: "v"}},
+    {"verb": "explain", "request": {"verb": "explain", "request": {}}},
+    {"verb": "nonsense"},
+    {},
+]
+
+
+def test_ten_thousand_hostile_requests_of_every_kind_leave_nothing_open(session: Session, short_tmp: Path) -> None:
+    """D07: each answered or closed on, none of them as a mistake of ours, and the descriptors are as many as before."""
+    assert session.broker is not None
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(short_tmp / "s.sock"))
+    kinds = [
+        [os.open(os.devnull, os.O_RDWR)],
+        [os.open("/", os.O_RDONLY)],
+        [os.open(short_tmp / "s.sock", os.O_PATH)],
+        [socket.socket(socket.AF_INET).detach()],
+        [listener.fileno()],
+        [os.memfd_create("x")],
+        [],
+    ]
+    kinds.append([kinds[0][0], kinds[1][0]])
+    sent = 0
+    with descriptors_steady(session.broker.pid):
+        sock = raw(session)
+        while sent < 10_000:
+            for body in HOSTILE:
+                for fds in kinds:
+                    wire.send(sock, {"id": 1, **body}, tuple(fds))
+                    code = error_code_or_none(answer(sock))
+                    assert code != "internal", body
+                    sent += 1
+                    if code == "protocol" and len(fds) > 1:
+                        sock.close()
+                        sock = raw(session)
+        sock.close()
+    for fd in {fd for fds in kinds for fd in fds} - {listener.fileno()}:
+        os.close(fd)
+    listener.close()
+    assert session.ask(Whoami())["uid"] == os.geteuid()
+    assert "unexpected" not in session.errors()

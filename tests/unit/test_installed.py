@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from vmshell.broker import main as broker
 from vmshell.layout import PACKAGE_DIR, STATE_VERSION, Layout, read_state_version
 
 TREE = os.path.dirname(PACKAGE_DIR)
@@ -41,14 +40,15 @@ def test_state_without_a_mark_is_of_no_version(layout: Layout) -> None:
     ("mark", "said"), [("state 3 vmshell 9\n", "is of version 3, and"), ("state 1\n", "is not marked"), (None, "is not marked")]
 )
 def test_a_broker_does_not_start_on_state_of_another_version(
-    layout: Layout, mark: str | None, said: str, capsys: pytest.CaptureFixture[str]
+    layout: Layout, mark: str | None, said: str
 ) -> None:
     system = Layout(etc=layout.etc, state=layout.state, run=layout.run, log=layout.log, embedded=False)
     os.makedirs(system.state)
     if mark is not None:
         Path(system.state_mark).write_text(mark)
-    assert broker.main([system.to_args()]) == 1
-    assert said in capsys.readouterr().err
+    command = [sys.executable, "-IS", f"{PACKAGE_DIR}/__main__.py", "broker", system.to_args()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and said in done.stderr
     assert sorted(os.listdir(system.state)) == (["version"] if mark else []), "and nothing was made"
 
 

@@ -22,6 +22,7 @@ from ..refusals import BrokerDown
 from . import own_records, users
 from .asking import ask
 from .doctor_network import check_names, check_network, check_routing
+from .doctor_records import check_records
 from .doctor_rights import check_rights
 from .findings import ANSWER_PATIENCE, ENV, FAIL, OK, WARN, Finding, output, problem_of, states
 from .verbs import Arguments, Context
@@ -335,6 +336,7 @@ CHECKS = (
     ("network", check_network),
     ("names", check_names),
     ("routing", check_routing),
+    ("records", check_records),
     ("images", check_images),
     ("sshd", check_sshd),
     ("shells", check_shells),

@@ -60,7 +60,7 @@ def belongings(layout: Layout, uid: int, account: str) -> Some:
     what = f"what {account} owns"
     with _telling(what):
         (row,) = ask(layout, Owned(uids=[uid])).rows("owned", 1)
-        owned, problem = _some(row), row.text("problem")
+        owned, problem = some(row), row.text("problem")
     if problem:
         raise CannotTell(what=what, problem=problem)
     return owned
@@ -97,16 +97,16 @@ def _image_users(layout: Layout, images: Sequence[str]) -> tuple[list[Some], Som
         *users, unreadable = (_named(found.get(image, [])) for image in (*images, own_records.ANY))
         return users, unreadable
     answer = ask(layout, ImageUsers(images=list(images)))
-    return [_some(row) for row in answer.rows("images", len(images))], _some(answer.table("unreadable"))
+    return [some(row) for row in answer.rows("images", len(images))], some(answer.table("unreadable"))
 
 
 def _named(names: list[str]) -> Some:
     return Some(len(names), tuple(names))
 
 
-def _some(row: Answer) -> Some:
+def some(row: Answer) -> Some:
     """What was counted, with as many names as there may be; less than what is named is a contradiction."""
-    some = Some(row.number("count"), tuple(row.texts("first")))
-    if len(some.first) != min(some.count, SHOWN_MAX):
+    counted = Some(row.number("count"), tuple(row.texts("first")))
+    if len(counted.first) != min(counted.count, SHOWN_MAX):
         raise row.wrong("count")
-    return some
+    return counted

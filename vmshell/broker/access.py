@@ -55,8 +55,9 @@ def owns(peer: Peer, vm: Vm) -> bool:
 
 def visible(peer: Peer, registry: Registry, *, everyone: bool) -> list[Vm]:
     """The VMs in *peer*'s list, in its order."""
-    vms = [vm for vm in registry if everyone or owns(peer, vm)]
-    return sorted(vms, key=lambda vm: (vm.owner, vm.name))
+    if everyone:
+        return sorted(registry, key=lambda vm: (vm.owner, vm.name))
+    return [vm for vm in registry.of(peer.uid) if owns(peer, vm)]
 
 
 def _named(registry: Registry, owner: str, name: str) -> Vm | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import safe
-from ..messages import SHOWN_MAX, ImageUsers, Owned
+from ..messages import SHOWN_MAX, ImageUsers, Owned, Unreadable
 from ..refusals import NotAllowed, StorageFailed
 from .vms import images_of
 
@@ -40,6 +40,16 @@ def handle_owned(context: Context, call: Call, request: Owned) -> None:
     if not call.peer.admin:
         raise NotAllowed(what="what others own", who="administrators")
     call.reply({"owned": [_owned(context, uid) for uid in request.uids]})
+
+
+def handle_unreadable(context: Context, call: Call, request: Unreadable) -> None:
+    """Everything is looked at, also the shelves that nobody has used since the broker started."""
+    if not call.peer.admin and not context.layout.embedded:
+        raise NotAllowed(what="whose records are damaged", who="administrators")
+    registry = context.registry
+    vms = [*registry.unreadable(), *(f"{vm.owner}/{vm.name}" for vm in registry if vm.unreadable)]
+    addresses = safe(context.addresses.damaged, NAME_SHOWN * SHOWN_MAX)
+    call.reply({"vms": _counted(vms), "shelves": _counted(registry.unreadable_shelves()), "addresses": addresses})
 
 
 def _owned(context: Context, uid: int) -> dict[str, object]:

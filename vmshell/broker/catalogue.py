@@ -39,7 +39,11 @@ class Image:
             fd = os.open(f"{self.directory}/{file}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as exc:
             raise ImageDamaged(image=self.name, problem=f"its file {file} cannot be opened ({exc.strerror})") from exc
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        try:
+            regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        except OSError:
+            regular = False
+        if not regular:
             os.close(fd)
             raise ImageDamaged(image=self.name, problem=f"{file} is not a file")
         return fd

@@ -132,7 +132,7 @@ class Context:
     def _release(self, folder: str) -> None:
         """Give back the addresses of the VM that left *folder*, as `.rm-5`, if no other has its number by now."""
         number = folder.rpartition("-")[2]
-        if number.isdecimal() and int(number) not in {vm.number for vm in self.registry}:
+        if number.isdecimal() and not self.registry.has_number(int(number)):
             self.addresses.release(int(number))
 
 

@@ -8,19 +8,35 @@ from __future__ import annotations
 import errno
 import os
 
+from ..errors import safe
 from ..refusals import StorageFailed
 from .journal import note
 
-_TEXT_MAX = 1 << 20
+TEXT_MAX = 1 << 20  # characters of one file: what would be more is neither written nor read, and nothing is ever cut
 
 
 def read_text(path: str) -> str:
+    """The whole of a small file; raises OSError, also if it is large or no text."""
     with open(path, encoding="utf-8") as file:
-        return file.read(_TEXT_MAX)
+        try:
+            text = file.read(TEXT_MAX + 1)
+        except UnicodeDecodeError:
+            raise OSError(errno.EILSEQ, "it is no text", path) from None
+    if len(text) > TEXT_MAX:
+        raise OSError(errno.EFBIG, f"it has more than {TEXT_MAX} characters", path)
+    return text
+
+
+def why(exc: Exception) -> str:
+    """What is wrong with a file of ours, for its owner: without the path, which is in the journal (R25)."""
+    if isinstance(exc, KeyError):
+        return safe(f"{exc.args[0]} is missing", 80)
+    return safe((isinstance(exc, OSError) and exc.strerror) or exc, 80)
 
 
 def write_fast(path: str, text: str) -> None:
     """Beside and renamed, but not synced: for what need not outlive a power cut."""
+    _must_be_small(path, text)
     with open(path + ".new", "w", encoding="utf-8") as file:
         file.write(text)
     os.rename(path + ".new", path)
@@ -28,6 +44,7 @@ def write_fast(path: str, text: str) -> None:
 
 def write_text(path: str, text: str) -> None:
     """Beside, synced and renamed."""
+    _must_be_small(path, text)
     beside = f"{os.path.dirname(path)}/.{os.path.basename(path)}.new"
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     with open(fd, "w", encoding="utf-8") as file:
@@ -35,6 +52,12 @@ def write_text(path: str, text: str) -> None:
         file.flush()
         os.fsync(fd)
     os.rename(beside, path)
+
+
+def _must_be_small(path: str, text: str) -> None:
+    """Who writes has limits of his own, with a sentence each; this is for the limit that nobody thought of."""
+    if len(text) > TEXT_MAX:
+        raise OSError(errno.EFBIG, f"it would have {len(text)} characters, and {TEXT_MAX} are the most", path)
 
 
 def sync_folder(path: str) -> None:

@@ -5,10 +5,12 @@ Runs in: the broker. What a user sends is read by a job without rights; only siz
 
 from __future__ import annotations
 
+import json
 import os
-import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from .. import wire
+from ..descriptors import check_stream
 from ..errors import VmshellError
 from ..launcher_messages import STORAGE
 from ..messages import ALIVE, SHELF, DiskAdd, Drop, Objects, Put
@@ -27,7 +29,10 @@ if TYPE_CHECKING:
     from .server import Call
     from .vms import Vm
 
+T = TypeVar("T")
 ROWS_MAX = 200  # of a reply
+USERS_SHOWN = 10  # VMs that use an object
+OBJECTS_SHARE, LIBRARY_SHARE = 44 << 10, 16 << 10  # bytes of a reply, which has 64 KiB
 UPLOADS_MAX = 1  # of one user: an upload may take all the room that is left, so two would take it twice
 READ_ONLY = ("file", "rom")
 
@@ -39,6 +44,8 @@ def store_for(context: Context, call: Call, vm: Vm | None) -> Store:
 def handle_objects(context: Context, call: Call, request: Objects, vm: Vm | None = None) -> None:
     store = store_for(context, call, vm)
     uid = call.peer.uid if vm is None else vm.uid
+    users = users_of(context, uid, store, running=False)
+    objects = list(store)
     rows = [
         {
             "name": name,
@@ -46,12 +53,24 @@ def handle_objects(context: Context, call: Call, request: Objects, vm: Vm | None
             "size": made.size,
             "base": made.base,
             "used": store.used(name),
-            "users": users_of(context, uid, store, name, running=False)[:10],
+            "users": users.get(name, [])[:USERS_SHOWN],
         }
-        for name, made in store
+        for name, made in objects[:ROWS_MAX]
     ]
-    library = opening.library_names(context) if vm is None else []
-    call.reply({"where": store.where, "objects": rows[:ROWS_MAX], "more": len(rows) > ROWS_MAX, "library": library[:ROWS_MAX]})
+    shown = fitting(rows, OBJECTS_SHARE)
+    library = fitting(opening.library_names(context)[:ROWS_MAX] if vm is None else [], LIBRARY_SHARE)
+    call.reply({"where": store.where, "objects": shown, "more": len(objects) > len(shown), "library": library})
+
+
+def fitting(rows: list[T], room: int) -> list[T]:
+    """The first of *rows*, as many as take no more than *room* bytes of a packet."""
+    shown = []
+    for row in rows:
+        room -= len(json.dumps(row)) + 1
+        if room < 0:
+            break
+        shown.append(row)
+    return shown
 
 
 def handle_disk_add(context: Context, call: Call, request: DiskAdd, vm: Vm | None = None) -> None:
@@ -77,35 +96,33 @@ def handle_disk_add(context: Context, call: Call, request: DiskAdd, vm: Vm | Non
 def handle_put(context: Context, call: Call, request: Put, vm: Vm | None = None) -> None:
     """Start the job that reads the upload; it becomes an object once the job says that it is whole and it fits the limits."""
     fd = call.take_fd()
+    try:
+        _put(context, call, request, vm, fd)
+    finally:
+        wire.close_fd(fd)
+
+
+def _put(context: Context, call: Call, request: Put, vm: Vm | None, fd: int) -> None:
     uid = call.peer.uid if vm is None else vm.uid
     owner = call.peer.user if vm is None else vm.owner
     ref = f"{request.vm}.{request.object}"
+    try:
+        check_stream(fd)
+    except ValueError as exc:
+        raise UploadRefused(object=ref, problem="an upload comes on a stream socket") from exc
     store = store_for(context, call, vm)
     effective = context.effective(owner)
-    try:
-        with socket.socket(fileno=os.dup(fd)) as stream:
-            if stream.family != socket.AF_UNIX or stream.type != socket.SOCK_STREAM:
-                raise UploadRefused(object=ref, problem="an upload comes on a stream socket")
-        if vm is not None:
-            defining.must_be_known(vm, "put")
-            if vm.store.folder != f"{context.layout.vm_state(vm.uid, vm.name)}/disks":
-                raise VmBusy(vm=vm.ref, state=vm.state)
-        if uid in context.uploads:
-            raise TooManyRequests(count=UPLOADS_MAX + 1, what="uploads", limit=UPLOADS_MAX)
-        free = effective.limits.user_disk - context.registry.used(uid).disk
-        room = min(free, effective.limits.disk_size_max)
-        if room <= 0:
-            fits(ref, effective, Usage(disk=1), context.registry.used(uid))
-        path = store.begin(request.object, Object(request.format, 0))
-        context.uploads.add(uid)
-        try:
-            _start(context, path, request, room, fd, lambda status, answer: ended(status, answer))
-        except OSError as exc:
-            context.uploads.discard(uid)
-            store.give_up(request.object)
-            raise StorageFailed(problem=exc.strerror or "the disk refused") from exc
-    finally:
-        os.close(fd)
+    if vm is not None:
+        defining.must_be_known(vm, "put")
+        if vm.store.folder != f"{context.layout.vm_state(vm.uid, vm.name)}/disks":
+            raise VmBusy(vm=vm.ref, state=vm.state)
+    if uid in context.uploads:
+        raise TooManyRequests(count=UPLOADS_MAX + 1, what="uploads", limit=UPLOADS_MAX)
+    free = effective.limits.user_disk - context.registry.used(uid).disk
+    room = min(free, effective.limits.disk_size_max)
+    if room <= 0:
+        fits(ref, effective, Usage(disk=1), context.registry.used(uid))
+    path = store.begin(request.object, Object(request.format, 0))
 
     def ended(status: int, answer: dict[str, Any]) -> None:
         context.uploads.discard(uid)
@@ -122,6 +139,16 @@ def handle_put(context: Context, call: Call, request: Put, vm: Vm | None = None)
         else:
             by_user(uid, "put", object=ref, size=made.size, format=made.format)
             call.reply({"name": request.vm, "object": request.object, "size": made.size, "format": made.format})
+
+    context.uploads.add(uid)
+    try:
+        _start(context, path, request, room, fd, ended)
+    except BaseException as exc:
+        context.uploads.discard(uid)
+        store.give_up(request.object)
+        if isinstance(exc, OSError):
+            raise StorageFailed(problem=exc.strerror or "the disk refused") from exc
+        raise
 
 
 def _start(context: Context, path: str, request: Put, room: int, fd: int, ended: Done) -> None:
@@ -152,7 +179,7 @@ def handle_drop(context: Context, call: Call, request: Drop, vm: Vm | None = Non
     uid = call.peer.uid if vm is None else vm.uid
     store = store_for(context, call, vm)
     store.get(request.object)
-    users = users_of(context, uid, store, request.object, running=False)
+    users = users_of(context, uid, store, running=False).get(request.object, [])
     if users:
         running = [name for name in users if (other := context.registry.get(uid, name)) and other.state in ALIVE]
         advice = "shut it down first" if running else f"take it out of the definition first, with `unset {users[0]} DEVICE`"

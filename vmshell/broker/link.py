@@ -117,7 +117,7 @@ class Link:
                 return
             except BlockingIOError:
                 self._loop.watch_writing(self._sock.fileno(), True)
-        self._unsent.append((body, tuple(os.dup(fd) for fd in fds)))
+        self._unsent.append((body, _copies(fds)))
 
     def _flush(self, sock: wire.Socket) -> None:
         while self._unsent:
@@ -183,6 +183,19 @@ class Link:
             for fd in fds:
                 os.close(fd)
         self._unsent.clear()
+
+
+def _copies(fds: tuple[int, ...]) -> tuple[int, ...]:
+    """A copy of each descriptor; raises OSError, and then there is none."""
+    made: list[int] = []
+    try:
+        for fd in fds:
+            made.append(os.dup(fd))
+    except OSError:
+        for fd in made:
+            os.close(fd)
+        raise
+    return tuple(made)
 
 
 def start_service(loop: Loop, host: Host, layout: Layout, name: str, options: list[str], fd: int) -> None:

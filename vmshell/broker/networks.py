@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .. import wire
-from ..errors import VmshellError
+from ..errors import Internal, VmshellError
 from ..messages import Health, Settle, Unplug
 from ..refusals import NetworkFailed, TapnetDown, VmStopped
 from . import passt
 from .cards import WITH_TAP, cards_of, known_cards, port_message, restored, saved, segment_message
-from .journal import note
+from .journal import note, unexpected
 from .tapnetlink import TapnetLink
 from .upkeep import Upkeep
 
@@ -37,6 +37,7 @@ class Networks:
         self._context = context
         self._tapnet = TapnetLink(context.loop, context.layout.tapnet_socket, self._tell_all)
         self._plugged: dict[int, tuple[Vm, list[Card]]] = {}  # what tapnet was told to make and to keep
+        self._macs: dict[tuple[int, str], int] = {}  # of those cards, by segment and MAC: whose VM's
         self._coming: dict[int, _Batch] = {}  # by the VM's number: what tapnet was told to make and has not yet
         self.upkeep = Upkeep(context, self._tapnet, self._plugged)
 
@@ -83,43 +84,50 @@ class Networks:
     def _name(self, vm: Vm, cards: list[Card], coming: list[Card]) -> None:
         """Have dnsmasq know *cards*, of which *coming* are about to be plugged in; raises NetworkFailed if a MAC is taken."""
         # tapnet looks, too, but by then dnsmasq would have taken the other card's address away.
-        taken = {(card.segment, card.mac) for other, theirs in self._plugged.values() if other is not vm for card in theirs}
-        if twin := next((card for card in coming if (card.segment, card.mac) in taken), None):
+        twin = next((card for card in coming if self._macs.get((card.segment, card.mac), vm.number) != vm.number), None)
+        if twin:
             raise NetworkFailed(problem=f"another card on this network has the MAC {twin.mac}")
         context = self._context
-        for other in context.registry:
-            if other.owner == vm.owner and other.uid != vm.uid:  # its account was made anew: it is called otherwise now (D22)
-                context.resolving.write(other, known_cards(context, other))
+        for other in context.registry.namesakes(vm):  # whose account was made anew: it is called otherwise now (D22)
+            context.resolving.write(other, known_cards(context, other))
         context.resolving.write(vm, cards, coming)
 
     def _make(self, vm: Vm, wanted: list[Card], done: Plugged) -> None:
         """Ask for taps; in the end every card has one, or none of them is left."""
 
         def made(error: VmshellError | None, cables: Cables) -> None:
-            # Else the run has ended meanwhile, its taps were taken away, and those of their names are the next run's.
-            if self._coming.get(vm.number) is batch:
-                del self._coming[vm.number]
-                if error:
-                    self.remove(vm, batch.indexes)
-                else:
-                    # Not before: a new connection is told what exists, and these were still to be made.
-                    self._keep(vm, [*self.plugged(vm), *wanted])
-                    self.upkeep.open_ports()
+            try:
+                # Else the run has ended meanwhile, its taps were taken away, and those of their names are the next run's.
+                if self._coming.get(vm.number) is batch:
+                    del self._coming[vm.number]
+                    if error:
+                        self.remove(vm, batch.indexes)
+                    else:
+                        # Not before: a new connection is told what exists, and these were still to be made.
+                        self._keep(vm, [*self.plugged(vm), *wanted])
+                        self.upkeep.open_ports()
+            except Exception as exc:
+                close(cables)  # the boot goes no further, and its end takes away the taps
+                error = error or Internal(reference=unexpected(exc))
             done(error, cables)
 
         batch = self._coming[vm.number] = _Batch(wanted, made)
+        self._context.loop.after(ANSWER_TIMEOUT, batch.too_late)  # first: whatever is raised below, what came is closed
         for card in wanted:
             self._ask(segment_message(self._context, card), batch.failed)
             port = port_message(self._context, vm, card, create=True)
             self.upkeep.asked(port)
             self._tapnet.request(port, batch.taker(card.index))
-        self._context.loop.after(ANSWER_TIMEOUT, batch.too_late)
 
     def _keep(self, vm: Vm, cards: list[Card]) -> None:
         """These are plugged in; written with the VM's next state."""
+        for card in self.plugged(vm):
+            if self._macs.get((card.segment, card.mac)) == vm.number:
+                del self._macs[card.segment, card.mac]
         self._plugged.pop(vm.number, None)
         if cards:
             self._plugged[vm.number] = (vm, cards)
+            self._macs |= {(card.segment, card.mac): vm.number for card in cards}
         vm.cables = [saved(card) for card in cards]
 
     def ended(self, vm: Vm) -> None:
@@ -238,10 +246,10 @@ class _Batch:
         self._finished = True
         if self._error:
             close(self._cables)
-            self._cables.clear()
         self._done(self._error, self._cables)
 
 
 def close(cables: Cables) -> None:
-    for fd in cables.values():
-        os.close(fd)
+    """Close them, once: afterwards there are none."""
+    while cables:
+        os.close(cables.popitem()[1])

@@ -1,7 +1,8 @@
 """Objects: disks, ISOs, kernels and ROMs of one VM, or of a user's shelf. What each was made as is recorded, never probed (R3).
 
 A store is a folder with the files and `objects.json`, which says what each was made as. A file that is not in it (a half-made
-one, say) is not an object and is deleted at the next start.
+one, say) is not an object and is deleted at the next start. Where that list cannot be read, every file is kept, shown, counted
+with what it takes on the disk, and may be deleted; nothing is used or added before the last one is gone.
 Runs in: the broker.
 """
 
@@ -14,10 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..names import MIB, is_object_name
-from ..refusals import NoSuchObject, ObjectExists
-from .disk import read_text, storage, write_text
+from ..refusals import NoSuchObject, ObjectExists, StorageFailed, TooMany
+from .disk import read_text, storage, why, write_text
+from .journal import note
 
 FACTS = "objects.json"
+OBJECTS_MAX = 1000  # of one store: its list is written anew with each, and read in one piece
+DAMAGED = "damaged"  # the format of what nobody knows any more
 FILE = "file"  # the format of what a guest is given and never changes: kernels, ROMs, ISOs
 
 
@@ -38,22 +42,42 @@ class Store:
         self.where = where  # how a person calls it: the VM's name, or `shelf`
         self._objects: dict[str, Object] = {}
         self._making: dict[str, Object] = {}  # counted like objects, so that two requests cannot take the same last room
+        self.damaged = ""  # why its list cannot be read
 
     def __iter__(self) -> Iterator[tuple[str, Object]]:
         return iter(sorted(self._objects.items()))
 
     def load(self) -> None:
-        """Read the facts; forget, and delete, what they do not name."""
-        with contextlib.suppress(FileNotFoundError):
-            rows = json.loads(read_text(f"{self.folder}/{FACTS}"))
-            self._objects = {name: Object(**row) for name, row in rows.items() if is_object_name(name)}
-        with contextlib.suppress(FileNotFoundError):
-            for entry in os.listdir(self.folder):
-                if entry.startswith("."):
-                    if entry not in KEPT:
-                        os.unlink(f"{self.folder}/{entry}")
-                elif entry != FACTS and entry not in self._objects:
+        """Read the facts; forget, and delete, what they do not name. If they cannot be read, all that is there stays."""
+        try:
+            self._objects = _read_facts(f"{self.folder}/{FACTS}")
+        except (OSError, ValueError) as exc:
+            self.damaged = f"the list of its objects is damaged ({why(exc)})"
+            self._objects = self._found()
+            note("objects-unreadable", folder=self.folder, problem=exc)
+            return
+        for entry in self._entries():
+            if entry not in (FACTS, *KEPT) and (entry.startswith(".") or entry not in self._objects):
+                with contextlib.suppress(OSError):
                     os.unlink(f"{self.folder}/{entry}")
+
+    def _entries(self) -> list[str]:
+        try:
+            return os.listdir(self.folder)
+        except OSError:
+            return []  # none yet, or none to be seen: the reason is in `damaged` then
+
+    def _found(self) -> dict[str, Object]:
+        """What lies in the folder, whatever it was."""
+        return {name: Object(DAMAGED, self._bytes(name)) for name in self._entries() if name != FACTS and is_object_name(name)}
+
+    def _bytes(self, name: str) -> int:
+        """What a file says it has, or takes on the disk, whichever is more."""
+        try:
+            status = os.stat(self.path(name), follow_symlinks=False)
+        except OSError:
+            return 0
+        return max(status.st_size, status.st_blocks * 512)
 
     def find(self, name: str) -> Object | None:
         return self._objects.get(name)
@@ -71,6 +95,10 @@ class Store:
 
     def begin(self, name: str, made: Object) -> str:
         """Take *name* for an object that is about to be made; returns the path to make it at."""
+        if self.damaged:
+            raise StorageFailed(problem=f"of {self.where} {self.damaged}; `rm` takes away what is left there")
+        if len(self._objects) + len(self._making) >= OBJECTS_MAX:
+            raise TooMany(where=self.where, what="objects", limit=OBJECTS_MAX)
         if name in self._objects or name in self._making or name == FACTS:
             raise ObjectExists(where=self.where, object=name, ref=f"{self.where}.{name}")
         self._making[name] = made
@@ -92,9 +120,15 @@ class Store:
         return f"{self.folder}/.new-{name}"
 
     def remove(self, name: str) -> None:
+        left = {other: made for other, made in self._objects.items() if other != name}
         with storage():
-            self._write({other: made for other, made in self._objects.items() if other != name})
+            if not self.damaged:
+                self._write(left)
             os.unlink(self.path(name))
+            if self.damaged and not left:
+                os.unlink(f"{self.folder}/{FACTS}")
+                self.damaged = ""
+        self._objects = left
 
     def size(self) -> int:
         """What all of it counts against the owner's limit, in MiB, each object rounded up."""
@@ -114,6 +148,21 @@ class Store:
 
 NVRAM = ".nvram"  # UEFI's variables: made at the first boot, not an object
 KEPT = (NVRAM,)
+
+
+def _read_facts(path: str) -> dict[str, Object]:
+    """What was written of each object, checked; raises OSError or ValueError."""
+    try:
+        rows = json.loads(read_text(path))
+    except FileNotFoundError:
+        return {}
+    try:
+        found = {name: Object(**row) for name, row in rows.items() if is_object_name(name)}
+    except (AttributeError, TypeError):
+        raise ValueError("it is not as it was written") from None
+    if not all(isinstance(made.format, str) and type(made.size) is int and isinstance(made.base, str) for made in found.values()):
+        raise ValueError("it is not as it was written")
+    return found
 
 
 def mebibytes(size: int) -> int:

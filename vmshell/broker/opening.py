@@ -21,6 +21,8 @@ from .disk import storage
 from .objects import FILE, NVRAM, Object, Store
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ..model.definition import Definition, Disk
     from .context import Context
     from .vms import Vm
@@ -56,12 +58,19 @@ def open_library(context: Context, name: str) -> int:
             fd = os.open(f"{folder}/{name}", READ)
         except OSError:
             continue  # not here, or a link: nothing that is offered
-        status = os.fstat(fd)
-        # QEMU opens kernels anew by /proc/self/fd, under another uid: what others may not read is no offer.
-        if stat.S_ISREG(status.st_mode) and status.st_mode & stat.S_IROTH:
+        if _is_offered(fd):
             return fd
         os.close(fd)
     raise NoSuchObject(where="the library", object=name, advice="ask the administrator, or bring it in with `put`")
+
+
+def _is_offered(fd: int) -> bool:
+    """QEMU opens kernels anew by /proc/self/fd, under another uid: what others may not read is no offer."""
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and bool(status.st_mode & stat.S_IROTH)
 
 
 def library_names(context: Context) -> list[str]:
@@ -109,30 +118,34 @@ def check_objects(context: Context, vm: Vm, definition: Definition) -> None:
     for ref in (definition.kernel, definition.initrd):
         if ref and split_ref(ref)[0] != "image" and (made := facts_of(context, vm, ref)).format != FILE:
             raise WrongFormat(object=ref, format=made.format, use="kernels and initial RAM disks are put as file")
-    for disk in definition.disks:
-        if split_ref(disk.path)[0] == "shelf":
-            must_not_clash(context, vm, disk)
+    must_not_clash(context, vm, [disk for disk in definition.disks if split_ref(disk.path)[0] == SHELF])
 
 
-def must_not_clash(context: Context, vm: Vm, disk: Disk) -> None:
+def must_not_clash(context: Context, vm: Vm, disks: Iterable[Disk]) -> None:
     """Two VMs may share an object of the shelf only while neither writes to it."""
+    mine = {disk.path: disk for disk in disks}
+    if not mine:
+        return
     for other in context.registry.of(vm.uid):
         if other is not vm and other.state in (*ALIVE, QUEUED):
-            shared = [each for each in (other.booted or other.definition).disks if each.path == disk.path]
-            if any(each.writable or disk.writable for each in shared):
-                advice = "it can be shared with readonly = true or snapshot = true in both"
-                raise ObjectInUse(object=disk.path, user=other.name, advice=advice)
+            for each in (other.booted or other.definition).disks:
+                disk = mine.get(each.path)
+                if disk and (each.writable or disk.writable):
+                    advice = "it can be shared with readonly = true or snapshot = true in both"
+                    raise ObjectInUse(object=disk.path, user=other.name, advice=advice)
 
 
-def users_of(context: Context, uid: int, store: Store, name: str, *, running: bool = True) -> list[str]:
-    """The VMs that have the object in use; without *running* also those that only name it."""
+def users_of(context: Context, uid: int, store: Store, *, running: bool = True) -> dict[str, list[str]]:
+    """By object, the VMs that have it in use; without *running* also those that only name it."""
     on_shelf = store.where == SHELF
-    ref = f"shelf:{name}" if on_shelf else name
-    found = []
+    found: dict[str, list[str]] = {}
     for vm in context.registry.of(uid):
         definition = vm.booted or (vm.definition if not running or vm.state in (*ALIVE, QUEUED) else None)
-        if definition and (on_shelf or vm.store is store) and ref in definition.objects():
-            found.append(vm.name)
+        if definition and (on_shelf or vm.store is store):
+            for ref in definition.objects():
+                origin, name = split_ref(ref)
+                if origin == (SHELF if on_shelf else ""):
+                    found.setdefault(name, []).append(vm.name)
     return found
 
 

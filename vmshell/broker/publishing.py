@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from itertools import accumulate, islice
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from .. import encoding
 from ..errors import BadValue
@@ -23,14 +24,19 @@ from .disk import kept
 from .journal import BURST, by_user, has_share
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
     from ..errors import VmshellError
     from ..messages import Publish
+    from .addresses import Owner
     from .cards import Card
     from .context import Context
     from .server import Call
     from .vms import Vm
 
+T = TypeVar("T")
 WORLD = "world"
+WAYS_MAX = 1024  # of one card that are looked at; tapnet takes OPENINGS_MAX of them
 Running = list[tuple["Vm", "list[Card]"]]
 
 
@@ -54,6 +60,7 @@ class Published:
 def handle_publish(context: Context, call: Call, request: Publish, vm: Vm) -> None:
     if vm.state == CREATING:
         raise VmBusy(vm=vm.ref, state=vm.state)
+    vm.must_be_recorded("publish")
     what = "unpublish" if request.remove else "publish"
     if not has_share(call.peer.uid, what):
         raise TooOften(what=what, limit=BURST)
@@ -100,9 +107,7 @@ def _with(context: Context, vm: Vm, request: Publish) -> list[Published]:
     if len(json.dumps([vars(item) for item in (*others, new)])) > encoding.FRAME_MAX // 2:
         rule = f"{vm.ref} has published {len(others)} ports, and its list is full: unpublish some, or publish to a group"
         raise BadValue(field="publish", value=request.port, rule=rule)
-    published = [item for other in context.registry for item in (others if other is vm else other.published)]
-    led_elsewhere = any((item.host_port, item.proto) == (host_port, new.proto) for item in published)
-    if host_port and (led_elsewhere or context.host.listens(host_port, new.proto)):
+    if host_port and (_leads_elsewhere(context, vm, new, others) or context.host.listens(host_port, new.proto)):
         raise PortTaken(port=host_port)
     return [*others, new]
 
@@ -112,6 +117,15 @@ def _named(to: str) -> list[Question]:
     if to == WORLD:
         return []
     return [Question("group", to[1:]) if to.startswith("@") else Question("user", to)]
+
+
+def _leads_elsewhere(context: Context, vm: Vm, new: Published, others: list[Published]) -> bool:
+    """Does the host's port lead to another port already, of this VM or of another?"""
+    return any(
+        (item.host_port, item.proto) == (new.host_port, new.proto)
+        for other in context.registry
+        for item in (others if other is vm else other.published)
+    )
 
 
 def _uid_of(context: Context, to: str) -> int:
@@ -155,61 +169,104 @@ class Ways:
         self._running, self._networks, self._vms_of = running, policy.catalogues.networks, cache(context.registry.of)
         self._user_of, self._uid_of, self._groups_of = cache(known.user_of), cache(known.uid_of), cache(known.groups_of)
         self._effective = cache(lambda user: policy.effective(user, self._groups_of(user) if policy.has_groups else ()))
-        self._private, self._bridges = cache(context.addresses.private), cache(self._bridges_of)
+        self._private, self._bridges = cache(context.addresses.private), cache(self._all_bridges)
+        self._earlier, self._on, self._consumers = cache(self._earlier_of), cache(self._running_on), cache(self._consumers_on)
 
     def granted(self, vm: Vm) -> list[Published]:
         """What the policy still lets its owner publish. It may have changed since; then the first go on the longest."""
         limits = self._effective(vm.owner).limits
         ports = port_range(limits.forward_ports)
-        before = sum(len(other.published) for other in self._vms_of(vm.uid) if other.number < vm.number)
-        left = vm.published[: max(0, limits.published_max - before)]
+        left = vm.published[: max(0, limits.published_max - self._earlier(vm.uid).get(vm.number, 0))]
         return [item for item in left if item.to != WORLD or item.host_port in ports]
 
     def to(self, vm: Vm, card: Card) -> list[dict[str, object]]:
-        """Every way to *card*, those of single users first: there may be more of them than tapnet takes."""
+        """Ways to *card*, those of single users first: there may be more of them than tapnet takes, and than are looked at."""
+        if not vm.published:
+            return []
         service, now = card.network.kind == "service", self._networks.get(card.nic.network)
         asked = now if service and now and now.kind == "service" else None  # gone from the policy: it goes on as it was
         ended = asked and self._user_of(vm.uid) and not names_user(asked.providers, vm.owner, self._groups_of)
         if ended or (service and not card.provides):
             return []
         found: dict[tuple[str, str, int, int], dict[str, object]] = {}
-        # On a service network the world is one more group: all who run on it.
-        for item in sorted(self.granted(vm), key=lambda item: item.to.startswith("@") or (service and item.to == WORLD)):
+        for item, source in islice(self._sources(vm, card, service, card.nic.network if asked else ""), WAYS_MAX):
             host_port = 0 if service else item.host_port
-            if service:
-                sources = self._consumers(item, vm, card, card.nic.network if asked else "")
-            else:
-                sources = [""] if item.to == WORLD else self._bridges(item.to, item.uid)
-            for source in sources:
-                key = (source, item.proto, item.port, host_port)
-                found[key] = {"source": source, "proto": item.proto, "port": item.port, "host_port": host_port}
+            key = (source, item.proto, item.port, host_port)
+            found[key] = {"source": source, "proto": item.proto, "port": item.port, "host_port": host_port}
         own = bridge_name(card.segment)
         return [way for way in found.values() if way["source"] != own]
 
-    def _consumers(self, item: Published, vm: Vm, card: Card, network: str) -> list[str]:
-        """The taps of others on *card*'s segment, of those whom *item* means and who may still use *network*, if it is named."""
-        return [
-            tap_name(other.number, each.index)
-            for other, cards in self._running
-            for each in cards
-            if each.segment == card.segment and other is not vm and self._means(item.to, item.uid, other.uid, other.owner)
-            if not network or not self._user_of(other.uid) or network in self._effective(other.owner).names("networks")
-        ]
+    def _sources(self, vm: Vm, card: Card, service: bool, network: str) -> Iterator[tuple[Published, str]]:
+        """What is granted, with each interface from which it may be used."""
+        # On a service network the world is one more group: all who run on it.
+        for item in sorted(self.granted(vm), key=lambda item: item.to.startswith("@") or (service and item.to == WORLD)):
+            if service:
+                yield from ((item, tap) for other, tap in self._consumers(card.segment, network).of(item) if other is not vm)
+            elif item.to == WORLD:
+                yield item, ""
+            else:
+                yield from ((item, bridge) for bridge in self._bridges().of(item))
 
-    def _bridges_of(self, to: str, whose: int) -> list[str]:
-        """The bridges of the private segments of those whom *to* means."""
-        return [
-            bridge_name(segment)
-            for (uid, user), segments in self._private().items()
-            if self._means(to, whose, uid, user)
-            for segment in segments
-        ]
+    def _earlier_of(self, uid: int) -> dict[int, int]:
+        """By the numbers of *uid*'s VMs, how much those with lower numbers have published."""
+        vms = sorted(self._vms_of(uid), key=lambda vm: vm.number)
+        before = accumulate((len(vm.published) for vm in vms), initial=0)
+        return {vm.number: count for vm, count in zip(vms, before, strict=False)}
 
-    def _means(self, to: str, whose: int, uid: int, user: str) -> bool:
-        """Is it for this account? For none whose uid or whose name is another's by now (D22)."""
+    def _running_on(self) -> dict[int, list[tuple[Vm, str]]]:
+        """By segment, who runs there and with which tap."""
+        found: dict[int, list[tuple[Vm, str]]] = {}
+        for vm, cards in self._running:
+            for card in cards:
+                found.setdefault(card.segment, []).append((vm, tap_name(vm.number, card.index)))
+        return found
+
+    def _consumers_on(self, segment: int, network: str) -> _Meant[tuple[Vm, str]]:
+        """Those on *segment*, who may still use *network*, if it is named."""
+        people: dict[Owner, list[tuple[Vm, str]]] = {}
+        for vm, tap in self._on().get(segment, ()):
+            if not network or not self._user_of(vm.uid) or network in self._effective(vm.owner).names("networks"):
+                people.setdefault((vm.uid, vm.owner), []).append((vm, tap))
+        return self._meant(people)
+
+    def _all_bridges(self) -> _Meant[str]:
+        """Whose private segments have which bridges."""
+        return self._meant({owner: [bridge_name(number) for number in own] for owner, own in self._private().items()})
+
+    def _meant(self, people: dict[Owner, list[T]]) -> _Meant[T]:
+        return _Meant({owner: things for owner, things in people.items() if self._is_still(*owner)}, self._groups_of)
+
+    def _is_still(self, uid: int, user: str) -> bool:
+        """Is this account what it was? Not if its uid or its name is another's by now (D22)."""
         known = self._user_of(uid)
-        if known != user and (known or self._uid_of(user) not in (None, uid)):
-            return False
-        if to.startswith("@"):
-            return to[1:] in self._groups_of(user)
-        return to == WORLD or (to == user and whose in (0, uid))
+        return known == user or not (known or self._uid_of(user) not in (None, uid))
+
+
+class _Meant(Generic[T]):
+    """What accounts have, found by whom a grant is for, without a look at everybody else's."""
+
+    def __init__(self, people: dict[Owner, list[T]], groups_of: Callable[[str], frozenset[str]]) -> None:
+        self._people = people
+        self._names: dict[str, list[Owner]] = {}
+        for uid, user in people:
+            self._names.setdefault(user, []).append((uid, user))
+        self._groups = cache(lambda: self._by_group(groups_of))
+
+    def _by_group(self, groups_of: Callable[[str], frozenset[str]]) -> dict[str, list[Owner]]:
+        found: dict[str, list[Owner]] = {}
+        for owner in self._people:
+            for group in groups_of(owner[1]):
+                found.setdefault(group, []).append(owner)
+        return found
+
+    def of(self, item: Published) -> Iterator[T]:
+        """What those have whom *item* is for."""
+        owners: Iterable[Owner]
+        if item.to == WORLD:
+            owners = self._people
+        elif item.to.startswith("@"):
+            owners = self._groups().get(item.to[1:], ())
+        else:
+            owners = [owner for owner in self._names.get(item.to, ()) if item.uid in (0, owner[0])]
+        for owner in owners:
+            yield from self._people[owner]

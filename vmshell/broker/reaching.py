@@ -5,6 +5,7 @@ Runs in: the broker.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from ..errors import BadValue, VmshellError
@@ -32,7 +33,7 @@ def handle_networks(context: Context, call: Call, request: Networks) -> None:
     """The networks that the peer may use, and how many of its cards are on each."""
     peer, host = call.peer, context.policy.host
     cards = [device for vm in context.registry.of(peer.uid) for device in vm.definition.devices().values()]
-    used = [card.network for card in cards if isinstance(card, Nic)]
+    used = Counter(card.network for card in cards if isinstance(card, Nic))
     rows = []
     for name in context.policy.networks_for(peer.user, context.accounts.groups_of(peer.user)):
         network = context.policy.catalogues.networks[name]
@@ -45,12 +46,13 @@ def handle_networks(context: Context, call: Call, request: Networks) -> None:
             role = "provider" if names_user(network.providers, peer.user, context.accounts.groups_of) else "consumer"
         facts = {"name": name, "kind": network.kind, "subnet": str(subnet), "subnet6": six.replace("::1/", "::/")}
         outside = network.outside if network.kind in ADDRESSED else "none" if network.kind == "none" else "all"
-        rows.append({**facts, "outside": outside, "isolated": network.isolated, "role": role, "cards": used.count(name)})
+        rows.append({**facts, "outside": outside, "isolated": network.isolated, "role": role, "cards": used[name]})
     call.reply({"networks": rows, "domain": host.dns_domain})
 
 
 def handle_net(context: Context, call: Call, request: Net, vm: Vm) -> None:
-    cards, domain, granted = known_cards(context, vm), domain_of(context, vm.owner, vm.uid), Ways(context, []).granted(vm)
+    cards, domain = known_cards(context, vm), domain_of(context, vm.owner, vm.uid)
+    granted = set(Ways(context, []).granted(vm))
     call.reply(
         {
             "name": vm.ref,
@@ -148,6 +150,7 @@ def handle_host_key(context: Context, call: Call, request: HostKey, vm: Vm) -> N
     """Remember the keys of the guest's first answer: later ones are compared with them, until they are to be forgotten."""
     if vm.state == CREATING:
         raise VmBusy(vm=vm.ref, state=vm.state)
+    vm.must_be_recorded("host-key")
     keys = vm.host_keys
     if request.forget:
         keys = []

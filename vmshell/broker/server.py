@@ -15,7 +15,7 @@ from .. import wire
 from ..errors import Internal, ProtocolError, VmshellError
 from ..fields import request_id
 from ..messages import Request, parse_request
-from ..refusals import NotAllowed, TooManyRequests
+from ..refusals import AnswerTooLarge, NotAllowed, TooManyRequests
 from . import journal
 from .access import Peer, authorise
 from .accountslink import Question
@@ -83,10 +83,11 @@ class Call:
         self._close_fd()
 
     def _close_fd(self) -> None:
-        for fd in (self._fd, self._came):
-            if fd >= 0:
-                os.close(fd)
+        kept, came = self._fd, self._came
         self._fd = self._came = -1
+        for fd in (kept, came):
+            if fd >= 0:
+                wire.close_fd(fd)
 
 
 class Client:
@@ -140,8 +141,12 @@ class Client:
         if not self.open:
             return
         try:
-            wire.send(self._sock, body, (fd,) if fd >= 0 else ())
-        except (OSError, ProtocolError):
+            try:
+                wire.send(self._sock, body, (fd,) if fd >= 0 else ())
+            except ProtocolError as exc:
+                journal.by_user(self.peer.uid, "answer-too-large", problem=exc)
+                wire.send(self._sock, {"id": body.get("id", 0), "error": AnswerTooLarge().to_wire()})
+        except OSError:
             # Gone, or it lets its answers pile up: either way it is not worth a byte of our memory.
             self.close()
 

@@ -32,6 +32,7 @@ def handle_snapshot(context: Context, call: Call, request: Snapshot, vm: Vm) -> 
     live = context.machines.must_live(vm, "snapshot")
     if vm.state not in (RUNNING, PAUSED) or vm.defining:
         raise VmBusy(vm=vm.ref, state=vm.state if not vm.defining else "being changed")
+    vm.must_be_recorded("snapshot")
     tag = Tag().check(request.tag, "TAG")
     running = vm.booted or vm.definition
     mask = writable_disks(context, vm, running)
@@ -43,6 +44,7 @@ def handle_snapshot(context: Context, call: Call, request: Snapshot, vm: Vm) -> 
             raise BadValue(field="TAG", value=tag, rule="a name that this VM has no snapshot of yet")
         if vm.added:  # the next boot would put its cards into other PCI places, where QEMU does not find their state
             raise CannotSnapshot(vm=vm.ref, problem="cards came or went since it was booted; boot it anew first")
+        context.registry.must_have_room(vm, definitions.to_toml(running))
         share = vm.share(running=False)
         more = replace(share, snapshots=share.snapshots + 1, disk=share.disk + running.memory)
         fits(vm.ref, context.effective(vm.owner), more, context.registry.used(vm.uid, without=vm))

@@ -100,9 +100,11 @@ class Upkeep:
 
     def waits(self, vm: Vm) -> str:
         """That not all ways to *vm* have room, in words; empty if they have."""
-        for (number, nic), found in self._opened.items():
-            if number == vm.number and found and len(found) > OPENINGS_MAX:
-                return f"{OPENINGS_MAX} of {len(found)} ways to net{nic} are open, single users' before groups'; the rest waits"
+        for card in self._plugged.get(vm.number, (vm, []))[1]:
+            found = self._opened.get((vm.number, card.index))
+            if found and len(found) > OPENINGS_MAX:
+                ways = f"{OPENINGS_MAX} of {len(found)} ways to {card.name}"
+                return f"{ways} are open, single users' before groups'; the rest waits"
         return ""
 
     def rate(self, vm: Vm, card: Card) -> int:

@@ -47,6 +47,7 @@ from ..messages import (
     Rm,
     Shutdown,
     Snapshot,
+    Unreadable,
     Version,
     Whoami,
 )
@@ -63,14 +64,16 @@ if TYPE_CHECKING:
     from .server import Call
     from .vms import Vm
 
-PAGE_ROWS = 100  # rows of a reply; a row is at most some 500 bytes, a packet 64 KiB
+PAGE_ROWS = 100  # rows of a reply
+PAGE_SHARE, LIST_SHARE = 60 << 10, 10 << 10  # bytes of a packet for a page, and for each long list beside other things
 
 
 def handle_list(context: Context, call: Call, request: List) -> None:
     """One page of rows, from behind the row that `after` names."""
     rows = visible(call.peer, context.registry, everyone=request.all)
     page = [vm for vm in rows if f"{vm.owner}/{vm.name}" > request.after]
-    call.reply({"vms": [_row(context, vm) for vm in page[:PAGE_ROWS]], "more": len(page) > PAGE_ROWS})
+    shown = keeping.fitting([_row(context, vm) for vm in page[:PAGE_ROWS]], PAGE_SHARE)
+    call.reply({"vms": shown, "more": len(page) > len(shown)})
 
 
 def handle_info(context: Context, call: Call, request: Info, vm: Vm) -> None:
@@ -91,15 +94,20 @@ def handle_info(context: Context, call: Call, request: Info, vm: Vm) -> None:
             "rss": resident_bytes(pid) if pid else 0,
             "balloon": vm.balloon,
             "log_max": context.policy.host.log_size_max,
-            "snapshots": [{"tag": item.tag, "created": item.created, "memory": item.memory} for item in vm.snapshots.values()],
+            "snapshots": _newest([{"tag": it.tag, "created": it.created, "memory": it.memory} for it in vm.snapshots.values()]),
             "next_boot": defining.pending(context, vm),
             "missing": defining.missing(context, vm, definition)[:20],
             "last_error": vm.last_error,
             "host_keys": vm.host_keys,
-            "published": [vars(item) for item in vm.published],
+            "published": _newest([vars(item) for item in vm.published]),
             **({"toml": context.registry.text(vm)} if request.toml else {}),
         }
     )
+
+
+def _newest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last of *rows* that have room beside everything else that `info` says."""
+    return keeping.fitting(rows[::-1], LIST_SHARE)[::-1]
 
 
 def handle_boot(context: Context, call: Call, request: Boot, vm: Vm) -> None:
@@ -146,7 +154,8 @@ def handle_images(context: Context, call: Call, request: Images) -> None:
             rows.append(_image(context.images.get(name)))
         except VmshellError as exc:
             rows.append({"name": name, "description": exc.sentence(), "boot": "", "disk": 0, "memory_min": 0})
-    call.reply({"images": rows, "more": len(names) > PAGE_ROWS})
+    shown = keeping.fitting(rows, PAGE_SHARE)
+    call.reply({"images": shown, "more": len(names) > len(shown)})
 
 
 def handle_whoami(context: Context, call: Call, request: Whoami) -> None:
@@ -293,6 +302,7 @@ HANDLERS: dict[type[Request], Callable[..., None]] = {
     Reload: handle_reload,
     ImageUsers: administration.handle_image_users,
     Owned: administration.handle_owned,
+    Unreadable: administration.handle_unreadable,
     Images: handle_images,
     Networks: reaching.handle_networks,
     Net: reaching.handle_net,

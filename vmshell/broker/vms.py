@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ..layout import Layout
 from ..messages import ALIVE, CREATING, FAILED, OFF, SHELF, STATES
@@ -25,13 +25,19 @@ from ..model.definition import Definition
 from ..model.values import split_ref
 from ..names import check_name
 from ..numbering import NUMBER_MAX
-from ..refusals import StorageFailed, VmExists
-from .disk import read_text, storage, sync_folder, write_fast, write_text
+from ..refusals import BadName, CannotSnapshot, StorageFailed, VmExists, WrongState
+from . import damage
+from .damage import Remains
+from .disk import TEXT_MAX, read_text, storage, sync_folder, why, write_fast, write_text
 from .journal import note
-from .objects import Store
+from .objects import FACTS, Store
 from .publishing import Published
 
+K = TypeVar("K")
+L = TypeVar("L")
 RECORD_VERSION = 1
+# Characters of a record that are no snapshots': grants, host keys and the rest have limits of their own, and fit into these.
+RECORD_REST = 128 << 10
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class Vm:
         self.state = OFF
         self.unreadable = ""  # why it must not be booted
         self.recorded = ""  # what its record on disk says
+        self.record_stays = False  # as it is on the disk: this version cannot read it, or not all of it
 
         self.defining = False  # its definition is being changed
         self.booted: Definition | None = None  # what it runs with
@@ -105,6 +112,11 @@ class Vm:
             nics=len(counts.nics),
         )
 
+    def must_be_recorded(self, verb: str) -> None:
+        """Raise WrongState if nothing more can be written about this VM."""
+        if self.record_stays:
+            raise WrongState(vm=self.ref, state=f"not understood ({self.unreadable})", verb=verb, needed="readable")
+
     def started_again(self) -> None:
         """Forget what was true of the last run."""
         self.booted = None
@@ -124,55 +136,72 @@ class Registry:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._vms: dict[tuple[int, str], Vm] = {}
-        self._shelves: dict[tuple[int, str], Store] = {}
+        self._of: dict[int, dict[str, Vm]] = {}  # by uid and name
         self._numbers: dict[int, Vm] = {}
-        self._unreadable: list[str] = []  # what was not loaded, as `uid/name`
+        self._owners: dict[str, dict[int, Vm]] = {}  # by the owner's name and the VM's number
+        self._shelves: dict[int, dict[str, Store]] = {}  # by uid and folder
+        self._unreadable: list[str] = []  # folders, as `uid/name`, that are no VM's
         self._next = 1
 
     def __iter__(self) -> Iterator[Vm]:
-        return iter(list(self._vms.values()))
+        return iter(list(self._numbers.values()))
 
     def get(self, uid: int, name: str) -> Vm | None:
-        return self._vms.get((uid, name))
+        return self._of.get(uid, {}).get(name)
+
+    def has_number(self, number: int) -> bool:
+        return number in self._numbers
 
     def of(self, uid: int) -> list[Vm]:
-        return sorted((vm for vm in self if vm.uid == uid), key=lambda vm: vm.name)
+        """The VMs of *uid* by name."""
+        return [vm for _, vm in sorted(self._of.get(uid, {}).items())]
+
+    def namesakes(self, vm: Vm) -> list[Vm]:
+        """The VMs of other accounts that had the name of *vm*'s owner (D22)."""
+        return [other for other in self._owners.get(vm.owner, {}).values() if other.uid != vm.uid]
+
+    def add(self, vm: Vm) -> None:
+        self._of.setdefault(vm.uid, {})[vm.name] = self._numbers[vm.number] = vm
+        self._owners.setdefault(vm.owner, {})[vm.number] = vm
+
+    def forget(self, vm: Vm) -> None:
+        """Drop the VM from memory; its name is free again, its number is not."""
+        self._numbers.pop(vm.number, None)
+        _drop(self._of, vm.uid, vm.name)
+        _drop(self._owners, vm.owner, vm.number)
 
     def shelf(self, uid: int, owner: str) -> Store:
         """The objects of an account that belong to no VM. By uid *and* name, like VMs: a uid may be given to another (D22)."""
         return self._shelf(uid, owner.encode("utf-8", "surrogateescape").hex())
 
     def _shelf(self, uid: int, folder: str) -> Store:
-        if (uid, folder) not in self._shelves:
+        known = self._shelves.setdefault(uid, {})
+        if folder not in known:
             store = Store(f"{self._layout.shelf(uid)}/{folder}", SHELF)
-            try:
-                with storage():
-                    store.load()
-            except (ValueError, TypeError, AttributeError) as exc:
-                note("shelf-unreadable", folder=store.folder, problem=str(exc))
-                raise StorageFailed(problem="the list of the objects on your shelf is damaged") from exc
-            self._shelves[uid, folder] = store
-        return self._shelves[uid, folder]
+            with storage():
+                store.load()
+            known[folder] = store
+        return known[folder]
 
-    def _shelves_of(self, uid: int) -> list[Store]:
+    def shelves_of(self, uid: int) -> list[Store]:
+        """The shelves of all accounts that have had *uid*."""
         try:
             folders = os.listdir(self._layout.shelf(uid))
         except FileNotFoundError:
             folders = []
-        known = [folder for other, folder in self._shelves if other == uid]
-        return [self._shelf(uid, folder) for folder in {*folders, *known}]
+        return [self._shelf(uid, folder) for folder in {*folders, *self._shelves.get(uid, ())}]
 
     def used(self, uid: int, *, without: Vm | None = None) -> Usage:
         """The sum over *uid*'s VMs and shelf; a VM that only waits for its turn runs, or two could take the last place."""
         shares = [vm.share(running=vm.state in (*ALIVE, "queued")) for vm in self.of(uid) if vm is not without]
-        return Usage.total([*shares, *(Usage(disk=shelf.size()) for shelf in self._shelves_of(uid))])
+        return Usage.total([*shares, *(Usage(disk=shelf.size()) for shelf in self.shelves_of(uid))])
 
     # --- the disk -----------------------------------------------------------------------------------------------------
 
     def load(self) -> list[str]:
         """Read every record; returns the leftovers of interrupted work, for deletion. Damaged ones are kept, listed as failed."""
         leftovers = []
+        damaged: list[tuple[int, str, Remains]] = []
         os.makedirs(self._layout.vms, mode=0o700, exist_ok=True)
         for owner in os.listdir(self._layout.vms):
             folder = f"{self._layout.vms}/{owner}"
@@ -181,48 +210,75 @@ class Registry:
             for entry in sorted(os.listdir(folder)):
                 if entry.startswith((".new-", ".rm-")):
                     leftovers.append(f"{folder}/{entry}")
-                else:
+                    continue
+                try:
                     self._load_one(int(owner), entry, f"{folder}/{entry}")
+                except Exception as exc:
+                    # One unreadable record must not keep everyone else's VMs away.
+                    note("record-unreadable", folder=f"{folder}/{entry}", problem=str(exc))
+                    damaged.append((int(owner), entry, damage.remains_of(f"{folder}/{entry}", why(exc))))
         self._next = self._read_next()
+        self._take_damaged(damaged)
         return leftovers
 
     def _load_one(self, uid: int, name: str, folder: str) -> None:
-        try:
-            text = read_text(f"{folder}/record.json")
-            record = json.loads(text)
-            definition, problem = definitions.read_stored(_definition_text(folder), name)
-            number, owner, created = record["number"], record["owner"], record["created"]
-            well_formed = type(number) is int and 0 < number <= NUMBER_MAX and type(owner) is str and type(created) is int
-            if not well_formed or number in self._numbers or check_name(name) != name:
-                raise ValueError("a field is wrong")
-            store = Store(f"{folder}/disks", name)
-            store.load()
-            snapshots = {row["tag"]: Snapshot(**row) for row in record.get("snapshots", [])}
-            published = [Published(**row) for row in record.get("published", [])]
-            host_keys = [str(key) for key in record.get("host_keys", [])]
-        except Exception as exc:
-            # One unreadable record must not keep everyone else's VMs away; the files stay for the administrator.
-            note("record-unreadable", folder=folder, problem=str(exc))
-            self._unreadable.append(f"{uid}/{name}")
-            return
-        vm = Vm(number, uid, owner, definition, created, store)
+        """Raises whatever is wrong with the record in *folder*."""
+        text = read_text(f"{folder}/record.json")
+        record = json.loads(text)
+        number, owner, created = record["number"], record["owner"], record["created"]
+        well_formed = type(number) is int and 0 < number <= NUMBER_MAX and type(owner) is str and type(created) is int
+        if not well_formed or number in self._numbers or check_name(name) != name:
+            raise ValueError("a field is wrong")
+        definition, problem = _stored_definition(folder, name)
+        vm = Vm(number, uid, owner, definition, created, _load_store(folder, name))
         vm.last_error = record.get("last_error")
-        vm.snapshots = snapshots
-        vm.snapshot_number = max([record.get("snapshot_number", 0), *(saved.number for saved in snapshots.values())])
+        vm.snapshots = {row["tag"]: Snapshot(**row) for row in record.get("snapshots", [])}
+        vm.snapshot_number = max([record.get("snapshot_number", 0), *(saved.number for saved in vm.snapshots.values())])
         vm.once = record.get("once") is True
-        vm.published = published
-        vm.host_keys = host_keys
+        vm.published = [Published(**row) for row in record.get("published", [])]
+        vm.host_keys = [str(key) for key in record.get("host_keys", [])]
         vm.recorded = text
         if record.get("version") != RECORD_VERSION:
+            vm.record_stays = True
             problem = problem or "its record was written by a newer version"
+        self._add_unreadable(vm, problem or vm.store.damaged)
+
+    def _add_unreadable(self, vm: Vm, problem: str) -> None:
+        """Add *vm*; with a *problem* it is listed as failed, and never boots."""
         if problem:
-            vm.unreadable = problem
-            vm.state, vm.note = FAILED, problem
-        self._vms[uid, name] = self._numbers[number] = vm
+            vm.unreadable = vm.note = problem
+            vm.state = FAILED
+        self.add(vm)
+
+    def _take_damaged(self, damaged: list[tuple[int, str, Remains]]) -> None:
+        """Make VMs of what is left of damaged records: their owners have them in their lists, and can remove them."""
+        runs = damage.running(self._layout.run_vms) if damaged else {}
+        for uid, name, left in damaged:
+            run = runs.get((uid, name), Remains())
+            number = next((number for number in (left.number, run.number) if number and number not in self._numbers), 0)
+            owner = left.owner or run.owner or damage.only_owner(vm.owner for vm in self.of(uid) if not vm.record_stays)
+            if not is_name(name):
+                self._unreadable.append(f"{uid}/{name}")
+                continue
+            folder = self._layout.vm_state(uid, name)
+            number, owner = number or self._free_number(), owner or str(uid)  # nobody's: an administrator names it by uid
+            vm = Vm(number, uid, owner, _stored_definition(folder, name)[0], left.created, _load_store(folder, name))
+            vm.record_stays = True
+            self._add_unreadable(vm, f"its record is damaged ({left.problem})")
 
     def unreadable(self) -> list[str]:
-        """The VMs, as `uid/name`, whose records could not be read at the start and are still there."""
-        return [name for name in self._unreadable if os.path.lexists(f"{self._layout.vms}/{name}/record.json")]
+        """What is in place of a VM, as `uid/name`, has a name that no VM has, and is still there."""
+        return [name for name in self._unreadable if os.path.lexists(f"{self._layout.vms}/{name}")]
+
+    def unreadable_shelves(self) -> list[str]:
+        """Every shelf, as `uid/shelf`, of which it is not known what its objects are."""
+        found = []
+        with storage():
+            uids = os.listdir(self._layout.shelves) if os.path.isdir(self._layout.shelves) else []
+            for uid in uids:
+                if uid.isdecimal():
+                    found += [f"{uid}/{SHELF}" for store in self.shelves_of(int(uid)) if store.damaged]
+        return found
 
     def folders(self, uid: int) -> list[str]:
         """The folders of all VMs of *uid*, whatever state they are in: half made, removed, unreadable."""
@@ -233,19 +289,21 @@ class Registry:
                 return []
 
     def on_shelf(self, uid: int) -> list[str]:
-        """The objects on the shelves of all accounts that have had *uid*, as people name them."""
+        """The objects on the shelves of all accounts that have had *uid*, as people name them, and lists that are damaged."""
         with storage():
-            return [f"{SHELF}.{name}" for shelf in self._shelves_of(uid) for name, _ in shelf]
+            shelves = self.shelves_of(uid)
+        names = [name for shelf in shelves for name in (*(name for name, _ in shelf), *([FACTS] if shelf.damaged else []))]
+        return [f"{SHELF}.{name}" for name in names]
 
     def on_paper(self, uid: int, owner: str, definition: Definition) -> Vm:
         """A VM to judge a definition with, that is nowhere written down."""
-        if (uid, definition.name) in self._vms:
+        if self.get(uid, definition.name):
             raise VmExists(vm=definition.name)
         return Vm(0, uid, owner, definition, 0, Store(f"{self._layout.vms}/{uid}/.paper", definition.name))
 
     def create(self, uid: int, owner: str, definition: Definition, *, once: bool = False) -> Vm:
         """Take the name and a new number: a VM in state creating, in a folder of its own in which its disks are to be made."""
-        if (uid, definition.name) in self._vms:
+        if self.get(uid, definition.name):
             raise VmExists(vm=definition.name)
         number = self._take_number()
         folder = f"{self._layout.vms}/{uid}/.new-{number}"
@@ -256,7 +314,7 @@ class Registry:
             write_text(f"{folder}/vm.toml", definitions.to_toml(definition))
             vm.recorded = _record(vm)
             write_text(f"{folder}/record.json", vm.recorded)
-        self._vms[uid, vm.name] = self._numbers[vm.number] = vm
+        self.add(vm)
         return vm
 
     def finish_creation(self, vm: Vm) -> None:
@@ -281,11 +339,6 @@ class Registry:
         with storage():
             return _definition_text(os.path.dirname(vm.store.folder))
 
-    def forget(self, vm: Vm) -> None:
-        """Drop the VM from memory; its name is free again, its number is not."""
-        self._vms.pop((vm.uid, vm.name), None)
-        self._numbers.pop(vm.number, None)
-
     def set_aside(self, vm: Vm) -> str:
         """Begin a removal: one rename takes the VM away for good; returns the folder that is left to delete."""
         aside = f"{self._layout.vms}/{vm.uid}/.rm-{vm.number}"
@@ -296,11 +349,17 @@ class Registry:
     def save(self, vm: Vm) -> None:
         """Write the lasting record, if it says anything new: a sync costs everybody milliseconds."""
         text = _record(vm)
-        if text == vm.recorded:
+        if text == vm.recorded or vm.record_stays:
             return
         with storage():
             write_text(f"{self._layout.vm_state(vm.uid, vm.name)}/record.json", text)
         vm.recorded = text
+
+    def must_have_room(self, vm: Vm, text: str) -> None:
+        """Raise CannotSnapshot if one more snapshot, with the definition *text*, would make the record too large to be read."""
+        size = len(_record(vm)) + len(json.dumps([vars(Snapshot("t" * 63, NUMBER_MAX, 1 << 40, 1 << 24, text))], indent=1))
+        if size > TEXT_MAX - RECORD_REST:
+            raise CannotSnapshot(vm=vm.ref, problem=f"its record has no room beside {len(vm.snapshots)} snapshots; delete one")
 
     # --- the run directory --------------------------------------------------------------------------------------------
 
@@ -317,6 +376,8 @@ class Registry:
                     write_fast(f"{folder}/booted.toml", definitions.to_toml(vm.booted))
                 write_fast(f"{folder}/run.json", json.dumps(_run(vm, state)))
         vm.state = state
+        if state == OFF and vm.unreadable:
+            vm.state, vm.note = FAILED, vm.unreadable
 
     def saved_run(self, number: int) -> dict[str, Any]:
         """What `run.json` says, or nothing at all if it is missing, damaged or from before a reboot."""
@@ -336,14 +397,18 @@ class Registry:
     # --- numbers ------------------------------------------------------------------------------------------------------
 
     def _take_number(self) -> int:
+        number = self._free_number()
+        with storage():
+            # Not synced: what a power cut takes away with it is only which numbers of removed VMs were used.
+            write_fast(f"{self._layout.vms}/next", f"{self._next}\n")
+        return number
+
+    def _free_number(self) -> int:
         """The next number that no VM has; behind the last one from the first again, for users make and remove VMs at will."""
         numbers = itertools.chain(range(self._next, NUMBER_MAX + 1), range(1, self._next))
         number = next((number for number in numbers if number not in self._numbers), 0)
         if not number:
             raise StorageFailed(problem=f"all {NUMBER_MAX} VM numbers are in use")
-        with storage():
-            # Not synced: what a power cut takes away with it is only which numbers of removed VMs were used.
-            write_fast(f"{self._layout.vms}/next", f"{number + 1}\n")
         self._next = number + 1
         return number
 
@@ -354,13 +419,41 @@ class Registry:
             return max(self._numbers, default=0) + 1
 
 
+def _drop(index: dict[K, dict[L, Vm]], first: K, second: L) -> None:
+    row = index.get(first, {})
+    row.pop(second, None)
+    if not row:
+        index.pop(first, None)
+
+
+def is_name(name: str) -> bool:
+    try:
+        return check_name(name) == name
+    except BadName:
+        return False
+
+
 def boot_id() -> str:
     """This boot of the host, so that no pid of an earlier one is believed."""
     return read_text("/proc/sys/kernel/random/boot_id").strip()
 
 
+def _load_store(folder: str, name: str) -> Store:
+    store = Store(f"{folder}/disks", name)
+    store.load()
+    return store
+
+
 def _definition_text(folder: str) -> str:
     return read_text(f"{folder}/vm.toml")
+
+
+def _stored_definition(folder: str, name: str) -> tuple[Definition, str]:
+    """The definition as far as it is understood, and why it must not be booted (empty: it may)."""
+    try:
+        return definitions.read_stored(_definition_text(folder), name)
+    except OSError as exc:
+        return Definition(name=name), f"its definition is damaged ({why(exc)})"
 
 
 def _images(vm: Vm) -> list[str]:
@@ -375,7 +468,7 @@ def images_of(vm: Vm) -> list[str] | None:
     """The images that *vm* stands on; of one with an unreadable definition what its record says, None if that says nothing."""
     if not vm.unreadable:
         return _images(vm)
-    images = json.loads(vm.recorded).get("images")
+    images = json.loads(vm.recorded).get("images") if vm.recorded else None
     return images if isinstance(images, list) and all(isinstance(image, str) for image in images) else None
 
 
@@ -399,6 +492,9 @@ def _record(vm: Vm) -> str:
 def _run(vm: Vm, state: str) -> dict[str, object]:
     return {
         "state": state,
+        "uid": vm.uid,
+        "owner": vm.owner,
+        "name": vm.name,
         "pid": vm.pid,
         "ticks": vm.pid_ticks,
         "qemu_pid": vm.qemu_pid,

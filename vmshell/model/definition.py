@@ -15,6 +15,7 @@ from functools import partial
 from ..errors import BadValue, VmshellError, safe
 from ..names import check_name
 from . import edit
+from .bounds import check_bounds
 from .keys import DISK_KEYS, KEYS, NET_KEYS, SECTIONS, Key, unknown_key
 from .shapes import Definition, Disk, Forward, Geometry, Nic
 
@@ -55,7 +56,7 @@ def from_table(table: dict[str, Any], name: str = "") -> Definition:
     """As `parse`, from the tables that TOML would have given."""
     reading = _Reading(table)
     found = reading.found
-    for problem in (*reading.problems, *reading.unknown):
+    if problem := reading.problem or reading.unknown_key():
         raise problem
     if name and found.setdefault("name", name) != name:
         raise BadValue(field="name", value=found["name"], rule=f"it must be {name}, or left out")
@@ -71,14 +72,15 @@ def read_stored(text: str, name: str) -> tuple[Definition, str]:
     try:
         reading = _Reading(_toml(text))
         definition = Definition(**{**reading.found, "name": name})
-        for problem in reading.problems:
-            raise problem
-        if not reading.unknown:
+        if reading.problem:
+            raise reading.problem
+        unknown = reading.unknown_key()
+        if not unknown:
             check_together(definition)
     except VmshellError as exc:
         return Definition(name=name), f"its definition is damaged: {exc.sentence()}"
-    if reading.unknown:
-        return definition, f"its definition was written by a newer version: {reading.unknown[0].sentence()}"
+    if unknown:
+        return definition, f"its definition was written by a newer version: {unknown.sentence()}"
     return definition, ""
 
 
@@ -158,19 +160,23 @@ def with_values(definition: Definition, values: dict[str, object]) -> Definition
 
 
 def _toml(text: str) -> dict[str, Any]:
+    check_bounds(text)
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as exc:
-        raise BadValue(field="vm.toml", value="not TOML", rule=safe(exc or "it is nested too deeply", 120)) from None
+    except ValueError as exc:
+        raise BadValue(field="vm.toml", value="not TOML", rule=safe(exc, 120)) from None
 
 
 class _Reading:
-    """What was understood of a document: typed values by attribute, every problem, and every key that is not ours."""
+    """What was understood of a document: typed values by attribute, the first problem, and the first key that is not ours.
+
+    One of each is all that anybody is told: a text may have thousands, and looking for what is meant by a key takes its time.
+    """
 
     def __init__(self, table: dict[str, Any]) -> None:
         self.found: dict[str, Any] = {}
-        self.problems: list[VmshellError] = []
-        self.unknown: list[VmshellError] = []
+        self.problem: VmshellError | None = None
+        self._unknown: Callable[[], VmshellError] | None = None
         for word, value in table.items():
             if word == "version":
                 self._version(value)
@@ -185,14 +191,18 @@ class _Reading:
             else:
                 self._take(KEYS, word, value, self.found)
 
+    def unknown_key(self) -> VmshellError | None:
+        return self._unknown() if self._unknown else None
+
     def _version(self, value: object) -> None:
         if type(value) is not int or value != VERSION:
             rule = f"this vmshell reads version {VERSION}"
-            self.unknown.append(BadValue(field="version", value=safe(repr(value), 20), rule=rule))
+            error = BadValue(field="version", value=safe(repr(value), 20), rule=rule)
+            self._unknown = self._unknown or (lambda: error)
 
     def _section(self, word: str, value: object) -> None:
         if not isinstance(value, dict):
-            self.problems.append(BadValue(field=word, value=safe(repr(value), 40), rule=f"a section [{word}]"))
+            self._refuse(BadValue(field=word, value=safe(repr(value), 40), rule=f"a section [{word}]"))
             return
         for inner, item in value.items():
             self._take(KEYS, f"{word}.{inner}", item, self.found)
@@ -200,7 +210,7 @@ class _Reading:
     def _rows(self, word: str, rows: object, keys: dict[str, Key]) -> list[dict[str, Any]]:
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows) or len(rows) > ROWS_MAX:
             rule = f"up to {ROWS_MAX} sections [[{word}]]"
-            self.problems.append(BadValue(field=word, value=safe(repr(rows), 40), rule=rule))
+            self._refuse(BadValue(field=word, value=safe(repr(rows), 40), rule=rule))
             return []
         return [self._row(word, row, keys) for row in rows]
 
@@ -213,7 +223,7 @@ class _Reading:
     def _take(self, keys: dict[str, Key], name: str, value: object, found: dict[str, Any], prefix: str = "") -> None:
         key = keys.get(name)
         if key is None:
-            self.unknown.append(unknown_key(prefix + name, [prefix + each for each in keys]))
+            self._unknown = self._unknown or (lambda: unknown_key(prefix + name, [prefix + each for each in keys]))
         else:
             self._try(found, key.attribute, lambda: key.kind.check(value, prefix + name))
 
@@ -221,7 +231,10 @@ class _Reading:
         try:
             found[attribute] = check()
         except VmshellError as exc:
-            self.problems.append(exc)
+            self._refuse(exc)
+
+    def _refuse(self, problem: VmshellError) -> None:
+        self.problem = self.problem or problem
 
 
 # --- what only the whole shows ----------------------------------------------------------------------------------------

@@ -32,8 +32,12 @@ class Stderr:
         self.log = Log(path, LIMIT)
         self._loop = loop
         self._ended = ended
-        os.set_blocking(fd, False)
-        loop.add(fd, IN, self._on_event, self)
+        try:
+            os.set_blocking(fd, False)
+            loop.add(fd, IN, self._on_event, self)
+        except BaseException:
+            os.close(fd)
+            raise
 
     def finish(self) -> None:
         """QEMU is gone: take its last words and close."""

@@ -13,6 +13,7 @@ Runs in: the relay. Touches the viewers' sockets.
 
 from __future__ import annotations
 
+import os
 import socket
 
 from ..errors import ProtocolError
@@ -88,7 +89,11 @@ class Audience:
 
     def attach(self, fd: int, label: str, readonly: bool, replay: bool) -> None:
         """Take the descriptor *fd* (its closing is ours from here on) as a viewer; raises OSError or VmshellError."""
-        sock = socket.socket(fileno=fd)
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError:
+            os.close(fd)
+            raise
         try:
             if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_SEQPACKET:
                 raise ProtocolError(problem="a console needs a SOCK_SEQPACKET socket")
