@@ -13,6 +13,7 @@ cd "$(dirname "$0")/.."
 STATE=/var/lib/vmshell
 RUN=/run/vmshell
 BROKER=vmshell-broker
+CODE=/usr/local/lib/vmshell/current
 UNITDIR=/usr/local/lib/systemd/system
 OURS=$(sed -n 's/^STATE_VERSION = //p' vmshell/layout.py)
 RELEASE=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' vmshell/__init__.py)
@@ -74,11 +75,21 @@ forward() {
     say "\`make install\` in the tree of the version that you had."
 }
 
+# The version before reads one list of addresses, not a line for each change. The broker's account writes it: the folder is its.
+old_addresses() {
+    [ -e "$STATE/net/addresses.log" ] || return 0
+    setpriv --reuid "$BROKER" --regid "$BROKER" --clear-groups --inh-caps=-all --bounding-set=-all --no-new-privs \
+        /usr/bin/python3 -IS -c 'import sys; sys.path.insert(0, sys.argv[1])
+from vmshell.broker.addresses import write_old_file
+write_old_file(sys.argv[2])' "$CODE" "$STATE/net/addresses.json"
+}
+
 back() {
     rm -f "$STATE/version" "$STATE/version.new"
     systemctl -q disable --now vmshell-launcher.socket vmshell-launcher.service 2>/dev/null || true
     systemctl stop vmshell-broker.service
     systemctl kill -s KILL vmshell-broker.service 2>/dev/null || true # what it had started: nobody may write while root walks
+    old_addresses
     folders take
     move root "$STATE/net/addresses.json" "$STATE/addresses.json"
     move root "$RUN/broker/host.json" "$RUN/host.json"

@@ -206,8 +206,12 @@ def test_vms_of_before_are_stopped_and_started(old_host: Host, writer: Writer) -
 def test_the_way_back(old_host: Host, old_tree: str, counter: Counter) -> None:
     """As it is printed: the newer tree's `back`, then the older one's `make install`. VMs of both versions run on."""
     qemus, before = old_host.sh(QEMUS), story(old_host)
+    given = old_host.sh(f"cat {STATE}/net/addresses.log")
     old_host.exec("sh", f"{CHECKOUT}/etc/migrate.sh", "back")
     assert owners(old_host) == {"root"}
+    known = json.loads(old_host.sh(f"cat {STATE}/addresses.json"))
+    cards = {tuple(line[1:]) for line in map(json.loads, given.splitlines()) if line[0] == "card"}
+    assert cards and cards == {(int(at), name, host) for at, row in known["cards"].items() for name, host in row.items()}
     old_host.install(old_tree)
     assert old_host.sh(QEMUS) == qemus
     assert_same_story(old_host, before)

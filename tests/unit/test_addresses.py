@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from vmshell.broker import changelog
-from vmshell.broker.addresses import WITHOUT_SUBNET, Addresses
+from vmshell.broker.addresses import WITHOUT_SUBNET, Addresses, write_old_file
 from vmshell.model.addressing import Plan
 from vmshell.refusals import NoAddress, StorageFailed
 
@@ -188,3 +188,24 @@ def test_an_old_file_that_cannot_be_written_anew_stays(path: str, monkeypatch: p
     assert first.known_host(4, 1, 0) == 7 and first.damaged
     second = opened(path)
     assert not second.damaged and card(second, 1) == (4, 7)
+
+
+def test_the_older_version_gets_its_list_back(path: str) -> None:
+    """As `etc/migrate.sh back` has it written: an older broker, and this one after it, know every address again."""
+    addresses = opened(path)
+    for number in (1, 2, 3):
+        card(addresses, number)
+    addresses.release(2)
+    write_old_file(path)
+    before = state(addresses)
+    log(path).unlink()
+    assert state(opened(path))[:3] == before[:3]
+    assert not Path(path).exists(), "taken over"
+
+
+def test_a_damaged_log_is_not_handed_back_in_part(path: str) -> None:
+    card(opened(path), 1)
+    log(path).write_bytes(log(path).read_bytes() + b"?\n")
+    with pytest.raises(StorageFailed, match="cannot be read"):
+        write_old_file(path)
+    assert not Path(path).exists()

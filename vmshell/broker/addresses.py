@@ -17,17 +17,14 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..model.addressing import FIRST_HOST
+from ..model.addressing import FIRST_HOST, Plan
 from ..numbering import NUMBER_MAX
 from ..refusals import NoAddress, StorageFailed
 from .changelog import ChangeLog, Line
-from .disk import why
+from .disk import why, write_text
 from .journal import note
-
-if TYPE_CHECKING:
-    from ..model.addressing import Plan
 
 Owner = tuple[int, str]  # uid and name
 
@@ -252,6 +249,17 @@ class Addresses:
         for segment, cards in self._cards.items():
             for card, host in cards.hosts.items():
                 yield ["card", segment, card, host]
+
+
+def write_old_file(path: str) -> None:
+    """Write what is given out as an older version reads it, beside the change log; for etc/migrate.sh. Raises StorageFailed."""
+    addresses = Addresses(path, Plan("10.0.0.0/8", "", 24))
+    lines, addresses.damaged = addresses._log.load()
+    addresses._take(lines)
+    if addresses.damaged:
+        raise StorageFailed(problem=f"the addresses beside {path} cannot be read ({addresses.damaged})")
+    cards = {segment: cards.hosts for segment, cards in addresses._cards.items()}
+    write_text(path, json.dumps({"version": VERSION, "segments": addresses._segments, "cards": cards}, indent=1) + "\n")
 
 
 def _old_lines(path: str) -> list[Line]:

@@ -13,6 +13,7 @@ from ..messages import CREATING, RUNNING, Connect, HostKey, Net, NetHealth, Netw
 from ..model.definition import Nic
 from ..refusals import NotAllowed, NotConnected, VmBusy, WrongState
 from . import passt
+from .accountslink import Question
 from .cards import ADDRESSED, dns_name, domain_of, known_cards, names_user, tap_of
 from .disk import kept
 from .journal import by_user
@@ -109,7 +110,10 @@ def handle_net_health(context: Context, call: Call, request: NetHealth) -> None:
         else:
             call.reply({**health, "confined": context.networks.upkeep.confined()})
 
-    context.networks.health(request.repair, answered)
+    host = context.policy.host
+    # Whoever has just made somebody a member asks for this: what was known of the members a moment ago does not do (A06).
+    members = [Question("members", host.group)] if host.ssh_forwarding else []
+    context.accounts.when_known(members, lambda: call.guard(lambda: context.networks.health(request.repair, answered)))
 
 
 # --- connections ------------------------------------------------------------------------------------------------------

@@ -158,8 +158,10 @@ def launch_line(context: Context, vm: Vm) -> list[str]:
         cables = {card.index: null for card in cards_of(context, vm, definition, give=False) if card.network.kind in WITH_TAP}
         fds = _Descriptors(stack)
         table = _plan(context, vm, definition, images, scratch, cables, fds, sockets, null)
+    # What the launcher says itself (`LAUNCHERS_OWN`), but for a scope that is named by the moment.
     uid = context.policy.host.uid_base + vm.number if context.host.apart else None
-    return command(LaunchPlan(**table, number=vm.number, uid=uid, gid=uid, seccomp_fd=FIRST_FD + len(fds.lent)))
+    scope = f"vmshell-vm-{vm.number}.scope" if context.host.systemd else None
+    return command(LaunchPlan(**table, number=vm.number, uid=uid, gid=uid, scope=scope, seccomp_fd=FIRST_FD + len(fds.lent)))
 
 
 def _plan(
