@@ -23,6 +23,7 @@ from vmshell.layout import Layout
 pytestmark = pytest.mark.slow
 RUNNING = r"web1 +(\x1b\[32m)?running"
 
+
 @pytest.fixture
 def broker(layout: Layout) -> Iterator[FakeBroker]:
     with FakeBroker(layout) as fake:

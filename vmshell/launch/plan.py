@@ -37,7 +37,10 @@ ID_MAX = (1 << 32) - 2
 
 
 class LaunchPlan:
-    """All of one start. Descriptors are the numbers that the started process sees; *uid* None means: stay who we are."""
+    """All of one start. Descriptors are the numbers that the started process sees; *uid* None means: stay who we are.
+
+    The serial port is on QEMU's standard input and output (0 and 1), its own words go to 2. Without *qmp_fd* it has no monitor.
+    """
 
     def __init__(
         self,
@@ -46,10 +49,9 @@ class LaunchPlan:
         accel: str,
         cpus: int,
         memory: int,
-        console_fd: int,
-        qmp_fd: int,
         seccomp_fd: int,
         file_size_max: int,
+        qmp_fd: int | None = None,
         info_fd: int | None = None,
         block_fd: int | None = None,
         machine: str = "q35",
@@ -112,9 +114,8 @@ class LaunchPlan:
         self.tablet = flag(tablet, "tablet")
         self.serial = flag(serial, "serial")
         self.balloon = flag(balloon, "balloon")
-        self.console_fd = descriptor(console_fd, "console")
         self.agent_fd = _fd(agent_fd, "agent")
-        self.qmp_fd = descriptor(qmp_fd, "qmp")
+        self.qmp_fd = _fd(qmp_fd, "qmp")
         self.info_fd = _fd(info_fd, "info")
         self.block_fd = _fd(block_fd, "block")
         self.seccomp_fd = descriptor(seccomp_fd, "seccomp")
@@ -146,9 +147,9 @@ class LaunchPlan:
         return self.tablet or any(disk.bus == "usb" for disk in self.disks)
 
     def fds(self) -> tuple[int, ...]:
-        """Every descriptor that must be open, and inheritable, when the command starts."""
+        """Every descriptor beside the standard three that must be open, and inheritable, when the command starts."""
         named = (
-            *(self.kernel_fd, self.initrd_fd, self.console_fd, self.agent_fd, self.qmp_fd),
+            *(self.kernel_fd, self.initrd_fd, self.agent_fd, self.qmp_fd),
             *(self.info_fd, self.block_fd, self.seccomp_fd),
         )
         layers = (fd for disk in self.disks for fd, _ in disk.layers)

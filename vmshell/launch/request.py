@@ -95,7 +95,6 @@ def uses(plan: LaunchPlan) -> Iterator[tuple[str, int, str]]:
     for name, fd, kind in (
         ("kernel_fd", plan.kernel_fd, READ),
         ("initrd_fd", plan.initrd_fd, READ),
-        ("console_fd", plan.console_fd, LISTENER),
         ("agent_fd", plan.agent_fd, LISTENER),
         ("qmp_fd", plan.qmp_fd, LISTENER),
         ("block_fd", plan.block_fd, BARRIER),

@@ -13,10 +13,12 @@ import socket
 from collections import deque
 
 from .. import messages, wire
+from ..descriptors import check_pipe
 from ..errors import Internal, NotWatched, ProtocolError, QemuSilent, VmshellError
 from ..fields import request_id
 from .loop import GONE, IN, OUT
 from .orders import brings_fd
+from .port import Port
 from .vm import Kept, Vm
 
 TYPE_CHECKING = False
@@ -85,7 +87,7 @@ class Link:
             self._flush()
         if self.open and events & (IN | GONE):
             try:
-                packet = wire.recv(self.sock, fds_allowed=1)
+                packet = wire.recv(self.sock, fds_allowed=messages.Watch.fds)
             except BlockingIOError:
                 return
             except (OSError, ProtocolError):
@@ -187,18 +189,21 @@ class Control:
 
     def _on_watch(self, watch: messages.Watch, packet: wire.Packet, reply: _Reply) -> None:
         vm = self.vms.get(watch.number)
-        if vm is not None and packet.fds:
-            # The error pipe comes with a QEMU just started: what we know is about one that has ended.
+        fresh, piped = len(packet.fds) % 2 == 1, len(packet.fds) > 1
+        if piped:
+            _check_fifos(packet.fds[:2])
+        if vm is not None and (fresh or (piped and vm.is_another(packet.fds[1]))):
+            # What we know is about a QEMU that has ended.
             self._drop(vm, "the VM was started anew", False)
             vm = None
+        port = Port(packet.take_fd(), packet.take_fd(), lasting=True) if piped else None
         if vm is None:
             vm = self._add(watch.number, watch.log_max)
             vm.claimed = True
             vm.keep_log(watch.log)
-            if packet.fds:
-                vm.start(fresh=True, stderr=packet.take_fd())
-            else:
-                vm.start(fresh=False)
+            vm.start(fresh=fresh, port=port, stderr=packet.take_fd() if fresh else -1)
+        elif port is not None:
+            vm.offer(port)
         vm.claimed = True
         vm.log.limit = watch.log_max
         vm.keep_log(watch.log)
@@ -263,6 +268,14 @@ class Control:
 
     def _abandon(self, vm: Vm) -> None:
         self._drop(vm, "the VM has ended", False)
+
+
+def _check_fifos(fds: list[int]) -> None:
+    for fd in fds:
+        try:
+            check_pipe(fd, os.O_RDWR)
+        except ValueError as exc:
+            raise ProtocolError(problem=f"a serial port is made of two FIFOs, and this is {exc}") from exc
 
 
 class _Reply:

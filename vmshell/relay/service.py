@@ -1,7 +1,7 @@
 """The service manager's side: readiness, sockets it listens on for us, and descriptors it keeps while we restart.
 
 Without a service manager everything here does nothing. Under systemd the unit needs `NotifyAccess=main` and a
-`FileDescriptorStoreMax=` of two per VM and one per attached console.
+`FileDescriptorStoreMax=` of three per VM and one per attached console.
 Runs in: the relay. Touches NOTIFY_SOCKET and the LISTEN_* variables.
 """
 
