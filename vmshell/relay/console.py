@@ -39,12 +39,14 @@ MIN_ROOM = 16 * 1024  # below this, waiting is cheaper than reading in crumbs
 KEYS_MAX = 128 * 1024
 DRAIN_ROUNDS = 16  # 1 MiB of last words
 
-# A serial port under emulation speaks byte by byte. Many such reads in a row that no key has asked for are gathered:
-# the guest does not notice, the host saves most of the work, and a viewer sees the text a millisecond later.
-CRUMB = 2048
+# A serial port under emulation speaks byte by byte. Many small reads in a row that no key has asked for are gathered: they
+# lie in the FIFO meanwhile, the host saves most of the work, and a viewer sees the text a few milliseconds later.
+CRUMB = 16 * 1024
 CRUMBS = 16
-CRUMB_GAP = 0.001
-NAP = 0.002
+CRUMB_GAP = 0.005
+NAP = 0.005
+SOCKET_NAP = 0.002  # a socket is full with 278 single bytes, and then the guest waits
+NAP_FOR_OTHERS = 0.02  # while somebody types on another console; at 1.4 MB/s half of a FIFO
 AFTER_KEYS = 0.1
 
 # While somebody types, on whichever console, a flood gives way: 64 KiB a millisecond is still more than a guest can say.
@@ -136,6 +138,7 @@ class Console:
         try:
             size = os.readv(self._port.output_fd, self.ring.space(room))
         except BlockingIOError:
+            self._pace(0)  # a QEMU that reads its own words could else keep us busy for nothing
             return False
         except OSError:
             size = 0
@@ -145,23 +148,34 @@ class Console:
             return False
         parts = self.ring.advance(size)
         self.audience.deliver(parts, size)
-        self._heard_at = now = self._loop.now
-        self.log.write(parts, size, now)
+        self._heard_at = self._loop.now
+        self.log.write(parts, size, self._heard_at)
         if not self.seen:
             self.seen = True
             self._machine.first_output()
+        self._pace(size)
+        return True
+
+    def _pace(self, size: int) -> None:
+        """After a read of *size* bytes: is it to be a while until the next?"""
+        now = self._loop.now
         if size < CRUMB and now < self._crumb_until:
             self._crumbs += 1
             if self._crumbs > CRUMBS and now > self._typed_until:
-                self._crumb_until = now + 3 * NAP
-                self._nap(NAP)
-                return True
+                nap = self._nap_time(now)
+                self._crumb_until = now + nap + CRUMB_GAP
+                self._nap(nap)
+                return
         elif size >= BULK and now < self._loop.typing_until:
             self._nap(BULK_NAP)
         elif self._crumbs:
             self._crumbs = 0
         self._crumb_until = now + CRUMB_GAP
-        return True
+
+    def _nap_time(self, now: float) -> float:
+        if self._port is None or not self._port.lasting:
+            return SOCKET_NAP
+        return NAP_FOR_OTHERS if now < self._loop.typing_until else NAP
 
     def _nap(self, seconds: float) -> None:
         """Read no more for so long."""
