@@ -19,7 +19,7 @@ from tests.fakes.serial import SerialPort
 from tests.process.relays import PATIENCE, RelayProcess, ServiceManager, lost_in, rss, until
 from vmshell import wire
 from vmshell.layout import Layout
-from vmshell.messages import Attach, Forget, Order
+from vmshell.messages import Attach, Forget, Order, Watch
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -536,6 +536,51 @@ def test_a_vm_of_an_earlier_version_keeps_its_socket_over_an_upgrade(layout: Lay
         os.close(reader)
         os.close(writer)
         manager.close()
+
+
+def test_what_the_store_kept_of_an_earlier_run_is_not_taken_for_this_one(layout: Layout, qemus: Qemus, short_tmp: Path) -> None:
+    """While the relay was away a VM ended and was started again; no end shows on a FIFO, so it must be told from the next one."""
+    manager = ServiceManager(str(short_tmp))
+    try:
+        with RelayProcess(layout, manager) as relay:
+            first, _ = boot(relay, qemus)
+            viewer = relay.attach(1)
+            viewer.wait_notice("hello")
+            until(lambda: len(manager.names()) == 3, "three descriptors")
+            relay.end(signal.SIGKILL)
+            first.close()
+            guest = qemus().console()
+            relay.start()
+            relay.watch(1)
+            assert viewer.wait_notice("end")["reason"] == "the VM was started anew"
+            viewer.close()
+            relay.wait_word(1, "ready")
+            viewer = relay.attach(1)
+            guest.sendall(b"of the second run")
+            viewer.wait_output("of the second run")
+            viewer.type("x")
+            assert guest.recv(10) == b"x"
+            viewer.close()
+    finally:
+        manager.close()
+
+
+def test_what_is_no_serial_port_is_refused_and_closed(relay: RelayProcess, qemus: Qemus) -> None:
+    _, guest = boot(relay, qemus)
+    before = descriptors(relay)
+    reader, writer = os.pipe()
+    for fds in ((reader, writer), (reader, writer, reader), (relay.broker.fileno(), reader)):
+        error = relay.ask(Watch(number=1), *fds)["error"]
+        assert error["code"] == "protocol" and "serial port" in error["text"]
+    until(lambda: descriptors(relay) == before, "all of them to be closed")
+    relay.watch(1)
+    until(lambda: descriptors(relay) == before, "those to be closed that it has already")
+    viewer = relay.attach(1)
+    guest.sendall(b"still here")
+    viewer.wait_output("still here")
+    viewer.close()
+    os.close(reader)
+    os.close(writer)
 
 
 def test_with_a_descriptor_store_a_restart_loses_no_byte(layout: Layout, qemus: Qemus, short_tmp: Path) -> None:

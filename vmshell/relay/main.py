@@ -50,8 +50,8 @@ class _Signals:
 def main(argv: list[str]) -> int:
     """Serve; *argv* is the layout as one argument, and perhaps the number of the listening socket."""
     layout = Layout.from_args(argv[0])
-    service = Service(os.environ.pop("NOTIFY_SOCKET", ""))
     passed = take_fds()
+    service = Service(os.environ.pop("NOTIFY_SOCKET", ""), [name for name, _ in passed])
     os.umask(0o027)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

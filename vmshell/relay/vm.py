@@ -170,8 +170,7 @@ class Vm:
         """Write the guest's output down from now on, or no more; what is in memory is replayed either way."""
         if on == self._logged:
             return
-        if self._port is not None:
-            self._unstore_port()
+        self._unstore_port()
         self._logged = on
         self._store_port()
         self.console.log = self.log if on else NoLog()
@@ -281,8 +280,7 @@ class Vm:
                 self._service.store(name, fd)
 
     def _unstore_port(self) -> None:
-        # As few messages as can be: the service manager takes in only so many at a time.
-        for name in self._port.names(self.number, logged=self._logged) if self._port else every_name(self.number):
+        for name in every_name(self.number):
             self._service.remove(name)
 
     def _close_port(self) -> None:
