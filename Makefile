@@ -11,7 +11,7 @@ PROGRAMS := qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils bwrap:bubblew
 # No openssh-server: installing it would start one. The tests' sshd runs in a host of its own, see tests/host.
 TEST_PROGRAMS := busybox:busybox-static cpio:cpio ssh:openssh-client rsync:rsync socat:socat strace:strace mke2fs:e2fsprogs \
 	mmdebstrap:mmdebstrap /usr/share/OVMF/OVMF_CODE_4M.fd:ovmf depmod:kmod man:man-db gcc:gcc /usr/include/stdio.h:libc6-dev \
-	ip:iproute2 nft:nftables dnsmasq:dnsmasq-base passt:passt
+	ip:iproute2 nft:nftables dnsmasq:dnsmasq-base passt:passt git:git
 
 .PHONY: demo test check lint bench install uninstall setup clean
 .DEFAULT_GOAL := demo

@@ -23,7 +23,8 @@ from tests.images import install_images
 from tests.session import Session
 from vmshell.broker import serial
 from vmshell.launch.argv import qemu_argv
-from vmshell.launch.plan import DiskPlan, LaunchPlan, NicPlan
+from vmshell.launch.devices import DiskPlan, NicPlan
+from vmshell.launch.plan import LaunchPlan
 from vmshell.layout import Layout
 from vmshell.messages import Boot, Kill, New, Rm
 
@@ -77,7 +78,7 @@ class ByHand:
             )
             self.began = time.perf_counter()
             self._process = subprocess.Popen(
-                qemu_argv(plan), pass_fds=plan.fds(), stdin=stdin, stdout=stdout, stderr=subprocess.DEVNULL
+                qemu_argv(plan), pass_fds=plan.all_fds(), stdin=stdin, stdout=stdout, stderr=subprocess.DEVNULL
             )
 
     def __enter__(self) -> ByHand:

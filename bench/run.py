@@ -36,6 +36,7 @@ SOURCES: list[tuple[str, str, str]] = [
     ("P11", "many", "requests"),
     ("P13", "boot", "new_disks"),
     ("P14", "throughput", "rows"),
+    ("P15", "launch", "rows"),
 ]
 KNOWN = sorted(
     {identity for identities, _, _ in SOURCES for identity in identities.split()}, key=lambda identity: int(identity[1:])

@@ -26,7 +26,7 @@ from tests.images import demo_images
 from tests.process.tapnets import SETTINGS, Namespace, Tapnet, address, mac, port, segment, unable
 from vmshell.admin import cpio
 from vmshell.messages import Port
-from vmshell.names import tap_name
+from vmshell.numbering import tap_name
 
 MOST = 1.03
 PAIRS = 15

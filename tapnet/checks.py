@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 
-from vmshell.errors import NetworkFailed, ProtocolError
+from vmshell.errors import ProtocolError
 from vmshell.messages import Port, Segment, Settings
+from vmshell.refusals import NetworkFailed
 
 from .links import Link, bridge_mac
+from .policy import NotInPolicy
 from .state import State, bridge, tap, uplink
 
 
@@ -23,8 +25,14 @@ def check_settings(settings: Settings) -> None:
 def check_segment(segment: Segment) -> None:
     _check(segment.gateway4, IPv4Interface)
     _check(segment.gateway6, IPv6Interface)
-    if segment.kind == "bridged" and not segment.bridge and not (segment.parent and segment.vlan):
-        raise NetworkFailed(problem="a bridged network needs a bridge of the host, or an interface and a VLAN")
+    hosts = bool(segment.bridge), bool(segment.parent), bool(segment.vlan)
+    if segment.kind == "bridged":
+        if hosts not in ((True, False, False), (False, True, True)):
+            raise NetworkFailed(problem="a bridged network needs a bridge of the host, or an interface and a VLAN")
+        if segment.gateway4 or segment.gateway6 or segment.outside != "none":
+            raise NotInPolicy(problem="gateway4, gateway6, outside: a bridged network has its own")
+    elif any(hosts):
+        raise NotInPolicy(problem=f"bridge, parent, vlan: a network of kind {segment.kind} has a bridge of ours")
 
 
 def check_port(port: Port, state: State) -> None:

@@ -13,7 +13,7 @@ from pyroute2 import NetlinkError
 
 from vmshell.errors import VmshellError
 from vmshell.messages import Port, Segment, Settings
-from vmshell.names import NUMBER_MAX, mac_address
+from vmshell.numbering import NUMBER_MAX, mac_address
 
 from . import rules, taps
 from .links import Links, held_to

@@ -17,8 +17,8 @@ from typing import Any
 
 from pyroute2 import IPRoute, NetlinkError
 
-from vmshell.errors import NetworkFailed
 from vmshell.messages import Port, Segment
+from vmshell.refusals import NetworkFailed
 
 from . import netlink, sysctl
 from .netlink import attribute, message, nested, u8, u32, u64
@@ -91,6 +91,10 @@ class Links:
         """Every interface by its name."""
         return {link.name: link for link in map(_read, self._ip.get_links())}
 
+    def addresses(self, index: int) -> set[str]:
+        """The addresses of interface *index*, each with its prefix: `10.77.3.1/24`."""
+        return {f"{found.get_attr('IFA_ADDRESS')}/{found['prefixlen']}" for found in self._ip.get_addr(index=index)}
+
     # --- bridges ---
 
     def check(self, segment: Segment) -> None:
@@ -123,11 +127,11 @@ class Links:
             index = found.index if found else socket.if_nametoindex(name)
             sysctl.bridge(name, bool(segment.gateway4), bool(segment.gateway6))
             wanted = _addresses(segment)
-            there = {(a.get_attr("IFA_ADDRESS"), a["prefixlen"]) for a in self._ip.get_addr(index=index)}
-            for address, length in there - wanted:
-                self._ip.addr("del", index=index, address=address, prefixlen=length)
-            for address, length in wanted - there:
-                self._ip.addr("add", index=index, address=address, prefixlen=length)
+            there = self.addresses(index)
+            for text in there - wanted:
+                self._ip.addr("del", index=index, **_parts(text))
+            for text in wanted - there:
+                self._ip.addr("add", index=index, **_parts(text))
             if segment.vlan:
                 self._join(segment, index)
             if found is None or not found.up:
@@ -283,11 +287,17 @@ def _queue(index: int, handle: int, parent: int, kind: bytes, options: list[byte
     return message(_NEWQDISC, netlink.CREATE | netlink.REPLACE, body)
 
 
-def _addresses(segment: Segment) -> set[tuple[str, int]]:
+def _addresses(segment: Segment) -> set[str]:
     wanted = [text for text in (segment.gateway4, segment.gateway6) if text]
     # Guests name their router by its link-local address, and everybody's is this one.
     wanted += ["fe80::1/64"] if segment.gateway6 else []
-    return {(str(address.ip), address.network.prefixlen) for address in map(ip_interface, wanted)}
+    return {str(ip_interface(text)) for text in wanted}
+
+
+def _parts(address: str) -> dict[str, Any]:
+    """`10.77.3.1/24` as pyroute2 takes it."""
+    ip, _, length = address.partition("/")
+    return {"address": ip, "prefixlen": int(length)}
 
 
 def _index(name: str, missing: int | None = None) -> int:

@@ -13,13 +13,14 @@ import socket
 
 from vmshell import wire
 from vmshell.layout import Layout
+from vmshell.servicemanager import notify, passed_socket
 
 from .features import Features
 from .network import Network
+from .rootpolicy import RootPolicy
 from .service import Service, report
 
 _LISTEN = "--listen-fd="
-_FIRST_FD = 3  # SD_LISTEN_FDS_START
 
 
 def main(argv: list[str]) -> int:
@@ -27,32 +28,31 @@ def main(argv: list[str]) -> int:
     layout = Layout.from_args(argv[0])
     os.umask(0o077)
     passed = [int(option.removeprefix(_LISTEN)) for option in argv[1:] if option.startswith(_LISTEN)]
-    if not passed and os.environ.pop("LISTEN_PID", "") == str(os.getpid()) and os.environ.pop("LISTEN_FDS", "") == "1":
-        passed = [_FIRST_FD]
-    if passed:
-        os.set_inheritable(passed[0], False)
-        listener = socket.socket(fileno=passed[0])
-    else:
+    listener = socket.socket(fileno=passed[0]) if passed else passed_socket("tapnet")
+    own = listener is None
+    if listener is None:
         os.makedirs(layout.run, 0o755, exist_ok=True)
         listener = wire.listen(layout.tapnet_socket, 0o600)
     # Descriptors on their way to a broker that is slow to take them count as ours.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    root = RootPolicy(layout.policy)
     try:
-        network, features = Network(), Features()
+        network, features = Network(root), Features()
     except PermissionError as error:
         report(f"it cannot start without CAP_NET_ADMIN: {error.strerror}")
         return 1
     network.begin()
     features.probe(network.links, network.nft)
-    for problem in (*network.problems, *features.problems):
+    root.look()
+    for problem in filter(None, (root.problem, *network.problems, *features.problems)):
         report(problem)
-    service = Service(listener, network, features)
+    service = Service(listener, root, network, features)
     _end_on_signals(service)
-    _ready()
+    notify("READY=1")
     service.run()
     service.close()
-    if not passed:
+    if own:
         try:
             os.unlink(layout.tapnet_socket)
         except OSError:
@@ -74,15 +74,3 @@ def _end_on_signals(service: Service) -> None:
         signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(write.detach(), warn_on_full_buffer=False)
     service.add(read, stop)
-
-
-def _ready() -> None:
-    """Tell the service manager, if there is one, that the broker may come."""
-    address = os.environ.pop("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        try:
-            sock.sendto(b"READY=1", "\0" + address[1:] if address.startswith("@") else address)
-        except OSError:
-            pass

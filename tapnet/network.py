@@ -11,13 +11,17 @@ import os
 from functools import partial
 from time import monotonic
 
-from vmshell.errors import NetworkFailed, VmshellError
+from vmshell.errors import VmshellError
 from vmshell.messages import Confine, Open, Opening, Port, Segment, Settings, ToTapnet, Unplug
+from vmshell.refusals import NetworkFailed
 
 from . import rules, sysctl, taps
-from .checks import check_port, check_segment, check_settings, is_our_tap, orphans
+from .checks import is_our_tap, orphans
+from .judge import Judge
 from .links import Link, Links
 from .nft import Nft
+from .rootpolicy import RootPolicy
+from .standing import Standing
 from .state import Key, State, bridge, key, same, tap, uplink
 from .watch import Departures, Watch
 
@@ -57,13 +61,14 @@ class Network:
     `amiss` says what else is not as it is to be, and is tried again every RETRY_SECONDS.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, root: RootPolicy) -> None:
         self.state = State()
         self.failing = ""
         self.amiss = ""
         self.down = False
         self.links = Links()
         self.nft = Nft()
+        self.judge = Judge(root, Standing(self.links, self.nft))
         self.watch = Watch()
         self.counts = True
         self.departures = Departures()
@@ -201,18 +206,20 @@ class Network:
         """Add *message* to the plan; what cannot be is refused before anything is touched, but for the tap itself."""
         state = plan.state
         if isinstance(message, Settings):
-            check_settings(message)
+            self.judge.settings(message)
             plan.everything = plan.everything or not same(state.settings, message)
             state.settings, state.confined = message, frozenset(message.confined)
         elif isinstance(message, Confine):
+            self.judge.confined(message.uids)
             state.confined |= set(message.uids)
         elif isinstance(message, Segment):
             if not same(state.segments.get(message.segment), message):
-                self.check_segment(message)
+                self.judge.segment(message)
+                self.links.check(message)
                 state.segments[message.segment] = plan.segments[message.segment] = message
                 plan.everything = True
         elif isinstance(message, Port):
-            check_port(message, state)
+            self.judge.port(message, state)
             before = state.ports.get(key(message))
             if message.create:
                 if before is not None and self._has_tap(message):
@@ -242,6 +249,7 @@ class Network:
             plan.openings = plan.openings or key(message) in state.openings
         elif isinstance(message, Open):
             ways = [Opening.from_body(item) for item in message.openings]
+            self.judge.openings(ways)
             before_ways = state.openings.pop(key(message), [])
             if ways:
                 state.openings[key(message)] = ways
@@ -317,11 +325,6 @@ class Network:
             self._load(elements)
         except NetworkFailed:
             self._load(rules.everything(state, self.counts))
-
-    def check_segment(self, segment: Segment) -> None:
-        """Raise VmshellError if *segment* cannot be, or needs what the host has not."""
-        check_segment(segment)
-        self.links.check(segment)
 
     def _route(self, state: State) -> None:
         """Have the host route if any guest has a way that leads over it."""

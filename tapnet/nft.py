@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 
-from vmshell.errors import NetworkFailed
+from vmshell.refusals import NetworkFailed
 
 LIBRARY = "libnftables.so.1"
 MISSING = f"{LIBRARY} is missing; install the package nftables (Debian: libnftables1)"
@@ -41,13 +41,16 @@ class Nft:
 
     def listing(self) -> str:
         """Both tables as the kernel has them, without what changes by itself."""
+        return "".join(self.show(f"list table {table}") for table in ("bridge vmshell", "inet vmshell"))
+
+    def show(self, question: str) -> str:
+        """What `list …` or `get …` shows; nothing if there is none of it."""
         library = self._open()
         library.nft_ctx_set_dry_run(self._context, False)
-        text = b""
-        for table in ("bridge vmshell", "inet vmshell"):
-            if library.nft_run_cmd_from_buffer(self._context, f"list table {table}".encode()) == 0:
-                text += library.nft_ctx_get_output_buffer(self._context) or b""
-        return text.decode("utf-8", "replace")
+        if library.nft_run_cmd_from_buffer(self._context, question.encode("ascii")) != 0:
+            library.nft_ctx_get_error_buffer(self._context)  # else it would be the next one's
+            return ""
+        return (library.nft_ctx_get_output_buffer(self._context) or b"").decode("utf-8", "replace")
 
     def _open(self) -> ctypes.CDLL:
         if self._library is not None:

@@ -21,13 +21,14 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable, Iterator
 
+from vmshell.messages import Segment
 from vmshell.names import is_interface
 
 from .state import State, bridge, is_ours, tap
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmshell.messages import Opening, Port, Segment
+    from vmshell.messages import Opening, Port, Settings
 
 TABLES = ("bridge vmshell", "inet vmshell")
 BRIDGE, INET = TABLES
@@ -83,6 +84,12 @@ def _port_elements(port: Port, segment: Segment) -> tuple[Elements, Elements]:
     if port.rate:
         link["rates"] = [f'{name} : "{tap(port)}"']
     return link, host
+
+
+def addresses(port: Port) -> Elements:
+    """The elements that stand for *port*'s own addresses."""
+    link, _ = _port_elements(port, Segment(segment=port.segment))
+    return {name: link[name] for name in ("own4", "source6") if name in link}
 
 
 def _limit(port: Port) -> str:
@@ -460,12 +467,17 @@ INET_CHAINS = f"""
 """
 
 
+def masquerading(settings: Settings) -> Iterator[str]:
+    """The rules that give all guests the host's address on the way out."""
+    yield f'ip saddr {ipaddress.IPv4Network(settings.pool4)} oifname != "vtb*" masquerade'
+    if settings.pool6:
+        yield f'ip6 saddr {ipaddress.IPv6Network(settings.pool6)} oifname != "vtb*" masquerade'
+
+
 def _masquerade(state: State) -> Iterator[str]:
     yield "  chain masked {\n    type nat hook postrouting priority 100; policy accept;"
     if state.settings:
-        yield f'    ip saddr {ipaddress.IPv4Network(state.settings.pool4)} oifname != "vtb*" masquerade'
-        if state.settings.pool6:
-            yield f'    ip6 saddr {ipaddress.IPv6Network(state.settings.pool6)} oifname != "vtb*" masquerade'
+        yield from (f"    {rule}" for rule in masquerading(state.settings))
     yield "  }"
 
 

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from time import monotonic
 
-from vmshell import wire
+from vmshell import brokeraccount, wire
 from vmshell.errors import Internal, ProtocolError, VmshellError, safe
 from vmshell.fields import request_id
 from vmshell.messages import (
@@ -33,9 +33,10 @@ from vmshell.messages import (
     parse_to_tapnet,
 )
 
-from .checks import check_port, check_segment, check_settings
 from .features import Features
 from .network import Answer, Network
+from .policy import NotInPolicy
+from .rootpolicy import RootPolicy
 from .state import State, key, tap
 
 IN, OUT = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -49,11 +50,14 @@ NOTICE_SECONDS = 0.2  # within which a notice of the kernel's has come, if it co
 class Service:
     """The loop. Everything runs in this one thread; what takes longest is a batch of hundreds of taps."""
 
-    def __init__(self, listener: socket.socket, network: Network, features: Features) -> None:
+    def __init__(self, listener: socket.socket, root: RootPolicy, network: Network, features: Features) -> None:
         self.stopping = False
         self._listener = listener
+        self._peers = {brokeraccount.uid(), os.geteuid()}
+        self._root = root
         self._network = network
         self._features = features
+        self._reported = self._problems()
         self._broker: socket.socket | None = None
         self._naming: State | None = None
         self._answers: deque[tuple[dict[str, object], int]] = deque()
@@ -98,16 +102,20 @@ class Service:
         touched = network.watch.disturbed()
         if touched:
             report("somebody else has changed our nftables tables; loading them again")
-        before = network.problems
         network.look_after(touched)
-        if network.problems != before:
-            report("; ".join(network.problems) or "everything is as it should be again")
+        self._root.look()
+        if (problems := self._problems()) != self._reported:
+            self._reported = problems
+            report("; ".join(problems) or "everything is as it should be again")
+
+    def _problems(self) -> list[str]:
+        return [*self._network.problems, *filter(None, [self._root.problem])]
 
     # --- the connection ---
 
     def _on_connect(self) -> None:
         sock, _ = self._listener.accept()
-        if wire.peer_uid(sock) not in (0, os.geteuid()):
+        if wire.peer_uid(sock) not in self._peers:
             report(f"refused a connection of uid {wire.peer_uid(sock)}")
             sock.close()
             return
@@ -206,23 +214,26 @@ class Service:
 
     def _name(self, state: State, message: ToTapnet) -> None:
         if isinstance(message, Settings):
-            check_settings(message)
+            self._network.judge.settings(message)
             state.settings, state.confined = message, frozenset(message.confined)
         elif isinstance(message, Confine):
+            self._network.judge.confined(message.uids)
             state.confined |= set(message.uids)
         elif isinstance(message, Segment):
-            check_segment(message)
+            self._network.judge.segment(message)
             state.segments[message.segment] = message
         elif isinstance(message, Port):
             if message.create:
                 raise ProtocolError(problem="nothing is made before `settle`")
             state.refused.add(tap(message))
-            check_port(message, state)
+            self._network.judge.port(message, state)
             self._network.require(message)
             state.refused.discard(tap(message))
             state.ports[key(message)] = message
         elif isinstance(message, Open):
-            state.openings[key(message)] = [Opening.from_body(item) for item in message.openings]
+            ways = [Opening.from_body(item) for item in message.openings]
+            self._network.judge.openings(ways)
+            state.openings[key(message)] = ways
         elif isinstance(message, Unplug):
             state.ports.pop(key(message), None)
             state.openings.pop(key(message), None)
@@ -242,7 +253,8 @@ class Service:
     def _health(self) -> dict[str, object]:
         if self._features.problems:
             self._features.probe(self._network.links, self._network.nft)  # perhaps they are gone
-        problems = dict.fromkeys((*self._features.problems, *self._network.problems))
+        self._root.look()
+        problems = dict.fromkeys((*self._features.problems, *self._problems()))
         return {"features": {**self._features.found, "ct-count": self._network.counts}, "problems": list(problems)}
 
     # --- answers ---
@@ -250,6 +262,8 @@ class Service:
     def _answer(self, ident: int, answer: Answer, result: dict[str, object] | None = None) -> None:
         body: dict[str, object] = {"id": ident}
         if answer.error is not None:
+            if isinstance(answer.error, NotInPolicy):
+                report(f"refused a request of the broker's: {answer.error}")
             body["error"] = answer.error.to_wire()
         else:
             body["ok"] = result or {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vmshell.messages import Open, Opening, Port, Segment, Settings, ToTapnet, Unplug
-from vmshell.names import bridge_name, tap_name
+from vmshell.numbering import bridge_name, tap_name
 
 Key = tuple[int, int]  # a port: the VM's number and the card's
 

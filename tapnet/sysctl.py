@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from vmshell.errors import NetworkFailed
+from vmshell.refusals import NetworkFailed
 
 ROOT = "/proc/sys/net"
 

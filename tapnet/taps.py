@@ -13,7 +13,7 @@ import fcntl
 import os
 import struct
 
-from vmshell.errors import NetworkFailed
+from vmshell.refusals import NetworkFailed
 
 DEVICE = "/dev/net/tun"
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from vmshell import wire
-from vmshell.errors import from_wire
 from vmshell.layout import PACKAGE_DIR, Layout
 from vmshell.messages import Put, Request, Whoami
+from vmshell.refusals import from_wire
 
 PATIENCE = 120.0  # seconds; TCG guests on a shared machine
 

@@ -16,13 +16,13 @@ import pytest
 TREE = Path(__file__).resolve().parent.parent
 # A leaf may import the leaves before it in this order.
 LEAF_ORDER = [
-    *("descriptors", "errors", "layout", "names", "policyfile", "spawn", "wire", "fields"),
-    *("launcher_messages", "messages"),
+    *("bpf", "brokeraccount", "confine", "descriptors", "errors", "refusals", "layout", "numbering", "hardware", "names"),
+    *("policyfile", "servicemanager", "spawn", "encoding", "wire", "fields", "launcher_messages", "messages"),
 ]
 LEAVES = set(LEAF_ORDER)
 # One folder is one process, but for two pure libraries, which import leaves only: the launch line is for those who start QEMU,
 # the model (definition and policy) for those who read them.
-LIBRARIES = {"launch": {"broker", "launcher", "probe"}, "model": {"admin", "broker", "shell"}}
+LIBRARIES = {"launch": {"broker", "launcher", "probe"}, "model": {"admin", "broker", "dnsmasq", "shell", "tapnet"}}
 THIRD_PARTY = {"shell": {"prompt_toolkit", "pexpect"}, "tapnet": {"pyroute2"}}
 # What runs as root, in two heaps: the code that acts, and pure code that only decides (what a message or a launch plan may be;
 # text in, value out, tested without a host). Shell counts where root runs it.
@@ -31,13 +31,17 @@ PRIVILEGED = {
     "acting": (
         950,
         (
-            *("vmshell/__main__.py", "vmshell/layout.py", "vmshell/wire.py", "vmshell/descriptors.py", "vmshell/policyfile.py"),
-            *("vmshell/spawn.py", "vmshell/launcher/*.py", "pam/*", "etc/migrate.sh"),
+            *("vmshell/__main__.py", "vmshell/wire.py", "vmshell/descriptors.py", "vmshell/policyfile.py"),
+            *("vmshell/brokeraccount.py", "vmshell/servicemanager.py", "vmshell/spawn.py", "vmshell/launcher/*.py"),
+            *("pam/*", "etc/migrate.sh"),
         ),
     ),
     "deciding": (
         1300,
-        ("vmshell/errors.py", "vmshell/fields.py", "vmshell/names.py", "vmshell/launcher_messages.py", "vmshell/launch/*.py"),
+        (
+            *("vmshell/layout.py", "vmshell/bpf.py", "vmshell/errors.py", "vmshell/encoding.py", "vmshell/fields.py"),
+            *("vmshell/numbering.py", "vmshell/hardware.py", "vmshell/launcher_messages.py", "vmshell/launch/*.py"),
+        ),
     ),
 }
 # Modules that no root process has any use for and every reviewer would ask about.
@@ -119,6 +123,9 @@ def test_import_arrows() -> None:
         ("vmshell/wire.py", "vmshell.messages", False),
         ("vmshell/messages.py", "vmshell.wire", True),
         ("tapnet/links.py", "vmshell.broker.host", False),
+        ("tapnet/rootpolicy.py", "vmshell.model.policy", True),
+        ("vmshell/dnsmasq/main.py", "vmshell.model.policy", True),
+        ("vmshell/dnsmasq/main.py", "vmshell.broker.resolving", False),
     ],
 )
 def test_the_arrows_tell_good_from_bad(path: str, name: str, allowed: bool) -> None:
@@ -146,6 +153,35 @@ def test_no_calls_a_reviewer_would_ask_about() -> None:
             if any(word.arg == "shell" for word in node.keywords):
                 problems.append(f"{path.relative_to(TREE)}:{node.lineno}: shell=")
     assert not problems, "\n".join(problems)
+
+
+def test_the_broker_never_asks_the_hosts_accounts_itself() -> None:
+    """G19: its loop serves everybody, and a directory may be silent for half a minute; the accounts helper may wait."""
+    problems = []
+    for path in TREE.glob("vmshell/broker/*.py"):
+        problems += [
+            f"{path.name}:{line}: {name}" for line, name in imports(path) if name.split(".")[0] in ("pwd", "grp", "ctypes")
+        ]
+        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)}
+        problems += [f"{path.name}: {name}()" for name in calls & {"os.getgrouplist", "os.initgroups", "os.path.expanduser"}]
+    assert not problems, "\n".join(problems)
+
+
+# What makes a socket of a network; the one file of the broker's with one is for session mode, where the broker is the user.
+NETWORK_SOCKETS = {"AF_INET", "AF_INET6", "AF_PACKET", "create_connection", "create_server", "getaddrinfo"}
+WITH_NETWORK_SOCKETS = {"vmshell/broker/passt.py"}
+
+
+def test_the_broker_speaks_to_no_network() -> None:
+    """N6: `connect` leads to a guest by the user's own shell, whose uid the packet filter asks for."""
+    found = set()
+    for path in TREE.glob("vmshell/broker/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(node, "attr", "") or getattr(node, "id", "")
+            bare = isinstance(node, ast.Call) and ast.unparse(node) == "socket.socket()"
+            if bare or name in NETWORK_SOCKETS:
+                found.add(str(path.relative_to(TREE)))
+    assert found == WITH_NETWORK_SOCKETS
 
 
 def test_modules_say_where_they_run() -> None:
@@ -219,9 +255,12 @@ def test_starters_are_isolated() -> None:
     """A17: the kernel hands a `#!` line's options over as one word; `-I -S` would lock everybody out."""
     assert first_line("etc/bin/vmshell") == "#!/usr/bin/env -S --ignore-signal=INT,QUIT,TSTP /usr/bin/python3 -IS"
     assert first_line("etc/bin/vmshell-admin") == "#!/usr/bin/python3 -IS"
-    for unit in ("vmshell-broker", "vmshell-relay"):
-        text = (TREE / f"etc/systemd/{unit}.service").read_text(encoding="utf-8")
-        assert "ExecStart=/usr/bin/python3 -IS /usr/local/lib/vmshell/" in text
+    for unit, line in (
+        *(("broker", "ExecStart"), ("launcher", "ExecStart"), ("relay", "ExecStart"), ("tapnet", "ExecStart")),
+        ("names", "ExecStartPre"),
+    ):
+        text = (TREE / f"etc/systemd/vmshell-{unit}.service").read_text(encoding="utf-8")
+        assert f"{line}=/usr/bin/python3 -IS /usr/local/lib/vmshell/current/vmshell/__main__.py " in text
 
 
 def first_line(path: str) -> str:

@@ -2,12 +2,18 @@
 
 `-I -S` keep the environment, the current folder and site-packages out of the process. So the starter adds the one folder our code
 is in, and nothing else. (The installed login shell has a starter of its own, `etc/bin/vmshell`.)
+
+An installed host has each version in a folder of its own, and a link to the one in force. The link is followed once, here: what a
+process imports later is of the version it began with.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+
+# They have their descriptors by number, where none of ours may be, and import all they need before they begin.
+JOBS = ("storage", "probe")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,13 +22,20 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Run the process named by the first argument and return its exit status."""
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    code = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    sys.path.insert(0, code)
     process, rest = (argv[1], argv[2:]) if len(argv) > 1 else ("", [])
+    if process not in JOBS:
+        from vmshell.layout import hold_code
+
+        hold_code(code)
     run: Callable[[list[str]], int]
     if process == "broker":
         from vmshell.broker.main import main as run
     elif process == "launcher":
         from vmshell.launcher.main import main as run
+    elif process == "accounts":
+        from vmshell.accounts.main import main as run
     elif process == "relay":
         from vmshell.relay.main import main as run
     elif process == "storage":
@@ -31,6 +44,8 @@ def main(argv: list[str]) -> int:
         from vmshell.probe.main import main as run
     elif process == "sieve":
         from vmshell.sieve.main import main as run
+    elif process == "dnsmasq":
+        from vmshell.dnsmasq.main import main as run
     elif process == "tapnet":
         # It cannot do without pyroute2, which is in this interpreter's own environment or in Debian's packages.
         environment = os.path.dirname(os.path.dirname(sys.executable))
@@ -42,7 +57,7 @@ def main(argv: list[str]) -> int:
     elif process == "shell":
         from vmshell.shell.main import main as run
     else:
-        print("usage: vmshell broker|launcher|relay|storage|probe|sieve|tapnet|admin|shell …", file=sys.stderr)
+        print("usage: vmshell PROCESS …", file=sys.stderr)
         return 2
     return run(rest)
 

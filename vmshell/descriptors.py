@@ -85,7 +85,12 @@ def _unix_stream(fd: int) -> socket.socket:
     """A duplicate of *fd* as a socket object, which closes with its last reference."""
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
         raise ValueError("no socket")
-    sock = socket.socket(fileno=os.dup(fd))
+    own = os.dup(fd)
+    try:
+        sock = socket.socket(fileno=own)
+    except OSError as exc:  # of a family whose sockets have no names, for which Python asks first
+        os.close(own)
+        raise ValueError("no Unix stream socket") from exc
     if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
         sock.close()
         raise ValueError("no Unix stream socket")

@@ -8,8 +8,8 @@ Runs in: every process. Stdlib only, no I/O at import.
 
 from __future__ import annotations
 
+from .encoding import INT_MAX
 from .errors import BadValue, safe
-from .wire import INT_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any, Self, TypeVar, dataclass_transform
 
     T = TypeVar("T")
+    M = TypeVar("M", bound="Message")
 else:
 
     def dataclass_transform(**_):
@@ -79,6 +80,38 @@ def choice(*allowed: str) -> Callable[[object, str], str]:
     return check
 
 
+def optional(check: Callable[[object, str], T]) -> Callable[[object, str], T | None]:
+    """None, or what *check* lets through."""
+    return lambda value, name: None if value is None else check(value, name)
+
+
+def listing(check: Callable[[object, str], T], most: int) -> Callable[[object, str], tuple[T, ...]]:
+    """At most *most* values that *check* lets through."""
+
+    def check_all(value: object, name: str) -> tuple[T, ...]:
+        if not isinstance(value, list | tuple) or len(value) > most:
+            raise bad(name, value, f"a list of at most {most}")
+        return tuple(check(item, name) for item in value)
+
+    return check_all
+
+
+def row(*checks: Callable[[object, str], object]) -> Callable[[object, str], tuple[object, ...]]:
+    """As many values as there are *checks*, each for its own."""
+
+    def check_all(value: object, name: str) -> tuple[object, ...]:
+        if not isinstance(value, list | tuple) or len(value) != len(checks):
+            raise bad(name, value, f"a list of {len(checks)}")
+        return tuple(check(item, name) for check, item in zip(checks, value, strict=True))
+
+    return check_all
+
+
+def nested(kind: type[M]) -> Callable[[object, str], M]:
+    """A message of *kind*, or the table that it is made of."""
+    return lambda value, name: value if isinstance(value, kind) else kind(**table(value, name))
+
+
 def table(value: object, name: str) -> dict[str, object]:
     if not isinstance(value, dict):
         raise bad(name, value, "a table")
@@ -87,7 +120,7 @@ def table(value: object, name: str) -> dict[str, object]:
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(field,))
 class Message:
-    """The base: subclasses set `verb` and declare fields with `field()`."""
+    """The base: subclasses set `verb`, by which they are known, and declare fields with `field()`."""
 
     verb = ""
     fds = 0  # how many descriptors come beside it
@@ -99,7 +132,7 @@ class Message:
         for name in own:
             delattr(cls, name)
 
-    def __init__(self, **values: object) -> None:
+    def __init__(self, /, **values: object) -> None:
         for name, spec in self.fields.items():
             if name in values:
                 setattr(self, name, spec.check(values.pop(name), name))
@@ -109,6 +142,10 @@ class Message:
                 setattr(self, name, spec.default)
         if values:
             raise BadValue(field=sorted(values)[0], value="not expected", rule=f"{self.verb} has no such field")
+        self.agree()
+
+    def agree(self) -> None:
+        """Raise BadValue where fields contradict each other; none do, unless a subclass says otherwise."""
 
     @classmethod
     def from_body(cls, body: dict[str, object]) -> Self:

@@ -13,7 +13,11 @@ from __future__ import annotations
 
 from .errors import ProtocolError
 from .fields import Message, bad, choice, field, integer, table
-from .names import NUMBER_MAX
+from .numbering import NUMBER_MAX
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 NUMBER = integer(1, NUMBER_MAX)
 LENT_MAX = 128  # descriptors beside one request
@@ -38,7 +42,7 @@ class ToLauncher(Message):
 
 
 class Launch(ToLauncher):
-    """Start the QEMU of VM *number*; *plan* is a LaunchPlan less what the launcher sets itself (see `launch/request.py`).
+    """Start the QEMU of VM *number*; *plan* is a LaunchPlan less what the launcher sets itself (`launch/plan.py`).
 
     QEMU's standard input and output, the guest's serial port, are FIFOs opened for reading and writing: so QEMU holds the other
     end as well, and never sees it closed. Its standard error is the writing end of a pipe.
@@ -46,7 +50,7 @@ class Launch(ToLauncher):
 
     verb = "launch"
     number: int = field(NUMBER)
-    plan: dict[str, object] = field(table)
+    plan: dict[str, Any] = field(table)
 
 
 class Job(ToLauncher):

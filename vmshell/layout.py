@@ -1,6 +1,6 @@
 """Every path and socket, from a few roots, so that tests can move them all.
 
-Runs in: every process. Stdlib only; nothing is created or opened here.
+Runs in: every process. Stdlib only; nothing is created here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ PACKAGE_DIR = os.path.dirname(os.path.abspath(__file__))
 
 # What the starters (`vmshell/__main__.py` says why) run every process with.
 PYTHON_FLAGS = "-IS"
+
+# The form of the lasting state. `make install` brings older state to it (etc/migrate.sh); newer state is refused.
+STATE_VERSION = 2
 
 
 class Layout:
@@ -86,8 +89,13 @@ class Layout:
 
     @property
     def names(self) -> str:
-        """What dnsmasq reads: its configuration and who has which address. Everybody may read it."""
+        """The data that dnsmasq reads: who has which address and name. The broker writes it, everybody may read it."""
         return f"{self.run}/names"
+
+    @property
+    def dnsmasq_conf(self) -> str:
+        """dnsmasq's configuration, in a folder of its own service's: nothing of the broker's is there."""
+        return f"{self.run}-names/dnsmasq.conf"
 
     @property
     def addresses(self) -> str:
@@ -103,6 +111,11 @@ class Layout:
     def host_facts(self) -> str:
         """The acceleration probe's answer, good until the next reboot."""
         return f"{self.broker_run}/host.json"
+
+    @property
+    def state_mark(self) -> str:
+        """Says of which version the state is, as `state 2 vmshell 0.1.0`; the installer writes it, in system mode only."""
+        return f"{self.state}/version"
 
     @property
     def images(self) -> str:
@@ -131,3 +144,25 @@ class Layout:
     def vm_log(self, number: int) -> str:
         """The relay's directory for a VM: `console.log`, its rotations, and QEMU's own words in `qemu.log`."""
         return f"{self.log}/{number}"
+
+
+def read_state_version(layout: Layout) -> int:
+    """Return the version of the state as its mark has it; 0 without one: it is older than marks, or half brought to this form."""
+    try:
+        with open(layout.state_mark, encoding="ascii", errors="replace") as file:
+            words = file.readline(100).split()
+    except FileNotFoundError:
+        return 0
+    return int(words[1]) if words[:1] == ["state"] and words[1:2] and words[1].isdecimal() else 0
+
+
+def hold_code(folder: str) -> None:
+    """Keep *folder*, which our code is in, open for the life of this process: what is held an upgrade does not remove.
+
+    It shows in /proc/PID/fd. Never as 0, 1 or 2: where one of these is closed, somebody else has to fill it.
+    """
+    numbers = [os.open(folder, os.O_PATH | os.O_DIRECTORY)]
+    while numbers[-1] <= 2:
+        numbers.append(os.dup(numbers[-1]))
+    for number in numbers[:-1]:
+        os.close(number)

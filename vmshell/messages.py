@@ -11,9 +11,18 @@ Runs in: every process. Stdlib only, no I/O at import.
 
 from __future__ import annotations
 
-from .errors import ProtocolError, UnknownVerb, safe
+from .errors import ProtocolError, safe
 from .fields import Message, bad, boolean, choice, field, integer, table, text
-from .names import INTERFACE_RULE, NUMBER_MAX, check_name, check_object, check_vm_ref, is_interface
+from .names import INTERFACE_RULE, check_name, check_object, check_vm_ref, is_interface
+from .numbering import NUMBER_MAX
+from .refusals import UnknownVerb
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeVar
+
+    T = TypeVar("T")
 
 # --- states, as they stand in records, in `list` and on the wire ------------------------------------------------------
 
@@ -92,6 +101,23 @@ def numbers(value: object, name: str) -> list[int]:
     return value
 
 
+def few(check: Callable[[object, str], T]) -> Callable[[object, str], list[T]]:
+    """A list of at most ASKED_MAX values, each of which *check* lets through."""
+
+    def check_all(value: object, name: str) -> list[T]:
+        if not isinstance(value, list) or len(value) > ASKED_MAX:
+            raise bad(name, value, f"a list of at most {ASKED_MAX}")
+        return [check(item, name) for item in value]
+
+    return check_all
+
+
+def group_names(value: object, name: str) -> list[str]:
+    if not isinstance(value, list) or len(value) > GROUPS_IN_PART or not all(isinstance(item, str) for item in value):
+        raise bad(name, value, f"a list of at most {GROUPS_IN_PART} names")
+    return value
+
+
 def mac(value: object, name: str) -> str:
     """A unicast MAC in lower case, as `names.mac_address` writes it, or nothing."""
     octets = value.split(":") if isinstance(value, str) else []
@@ -119,6 +145,9 @@ TEXT_MAX = 32 * 1024  # characters of a definition: a packet has 64 KiB
 WORDS_MAX = 64
 OPENINGS_MAX = 256
 NUMBERS_MAX = 4096
+ASKED_MAX, SHOWN_MAX = 16, 5  # images or accounts of one question, and how many things of each are named: all fits into a packet
+UID_MAX = (1 << 32) - 2
+GROUPS_IN_PART = 20  # of the longest names there can be, escaped: a packet has 64 KiB
 SHELF = "shelf"  # where a VM is named: the objects that belong to no VM
 NUMBER = integer(1, NUMBER_MAX)
 
@@ -293,6 +322,20 @@ class Reload(Request):
     verb = "reload"
 
 
+class ImageUsers(Request):
+    """Which VMs stand on each of `images`, and which may stand on any, for their records cannot be read (administrators)."""
+
+    verb = "image-users"
+    images: list[str] = field(few(image_name), default=[])
+
+
+class Owned(Request):
+    """What each of `uids` owns: VMs, half-made and unreadable ones too, and objects on its shelf (administrators)."""
+
+    verb = "owned"
+    uids: list[int] = field(few(integer(0, (1 << 32) - 2)), default=[])
+
+
 class Networks(Request):
     """The networks that the peer may put cards on."""
 
@@ -361,7 +404,7 @@ REQUESTS: dict[str, type[Request]] = {
     kind.verb: kind
     for kind in (
         *(List, Info, New, Define, Change, Boot, Shutdown, Kill, Reset, Reboot, Rm, Console, Display, Snapshot),
-        *(Objects, DiskAdd, Put, Drop, Explain, LaunchLine, Reload, Images, Whoami, Version),
+        *(Objects, DiskAdd, Put, Drop, Explain, LaunchLine, Reload, ImageUsers, Owned, Images, Whoami, Version),
         *(Networks, Net, NetHealth, Connect, Publish, HostKey),
     )
 }
@@ -586,4 +629,75 @@ def parse_to_tapnet(body: dict[str, object]) -> ToTapnet:
     kind = TO_TAPNET.get(verb) if isinstance(verb, str) else None
     if kind is None:
         raise ProtocolError(problem="tapnet has no such verb")
+    return kind.from_body(body)
+
+
+# --- broker → accounts helper -----------------------------------------------------------------------------------------
+#
+# One question, then its answer: `part` as often as it takes, then `found` as the reply.
+
+ACCOUNT_NAME = text(256)
+
+
+class ToAccounts(Message):
+    """What may be asked about the host's accounts."""
+
+
+class AboutUid(ToAccounts):
+    """Whose is `uid`? The answer has `user`."""
+
+    verb = "uid"
+    uid: int = field(integer(0, UID_MAX))
+
+
+class AboutUser(ToAccounts):
+    """Who is `user`? The answer has `uid`, its parts all `groups`."""
+
+    verb = "user"
+    user: str = field(ACCOUNT_NAME)
+
+
+class AboutGroup(ToAccounts):
+    """Is there a group of that name?"""
+
+    verb = "group"
+    group: str = field(ACCOUNT_NAME)
+
+
+class AboutMembers(ToAccounts):
+    """Who is in `group`? The answer's parts have all `uids`."""
+
+    verb = "members"
+    group: str = field(ACCOUNT_NAME)
+
+
+class Part(Message):
+    """Some of what belongs to the answer that follows."""
+
+    verb = "part"
+    groups: list[str] = field(group_names, default=[])
+    uids: list[int] = field(numbers, default=[])
+
+
+class Found(Message):
+    """The answer, or its end: whether there is such an account or group, and what was asked about it.
+
+    Not *whole*, it is what is left while a database is silent: what there is, is so, and there may be more.
+    """
+
+    verb = "found"
+    exists: bool = field(boolean, default=False)
+    uid: int = field(integer(0, UID_MAX), default=0)
+    user: str = field(ACCOUNT_NAME, default="")
+    whole: bool = field(boolean, default=True)
+
+
+TO_ACCOUNTS: dict[str, type[ToAccounts]] = {kind.verb: kind for kind in (AboutUid, AboutUser, AboutGroup, AboutMembers)}
+
+
+def parse_to_accounts(body: dict[str, object]) -> ToAccounts:
+    verb = body.get("verb")
+    kind = TO_ACCOUNTS.get(verb) if isinstance(verb, str) else None
+    if kind is None:
+        raise ProtocolError(problem="the accounts helper has no such verb")
     return kind.from_body(body)

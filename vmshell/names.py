@@ -7,7 +7,8 @@ Runs in: every process. Stdlib only, no I/O at import.
 
 from __future__ import annotations
 
-from .errors import BadName, BadValue, safe
+from .errors import BadValue, safe
+from .refusals import BadName
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,19 +29,8 @@ INTERFACE_CHARS = LETTERS | DIGITS | frozenset("._-")
 INTERFACE_MAX = 15
 INTERFACE_RULE = f"a network interface's name is 1 to {INTERFACE_MAX} letters, digits and . _ -, starting with a letter or digit"
 
-# A VM's number has six hex digits in tap names, three octets in MACs; from 0xb00000 on taps would be called like bridges.
-NUMBER_MAX = 0xAFFFFF
-UID_BASE = 2_100_000_000  # QEMU of VM number N runs as this plus N, unless the policy says another; jobs behind all of them
-JOBS_MAX = 64
-UID_BASES = range(65_537, (1 << 32) - 2 - NUMBER_MAX - JOBS_MAX)  # below are people, services and `nobody`
-CPU_MODELS = {"host": "", "qemu64": "qemu64,svm=off"}  # what there is without a policy: QEMU's -cpu text by name
 
 MIB = 1 << 20
-# What QEMU ships; its -k also opens a path, so only these ever reach it.
-KEYMAPS = (
-    *("ar", "bepo", "cz", "da", "de", "de-ch", "en-gb", "en-us", "es", "et", "fi", "fo", "fr", "fr-be", "fr-ca", "fr-ch", "hr"),
-    *("hu", "is", "it", "ja", "lt", "lv", "mk", "nl", "no", "pl", "pt", "pt-br", "ru", "sl", "sv", "th", "tr"),
-)
 
 _UNITS = {"": 1, "K": 1 << 10, "M": MIB, "G": 1 << 30, "T": 1 << 40}
 
@@ -97,29 +87,9 @@ def format_size(size: int) -> str:
     return str(size)
 
 
-def uids_of_jobs(base: int) -> range:
-    """The uids of helpers that are nobody's VM: behind those of all VMs."""
-    return range(base + NUMBER_MAX + 1, base + NUMBER_MAX + 1 + JOBS_MAX)
-
-
-def tap_name(number: int, nic: int) -> str:
-    """The tap of NIC *nic* (0..15) of VM *number*: `vt` + six hex digits + `n` + one, 10 of the 15 characters allowed."""
-    return f"vt{number:06x}n{nic:x}"
-
-
-def bridge_name(segment: int) -> str:
-    """The bridge of a segment of ours: `vtb` + six hex digits."""
-    return f"vtb{segment:06x}"
-
-
 def is_interface(name: str) -> bool:
     """May this be the name of a network interface? The kernel cuts what is longer, and takes `%d` for a template (E25)."""
     return 0 < len(name) <= INTERFACE_MAX and name[0] in LETTERS | DIGITS and INTERFACE_CHARS.issuperset(name)
-
-
-def mac_address(number: int, nic: int, host: int = 0) -> str:
-    """The MAC of NIC *nic* of VM *number* on host *host* (0..255): locally administered, unique by arithmetic."""
-    return f"06:{nic:02x}:{host:02x}:{number >> 16 & 255:02x}:{number >> 8 & 255:02x}:{number & 255:02x}"
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:

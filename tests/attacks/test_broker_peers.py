@@ -67,11 +67,16 @@ def test_D12_a_name_in_the_message_is_refused(host: Host) -> None:
 
 
 def test_D29_what_is_an_administrators(host: Host) -> None:
-    everyone = '{"id":1,"verb":"list","all":true}'
-    (answer,) = ask(host, as_user("alice"), everyone)
-    assert answer["error"]["code"] == "not-allowed"  # type: ignore[index]
-    (answer,) = ask(host, [], everyone)
-    assert "vms" in answer["ok"]  # type: ignore[operator]
+    asked = {
+        '{"id":1,"verb":"list","all":true}': "vms",
+        '{"id":1,"verb":"image-users","images":["demo"]}': "images",
+        '{"id":1,"verb":"owned","uids":[0]}': "owned",
+    }
+    for request, key in asked.items():
+        (answer,) = ask(host, as_user("alice"), request)
+        assert answer["error"]["code"] == "not-allowed"  # type: ignore[index]
+        (answer,) = ask(host, [], request)
+        assert key in answer["ok"]  # type: ignore[operator]
 
 
 def test_D09_one_users_connections_leave_room_for_others(host: Host) -> None:

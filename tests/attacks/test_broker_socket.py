@@ -75,6 +75,8 @@ def test_what_is_no_packet_gets_an_error_and_the_door(session: Session, frame: b
         (b'{"id":1,"verb":"boot","vm":"a/../b"}', "bad-name"),
         (b'{"id":1,"verb":"boot","vm":"none"}', "no-such-vm"),
         (b'{"id":1,"verb":"list","all":true}', "not-allowed"),
+        (b'{"id":1,"verb":"owned","uids":[0]}', "not-allowed"),
+        (b'{"id":1,"verb":"image-users","images":["demo"]}', "not-allowed"),
         (b"{}", "unknown-verb"),
     ],
 )

@@ -12,10 +12,11 @@ import pytest
 from tests.guests import echo_image
 from tests.session import Session
 from vmshell import messages
-from vmshell.errors import ReportedError, VmshellError
+from vmshell.errors import VmshellError
 from vmshell.layout import Layout
 from vmshell.model.keys import DISK_KEYS, KEYS, NET_KEYS
 from vmshell.model.values import Bool, Int, Size
+from vmshell.refusals import ReportedError
 
 ROWS = {
     "B01": "x,file=/etc/passwd,format=raw",

@@ -57,7 +57,7 @@ from tests.process.networld import (
 )
 from tests.process.tapnets import SETTINGS, Namespace, mac, unable
 from vmshell.messages import Health, Open, Settings
-from vmshell.names import bridge_name, tap_name
+from vmshell.numbering import bridge_name, tap_name
 
 __all__ = ["outside", "world"]
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.skipif(bool(unable()), reason=unable() or "-")]

@@ -22,7 +22,7 @@ from tests.process.networld import EVIL, GATEWAY, HERS, HIS, VICTIM, World, fram
 from tests.process.tapnets import PATIENCE, SETTINGS, Namespace, Tapnet, Thief, mac, namespace, passes, port, segment, unable
 from vmshell import wire
 from vmshell.messages import Health, Segment, Settle, Unplug
-from vmshell.names import bridge_name, tap_name
+from vmshell.numbering import bridge_name, tap_name
 
 __all__ = ["namespace", "outside", "world"]
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.skipif(bool(unable()), reason=unable() or "-")]

@@ -12,7 +12,7 @@ from typing import Any
 
 from vmshell import wire
 from vmshell.broker.loop import Loop
-from vmshell.errors import NetworkFailed
+from vmshell.refusals import NetworkFailed
 
 
 class Tapnet:

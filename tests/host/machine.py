@@ -18,7 +18,8 @@ import sys
 
 import pexpect
 
-from tests.guests import echo_image
+from tests.guest_programs.machine_code import CODE
+from tests.guests import disk_image, echo_image
 from tests.host import netguest
 from vmshell.layout import Layout
 
@@ -69,14 +70,15 @@ class Host:
     def put(self, folder: str, *paths: str) -> None:
         self._script("put", f"{self.name}:{folder}", *paths, timeout=120)
 
-    def put_tree(self) -> None:
-        self.put(CHECKOUT, *(f"{TREE}/{part}" for part in PARTS))
+    def put_tree(self, tree: str = TREE) -> None:
+        self.sh(f"rm -rf {CHECKOUT}")
+        self.put(CHECKOUT, *(f"{tree}/{part}" for part in PARTS))
 
     def make(self, *targets: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         return self.exec("make", "-s", "-C", CHECKOUT, *targets, check=check, timeout=300)
 
-    def install(self) -> None:
-        self.put_tree()
+    def install(self, tree: str = TREE) -> None:
+        self.put_tree(tree)
         self.make("install")
 
     def admin(self, *argv: str, stdin: str = "", check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -91,12 +93,16 @@ class Host:
             return file.read()
 
     def put_image(self, name: str) -> None:
-        """Put the image *name* into the host's catalogue: `echo`, `netdemo`, or one that vmshell-admin builds."""
+        """Put the image *name* into the host's catalogue: `echo`, `netdemo`, a guest program, or what vmshell-admin builds."""
         self.put("/var/lib/vmshell/images", image(name, self.public_key()))
         self.sh("chmod 0755 /var/lib/vmshell/images")
 
     def uid(self, name: str) -> int:
         return int(self.exec("id", "-u", name).stdout)
+
+    def gid(self, name: str) -> int:
+        """The number of the group that *name* has by its account."""
+        return int(self.exec("id", "-g", name).stdout)
 
     # --- as a user, over ssh ------------------------------------------------------------------------------------------
 
@@ -159,6 +165,8 @@ def _image(name: str, public_key: str) -> str:
         os.makedirs(root, exist_ok=True)
         if name == "echo":
             echo_image(layout)
+        elif name in CODE:
+            disk_image(layout, name, CODE[name])
         elif name == "netdemo":
             _image("demo", public_key)
             netguest.build(layout, public_key)

@@ -14,13 +14,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from tests.process.tapnets import Namespace, Tapnet, mac
 from vmshell.messages import Port, Segment
-from vmshell.names import bridge_name
+from vmshell.numbering import bridge_name
 
 EVIL, VICTIM = mac(1), mac(2)
 HIS, HERS, GATEWAY = "10.77.1.2", "10.77.1.3", "10.77.1.1"
@@ -71,9 +71,12 @@ def frames_from(read: Callable[[], bytes], fd: int, seconds: float) -> Iterator[
             yield read()
 
 
-def inside(space: Namespace, make: Callable[[], socket.socket]) -> socket.socket:
-    """A socket of that network: made by a thread that enters it."""
-    found: list[socket.socket] = []
+Made = TypeVar("Made")
+
+
+def inside(space: Namespace, make: Callable[[], Made]) -> Made:
+    """What *make* makes, of that network: a socket, a tap. It is called by a thread that enters it."""
+    found: list[Made] = []
 
     def enter() -> None:
         with open(f"/run/netns/{space.name}") as file:

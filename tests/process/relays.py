@@ -86,8 +86,9 @@ class ServiceManager:
 class RelayProcess:
     """The relay and the broker's connection to it. Words are collected in `words` as (number, word, count)."""
 
-    def __init__(self, layout: Layout, manager: ServiceManager | None = None) -> None:
+    def __init__(self, layout: Layout, manager: ServiceManager | None = None, journal: str = "") -> None:
         self.layout = layout
+        self._journal = journal  # where what it says goes
         self.manager = manager
         self.words: list[tuple[int, str, int]] = []
         self._id = 0
@@ -104,7 +105,8 @@ class RelayProcess:
     def start(self) -> None:
         command = [PYTHON, PYTHON_FLAGS, f"{PACKAGE_DIR}/__main__.py", "relay", self.layout.to_args()]
         if self.manager is None:
-            self.process = subprocess.Popen(command)
+            with open(self._journal, "a") if self._journal else contextlib.nullcontext() as stderr:
+                self.process = subprocess.Popen(command, stderr=stderr)
         else:
             assert self._listener is not None
             items = [("relay", self._listener.fileno()), *self.manager.stored]

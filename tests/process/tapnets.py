@@ -25,6 +25,23 @@ from vmshell.messages import Port, Segment, Settings, Settle, ToTapnet
 
 PATIENCE = 60.0
 SETTINGS = Settings(pool4="10.77.0.0/16", pool6="fd77::/48")
+# What the tests ask for, and a broker may ask of tapnet.
+POLICY = """\
+[host]
+ipv6_pool = "fd77::/48"
+ssh_forwarding = true
+[defaults]
+forward_ports = "1024-65535"
+[networks.wide]
+kind = "shared"
+outside = "all"
+""" + "".join(
+    f'[networks.{name}]\nkind = "bridged"\n{place}\n'
+    for name, place in {
+        **{bridge: f'bridge = "{bridge}"' for bridge in ("host0", "host9", "wire0")},
+        **{f"{parent}-12": f'parent = "{parent}"\nvlan = 12' for parent in ("wire0", "wire9")},
+    }.items()
+)
 
 COUNTER = itertools.count()
 
@@ -88,22 +105,44 @@ def namespace() -> Iterator[Namespace]:
 
 
 class Tapnet:
-    """The process and the broker's connection to it. *before* is a command that ends by running the one after it."""
+    """The process and the broker's connection to it.
 
-    def __init__(self, namespace: Namespace, folder: Path, before: tuple[str, ...] = (), connect: bool = True) -> None:
+    *before* is a command that ends by running the one after it; *policy* is root's; *journal* gets what the process says.
+    """
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        folder: Path,
+        before: tuple[str, ...] = (),
+        connect: bool = True,
+        policy: str = POLICY,
+        journal: Path | None = None,
+    ) -> None:
         self.namespace = namespace
         folder.mkdir(exist_ok=True)
         parts = {name: str(folder / name) for name in ("etc", "state", "run", "log")}
         self.layout = Layout(**parts, embedded=False)
+        self.put_policy(policy)
         self.before = before
+        self._journal = journal
         self._ids = itertools.count(1)
         self.start(connect)
 
     def start(self, connect: bool = True) -> None:
         code = [sys.executable, PYTHON_FLAGS, f"{PACKAGE_DIR}/__main__.py", "tapnet", self.layout.to_args()]
-        self.process = subprocess.Popen(self.namespace.command(*self.before, *code))
+        with open(self._journal, "a") if self._journal else contextlib.nullcontext() as stderr:
+            self.process = subprocess.Popen(self.namespace.command(*self.before, *code), stderr=stderr)
         if connect:
             self.broker = self.connect()
+
+    def put_policy(self, text: str) -> None:
+        """Write root's policy, which tapnet reads by itself."""
+        os.makedirs(self.layout.etc, exist_ok=True)
+        beside = f"{self.layout.etc}/new"
+        Path(beside).write_text(text)
+        os.chmod(beside, 0o644)
+        os.rename(beside, self.layout.policy)
 
     def connect(self) -> wire.Socket:
         end = time.monotonic() + PATIENCE
@@ -208,12 +247,14 @@ def mac(number: int, nic: int = 0) -> str:
 
 def port(number: int, create: bool = True, **more: Any) -> Port:
     """Card 0 of VM *number*, on segment 1."""
-    defaults = {"number": number, "nic": 0, "segment": 1, "mac": mac(number), "address4": address(number), "create": create}
+    own = address(number, more.get("segment", 0))
+    defaults = {"number": number, "nic": 0, "segment": 1, "mac": mac(number), "address4": own, "create": create}
     return Port(**{**defaults, **more})
 
 
-def address(number: int) -> str:
-    return f"10.77.1.{number + 1}" if number < 250 else f"10.77.{number // 250 + 1}.{number % 250 + 2}"
+def address(number: int, segment: int = 0) -> str:
+    """VM *number*'s on a segment; if that is not named, on the one that VMs of such numbers are on."""
+    return f"10.77.{segment or number // 250 + 1}.{number + 1 if number < 250 else number % 250 + 2}"
 
 
 # --- frames -----------------------------------------------------------------------------------------------------------

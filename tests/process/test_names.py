@@ -22,13 +22,14 @@ from vmshell.broker.context import Context
 from vmshell.broker.host import Host
 from vmshell.broker.loop import Loop
 from vmshell.broker.objects import Store
-from vmshell.broker.resolving import configuration, entries
+from vmshell.broker.resolving import entries
 from vmshell.broker.vms import Vm
+from vmshell.dnsmasq.configuration import configuration
 from vmshell.layout import Layout
 from vmshell.messages import Port
 from vmshell.model.definition import Definition, Nic
 from vmshell.model.policy import parse
-from vmshell.names import bridge_name
+from vmshell.numbering import bridge_name
 
 DNSMASQ = shutil.which("dnsmasq", path="/usr/sbin:/usr/bin")
 REASON = unable() or ("" if DNSMASQ else "dnsmasq-base is not installed")
@@ -52,6 +53,7 @@ class Net:
         host = Host(embedded=False)
         host.systemd = False
         self.context = Context(Layout(**roots, embedded=False), rules, Loop(print), host)
+        self.context.addresses.load()
         self.context.resolving.begin()
         vm, cards = self.machine(1, "web1", nic)
         self.card = cards[0]
@@ -65,7 +67,7 @@ class Net:
         self.space.run("ip", "addr", "add", "127.77.0.53/32", "dev", "lo")
         conf = f"{folder}/conf"
         # As it is written, but for the uid: the namespace has one.
-        Path(conf).write_text(configuration(self.context) + "user=root\n")
+        Path(conf).write_text(configuration(rules.host, self.context.layout.names) + "user=root\n")
         os.chmod(folder, 0o755)
         command = self.space.command(str(DNSMASQ), "--keep-in-foreground", f"--conf-file={conf}", "--pid-file=")
         self.server = subprocess.Popen([*command, "--log-facility=-"], stderr=subprocess.DEVNULL)

@@ -17,8 +17,8 @@ import pytest
 
 from tests.fakes.broker import ROW, FakeBroker
 from tests.fakes.shell import REPOSITORY, environment, run, starter
-from vmshell.errors import NoSuchVm, OverLimit, TimedOut, VmBusy, WrongState
 from vmshell.layout import Layout
+from vmshell.refusals import NoSuchVm, OverLimit, TimedOut, VmBusy, WrongState
 
 
 @pytest.fixture

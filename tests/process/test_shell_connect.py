@@ -17,8 +17,8 @@ import pytest
 
 from tests.fakes.broker import FakeBroker
 from tests.fakes.shell import PROMPT, environment, leave, run, spawn, starter
-from vmshell.errors import NotConnected, WrongState
 from vmshell.layout import Layout
+from vmshell.refusals import NotConnected, WrongState
 
 SIZE = 16 << 20
 LONG = 60  # seconds

@@ -15,8 +15,8 @@ import pytest
 
 from tests.fakes.broker import FakeBroker
 from tests.fakes.shell import LONG, descendants, environment, leave, run, spawn, starter
-from vmshell.errors import RelayDown, WrongState
 from vmshell.layout import Layout
+from vmshell.refusals import RelayDown, WrongState
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,8 @@ import pytest
 
 from tests.fakes.broker import ROW, FakeBroker
 from tests.fakes.shell import REPOSITORY, environment, leave, run, spawn, starter
-from vmshell.errors import NoPortToReach, NoSuchVm, PortTaken
 from vmshell.layout import Layout
+from vmshell.refusals import NoPortToReach, NoSuchVm, PortTaken
 
 LONG = 60  # seconds
 NETWORK = {

@@ -17,8 +17,8 @@ import pytest
 
 from tests.fakes.broker import ROW, FakeBroker
 from tests.fakes.shell import LONG, PROMPT, descendants, environment, leave, spawn, starter
-from vmshell.errors import NoSuchVm
 from vmshell.layout import Layout
+from vmshell.refusals import NoSuchVm
 
 pytestmark = pytest.mark.slow
 RUNNING = r"web1 +(\x1b\[32m)?running"

@@ -27,8 +27,9 @@ import pytest
 
 from tests.fakes.broker import ROW, FakeBroker
 from tests.fakes.shell import PROMPT, REPOSITORY, environment, leave
-from vmshell.errors import NotConnected, ProgramFailed, VmBusy, VmshellError, WrongState
+from vmshell.errors import VmshellError
 from vmshell.layout import Layout
+from vmshell.refusals import NotConnected, ProgramFailed, VmBusy, WrongState
 from vmshell.shell import ssh
 from vmshell.shell.ssh_said import Said
 

@@ -153,6 +153,7 @@ import os, subprocess, sys
 sys.path[:0] = sys.argv[1:]
 from tapnet import network
 from tests.process.tapnets import SETTINGS, port, segment
+from tapnet.rootpolicy import RootPolicy
 from tapnet.state import State
 
 def look(step):
@@ -162,7 +163,7 @@ def look(step):
     print(step, "up" if ",UP" in link else "down", "bridged" if "master" in link else "alone",
           "filtered" if '"vt000001n0"' in rules else "bare", quiet)
 
-made = network.Network()
+made = network.Network(RootPolicy("/nonexistent"))
 made.settle(State(SETTINGS))
 made.change([segment()])
 run, plug = made.nft.run, made.links.plug
@@ -706,7 +707,10 @@ def test_a_segment_that_cannot_change_stays_what_it_was(tapnet: Tapnet, namespac
     fd = tapnet.plug(port(1))
     before = namespace.run("ip", "-o", "addr", "show", "dev", "vtb000001")
     assert "10.77.1.1/24" in before
-    tapnet.refused(segment(gateway4="10.77.1.254/24", gateway6="ff02::5/64"))  # which the kernel gives to no interface
+    for command in ("wire0 type veth peer name wire1", "vmshell000001 type bridge"):
+        namespace.run("ip", "link", "add", *command.split())
+    said = tapnet.refused(Segment(segment=1, kind="bridged", parent="wire0", vlan=12))  # by the last step of many
+    assert "vmshell000001 already, and it is not ours" in said
     assert namespace.run("ip", "-o", "addr", "show", "dev", "vtb000001") == before
     assert tapnet.ask(Health())[0]["ok"]["problems"] == []
     close(fd)
@@ -777,10 +781,13 @@ def test_settings_segments_ports_and_openings_change(tapnet: Tapnet, namespace: 
     tapnet.tell(port(1, create=False, owner=4000))  # not without loss: the kernel changes the queue
     assert "tbf" not in namespace.run("tc", "qdisc", "show", "dev", "vt000001n0")
     stream = Stream(one, two)
-    tapnet.tell(Settings(pool4="10.77.0.0/16", confined=[4000, 4001]))
-    tapnet.tell(segment(outside="none", gateway4="10.77.1.254/24"))
-    shown = namespace.run("ip", "-4", "-o", "addr", "show", "dev", "vtb000001")
-    assert "10.77.1.254/24" in shown and "10.77.1.1/24" not in shown
+    tapnet.tell(Settings(pool4=SETTINGS.pool4, pool6=SETTINGS.pool6, confined=[4000, 4001]))
+    tapnet.tell(segment(outside="none", gateway4="", gateway6="fd77:0:0:1::1/64"))
+    shown = namespace.run("ip", "-o", "addr", "show", "dev", "vtb000001")
+    assert "fd77:0:0:1::1/64" in shown and "10.77.1.1/24" not in shown
+    tapnet.tell(segment(outside="none"))
+    shown = namespace.run("ip", "-o", "addr", "show", "dev", "vtb000001")
+    assert "fd77:0:0:1::1/64" not in shown and "10.77.1.1/24" in shown
     before = namespace.filter()
     tapnet.tell(Open(number=1, nic=0, openings=[{"source": "vtb000002", "port": 8443}]))
     assert "8443" in namespace.filter()

@@ -14,11 +14,19 @@ from tests.host.machine import CHECKOUT, Host
 # The first test of a machine makes the hosts' image, as fast as the package mirror is.
 pytestmark = [pytest.mark.system, pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(900)]
 
-SOCKETS = ("vmshell-broker.socket", "vmshell-relay.socket", "vmshell-tapnet.socket")
-UNITS = (*SOCKETS, "vmshell-broker.service", "vmshell-relay.service", "vmshell-tapnet.service", "vmshell-names.service")
+PROCESSES = ("broker", "launcher", "relay", "tapnet")
+SOCKETS = tuple(f"vmshell-{name}.socket" for name in PROCESSES)
+UNITS = (*SOCKETS, *(f"vmshell-{name}.service" for name in PROCESSES), "vmshell-names.service")
+VMS = "/var/lib/vmshell/vms"
 LIBDIR = "/usr/local/lib/vmshell"
+CODE = f"{LIBDIR}/current"
 LIBNFTABLES = "/usr/lib/x86_64-linux-gnu/libnftables.so.1"
 DROP_IN = "/etc/ssh/sshd_config.d/50-vmshell.conf"
+
+
+def version_of(host: Host) -> str:
+    """The name of the version in force."""
+    return host.exec("basename", host.exec("readlink", CODE).stdout.strip()).stdout.strip()
 
 
 def main_pid(host: Host, unit: str) -> int:
@@ -30,7 +38,9 @@ def main_pid(host: Host, unit: str) -> int:
 
 def test_units_are_active_and_nothing_failed(host: Host) -> None:
     assert host.exec("systemctl", "is-active", *UNITS).stdout.split() == ["active"] * len(UNITS)
-    assert host.exec("systemctl", "is-enabled", *SOCKETS, UNITS[3]).stdout.split() == ["enabled"] * (len(SOCKETS) + 1)
+    assert host.exec("systemctl", "is-enabled", *SOCKETS, "vmshell-broker.service").stdout.split() == ["enabled"] * (
+        len(SOCKETS) + 1
+    )
     assert host.sh("systemctl --failed --no-legend --plain").strip() == ""
 
 
@@ -44,19 +54,16 @@ def test_each_service_has_the_rights_it_should(host: Host) -> None:
         lines = host.exec("cat", f"/proc/{main_pid(host, unit)}/status").stdout.splitlines()
         return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
-    broker = status("vmshell-broker")
-    # chown 0, kill 5, setgid 6, setuid 7, setpcap 8
-    assert int(broker["CapBnd"], 16) == int(broker["CapEff"], 16) == 1 << 0 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 8
-    # QEMU's two filters are counted from none: what the broker has, QEMU inherits.
-    assert broker["Seccomp_filters"] == "0" and broker["NoNewPrivs"] == "1"
-    relay = status("vmshell-relay")
-    assert int(relay["CapBnd"], 16) == int(relay["CapEff"], 16) == 0
-    assert relay["Uid"].split() == [str(host.uid("vmshell-relay"))] * 4
-    assert relay["NoNewPrivs"] == "1" and relay["Seccomp"] == "2"
+    launcher = status("vmshell-launcher")
+    # setgid 6, setuid 7, setpcap 8
+    assert int(launcher["CapBnd"], 16) == int(launcher["CapEff"], 16) == 1 << 6 | 1 << 7 | 1 << 8
+    # QEMU's two filters are counted from none: what the launcher has, QEMU inherits.
+    assert launcher["Seccomp_filters"] == "0" and launcher["NoNewPrivs"] == "1"
     # net_bind_service 10, net_admin 12, net_raw 13
-    for unit, rights in (("vmshell-tapnet", 1 << 12), ("vmshell-names", 1 << 10 | 1 << 12 | 1 << 13)):
+    rights = {"broker": 0, "relay": 0, "tapnet": 1 << 12, "names": 1 << 10 | 1 << 12 | 1 << 13}
+    for unit in (f"vmshell-{name}" for name in rights):
         service = status(unit)
-        assert int(service["CapBnd"], 16) == int(service["CapEff"], 16) == rights
+        assert {int(service[f"Cap{kind}"], 16) for kind in ("Bnd", "Prm", "Eff")} == {rights[unit.removeprefix("vmshell-")]}
         assert service["Uid"].split() == [str(host.uid(unit))] * 4
         assert service["NoNewPrivs"] == "1" and service["Seccomp"] == "2"
 
@@ -70,18 +77,39 @@ def test_tapnet_opens_no_device_but_one(host: Host) -> None:
     assert "c 10:200 rw" in allowed and "a *:* rwm" not in allowed and "b *:*" not in allowed.replace("b *:* m", "")
 
 
-def test_a_jail_can_mount_its_proc_below_the_broker(host: Host) -> None:
+def test_the_broker_sees_the_hosts_own_boot_id(host: Host) -> None:
+    """By it the broker tells running VMs from those of another boot. Some hardening options mount a /proc with another one."""
+    path = "/proc/sys/kernel/random/boot_id"
+    seen = host.exec("nsenter", "-t", str(main_pid(host, "vmshell-broker")), "-m", "cat", path).stdout
+    assert seen == host.exec("cat", path).stdout
+
+
+def test_only_the_launcher_is_root(host: Host) -> None:
+    owners = host.sh("ps -eo user:20,args | grep '[/]usr/local/lib/vmshell/'").splitlines()
+    assert [line.split()[4] for line in owners if line.startswith("root ")] == ["launcher"]
+
+
+def test_no_line_of_a_unit_runs_with_more_rights_than_its_user(host: Host) -> None:
+    """`+` or `!` before a command, and a StateDirectory, which would give the broker what is root's."""
+    for unit in ("vmshell-broker.service", "vmshell-relay.service", "vmshell-tapnet.service", "vmshell-names.service"):
+        lines = [line for line in host.exec("systemctl", "cat", unit).stdout.splitlines() if not line.startswith("#")]
+        assert not [line for line in lines if re.match(r"Exec\w+=[-@:]*[+!]", line)], unit
+        assert not [line for line in lines if line.startswith(("StateDirectory=", "PermissionsStartOnly="))], unit
+
+
+def test_a_jail_can_mount_its_proc_below_the_launcher(host: Host) -> None:
     """A hardening option that masks /proc would only show when the first VM starts, as bubblewrap's refusal."""
     jail = "bwrap --unshare-all --ro-bind /usr /usr --symlink usr/lib64 /lib64 --symlink usr/lib /lib --proc /proc --dev /dev"
     drop = "setpriv --reuid 2100000001 --regid 2100000001 --clear-groups --no-new-privs --bounding-set=-all --inh-caps=-all --"
-    host.sh(f"nsenter -t {main_pid(host, 'vmshell-broker')} -m {drop} {jail} /usr/bin/test -d /proc/self")
+    host.sh(f"nsenter -t {main_pid(host, 'vmshell-launcher')} -m -n {drop} {jail} /usr/bin/test -d /proc/self")
 
 
-def test_the_broker_may_start_scopes(host: Host) -> None:
-    """systemd-run from inside the broker's own bounds, as a VM is started, and its way down to the VM's uid."""
+def test_the_launcher_may_start_scopes(host: Host) -> None:
+    """systemd-run from inside the launcher's own bounds, as a VM is started, and its way down to the VM's uid."""
     host.sh(
-        "systemd-run --quiet --wait --pipe -p CapabilityBoundingSet='CAP_SETUID CAP_SETGID CAP_SETPCAP CAP_KILL CAP_CHOWN'"
-        " -p NoNewPrivileges=yes -p ProtectSystem=strict -p ProtectHome=yes"
+        "systemd-run --quiet --wait --pipe -p CapabilityBoundingSet='CAP_SETUID CAP_SETGID CAP_SETPCAP'"
+        " -p NoNewPrivileges=yes -p ProtectSystem=strict -p ProtectHome=yes -p PrivateNetwork=yes -p PrivateTmp=yes"
+        " -p InaccessiblePaths=-/var/lib/vmshell"
         " systemd-run --quiet --scope --slice=vmshell.slice -p MemoryMax=100M"
         " setpriv --reuid 2100000001 --regid 2100000001 --clear-groups --no-new-privs --bounding-set=-all --inh-caps=-all"
         " grep -q vmshell.slice /proc/self/cgroup"
@@ -89,25 +117,37 @@ def test_the_broker_may_start_scopes(host: Host) -> None:
 
 
 def test_sockets_are_for_those_they_are_for(host: Host) -> None:
-    sockets = "/run/vmshell /run/vmshell/broker.sock /run/vmshell/relay.sock /run/vmshell/tapnet.sock"
-    assert host.sh(f"stat -c '%a %U %G' {sockets}").splitlines() == [
-        "755 root root",
-        "660 root vmusers",
-        "600 root root",
-        "600 root root",
+    assert host.sh("cd /run/vmshell; stat -c '%n %a %U %G' . *.sock broker vms names").splitlines() == [
+        ". 755 root root",
+        "broker.sock 660 root vmusers",
+        "launcher.sock 600 vmshell-broker vmshell-broker",
+        "relay.sock 600 vmshell-broker vmshell-broker",
+        "tapnet.sock 600 vmshell-broker vmshell-broker",
+        "broker 700 vmshell-broker vmshell-broker",
+        "vms 750 vmshell-broker vmshell-relay",
+        "names 755 vmshell-broker vmshell-broker",
     ]
-    assert host.sh("stat -c '%a %U' /var/lib/vmshell /var/lib/vmshell-home /var/log/vmshell").splitlines() == [
-        "700 root",
-        "755 root",
-        "700 vmshell-relay",
+    assert host.sh("cd /var/lib/vmshell; stat -c '%n %a %U %G' . * ../vmshell-home /var/log/vmshell").splitlines() == [
+        ". 711 root root",
+        "images 750 root vmshell-broker",
+        "net 700 vmshell-broker vmshell-broker",
+        "shelf 700 vmshell-broker vmshell-broker",
+        "version 644 root root",
+        "vms 700 vmshell-broker vmshell-broker",
+        "../vmshell-home 755 root root",
+        "/var/log/vmshell 700 vmshell-relay vmshell-relay",
     ]
+    groups = host.sh(f"grep Groups: /proc/{main_pid(host, 'vmshell-broker')}/status").split()[1:]
+    assert {int(group) for group in groups} == {host.gid("vmshell-broker"), host.gid("vmshell-relay")}
     assert host.exec("getent", "group", "vmusers").stdout.strip().endswith(":alice,bob")
 
 
 def test_code_is_roots_and_compiled(host: Host) -> None:
     """A18: nothing in the tree, nor above it, that others may write."""
-    assert host.sh(f"find {LIBDIR} /usr/local/bin/vmshell /usr/local/sbin/vmshell-admin -perm /022 -o ! -uid 0").strip() == ""
-    assert host.sh(f"ls -d {LIBDIR} {LIBDIR}.* 2>/dev/null", check=False).split() == [LIBDIR]
+    loose = "! -uid 0 -o -perm /022 ! -type l"
+    assert host.sh(f"find {LIBDIR} /usr/local/bin/vmshell /usr/local/sbin/vmshell-admin {loose}").strip() == ""
+    assert host.sh(f"ls -A {LIBDIR}").split() == ["current", "versions"]
+    assert host.sh(f"ls -A {LIBDIR}/versions").split() == [version_of(host)]
     compiled = host.sh(f"find {LIBDIR} -name '*.pyc' | wc -l")
     assert int(compiled) == int(host.sh(f"find {LIBDIR} -name '*.py' | wc -l"))
 
@@ -116,7 +156,7 @@ def test_starters_name_the_installed_code(host: Host) -> None:
     for path in ("/usr/local/bin/vmshell", "/usr/local/sbin/vmshell-admin"):
         text = host.exec("cat", path).stdout
         assert text.startswith("#!/usr/bin/") and text.splitlines()[0].endswith("python3 -IS")
-        assert LIBDIR in text and "@" not in text
+        assert CODE in text and "@" not in text
 
 
 def test_man_pages_are_readable(host: Host) -> None:
@@ -215,14 +255,36 @@ def test_user_remove_ends_the_login_and_the_account(host: Host) -> None:
 def test_user_remove_does_not_free_the_uid_of_vms(host: Host) -> None:
     """D22: the next account with this uid would own them."""
     host.add_user("dora")
-    folder = f"/var/lib/vmshell/vms/{host.uid('dora')}/web1"
-    host.sh(f"mkdir -p -m 700 {folder}")
+    own = f"{VMS}/{host.uid('dora')}"
+    host.sh(f"mkdir -p {own}/web1; chown -R --reference={VMS} {own}; chmod -R 700 {own}")
     done = host.admin("user", "remove", "dora", check=False)
     assert done.returncode == 1 and "web1" in done.stderr
     host.exec("getent", "passwd", "dora")
+    assert [row.split()[-1] for row in host.admin("user", "list").stdout.splitlines() if row.startswith("dora")] == ["1"]
     host.admin("user", "remove", "dora", "--keep-account")
     assert host.exec("getent", "passwd", "dora").stdout.strip().endswith(":/usr/sbin/nologin")
-    host.sh(f"rm -r {folder}; userdel dora")
+    host.sh(f"rm -r {own}; userdel dora")
+
+
+def test_without_the_broker_nothing_is_taken_away(host: Host) -> None:
+    """D22: nobody can say what an account owns, or who uses an image; the login alone can be taken."""
+    host.add_user("dora")
+    image = "/var/lib/vmshell/images/lone"
+    host.sh(f"mkdir -p {image}; echo 'description = \"x\"' >{image}/image.toml")
+    host.sh("systemctl stop vmshell-broker.socket vmshell-broker.service")
+    try:
+        removed, rm = (host.admin(*words, check=False) for words in (("user", "remove", "dora"), ("image", "rm", "lone")))
+        listed = host.admin("user", "list")
+        kept = host.admin("user", "remove", "dora", "--keep-account")
+    finally:
+        host.sh("systemctl start vmshell-broker.socket vmshell-broker.service")
+    assert removed.returncode == rm.returncode == 69
+    assert "nobody can say what dora owns" in removed.stderr and "nobody can say which VMs use image lone" in rm.stderr
+    assert [row.split()[-1] for row in listed.stdout.splitlines() if row.startswith("dora")] == ["?"]
+    assert kept.stdout == "dora: removed\n"
+    assert host.exec("getent", "passwd", "dora").stdout.strip().endswith(":/usr/sbin/nologin")
+    assert host.admin("image", "rm", "lone").stdout == "lone: removed\n"
+    host.sh("userdel dora")
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------
@@ -237,8 +299,8 @@ def doctor(host: Host) -> tuple[int, str]:
 def test_doctor_finds_nothing_wrong(host: Host) -> None:
     status, text = doctor(host)
     assert status == 0 and "FAIL" not in text, text
-    subjects = ("qemu", "jail", "code", "units", "broker", "network", "names", "routing", "sshd          alice", "shells", "pam")
-    for subject in subjects:
+    subjects = ("qemu", "jail", "code", "units", "rights", "broker", "network", "names", "routing", "shells", "pam")
+    for subject in (*subjects, "sshd          alice"):
         assert f"OK    {subject}" in text, text
 
 
@@ -246,7 +308,8 @@ def test_doctor_finds_nothing_wrong(host: Host) -> None:
     ("breaks", "mends", "line"),
     [
         ("echo /usr/local/bin/vmshell >>/etc/shells", "sed -i '/vmshell/d' /etc/shells", "FAIL  shells"),
-        (f"chmod g+w {LIBDIR}/vmshell/broker", f"chmod g-w {LIBDIR}/vmshell/broker", "FAIL  code"),
+        (f"chmod g+w {CODE}/vmshell/broker", f"chmod g-w {CODE}/vmshell/broker", "FAIL  code"),
+        (f"chmod o+w {LIBDIR}", f"chmod o-w {LIBDIR}", "FAIL  code"),
         ("chmod o+w /usr/local/lib", "chmod o-w /usr/local/lib", "FAIL  code"),
         (f"mv {DROP_IN} /root/", f"mv /root/50-vmshell.conf {DROP_IN}", "FAIL  sshd"),
         (
@@ -298,31 +361,83 @@ def test_doctor_warns_of_weak_accounts(host: Host, breaks: str, mends: str, word
 # --- installing again, and a host that is not as it should be ---------------------------------------------------------
 
 
-def test_the_broker_refuses_code_that_others_can_write(host: Host) -> None:
-    """A18, the broker's own look at it."""
-    host.sh(f"chmod o+w {LIBDIR}/vmshell")
+def test_the_launcher_refuses_code_that_others_can_write(host: Host) -> None:
+    """A18: what is root looks at its own code, and at every folder above the one that the link leads to."""
+    host.sh(f"chmod o+w {LIBDIR}/versions")
     try:
-        done = host.exec("systemctl", "restart", "vmshell-broker", check=False)
+        done = host.exec("systemctl", "restart", "vmshell-launcher", check=False)
         assert done.returncode != 0
-        assert "can be written by others" in host.sh("journalctl -b -u vmshell-broker --no-pager")
+        assert "can be written by others" in host.sh("journalctl -b -u vmshell-launcher --no-pager")
     finally:
-        host.sh(f"chmod o-w {LIBDIR}/vmshell; systemctl reset-failed vmshell-broker; systemctl restart vmshell-broker")
+        host.sh(f"chmod o-w {LIBDIR}/versions; systemctl restart vmshell-launcher")
 
 
 def test_installing_again_is_the_upgrade(host: Host) -> None:
     """New code takes over, what runs in vmshell.slice runs on, the administrator's policy stays."""
     start_pretended_vm(host, "vmshell-vm-9999.scope")
     pid = main_pid(host, "vmshell-broker")
-    host.sh("echo '# mine' >>/etc/vmshell/policy.toml; touch " + LIBDIR + "/leftover")
+    host.sh("echo '# mine' >>/etc/vmshell/policy.toml")
     said = host.make("install", "KVM=1").stdout
     assert "kept your /etc/vmshell/policy.toml" in said
     assert host.sh("tail -n 1 /etc/vmshell/policy.toml") == "# mine\n"
     assert main_pid(host, "vmshell-broker") not in (0, pid)
     assert host.exec("systemctl", "is-active", "vmshell-vm-9999.scope").stdout.strip() == "active"
     host.exec("systemctl", "stop", "vmshell-vm-9999.scope")
-    assert host.exec("test", "-e", f"{LIBDIR}/leftover", check=False).returncode != 0
     status, text = doctor(host)
     assert status == 0, text
+
+
+def test_installing_the_same_again_changes_no_file(host: Host) -> None:
+    """Not even a folder's time: nothing is written beside and renamed that is there already."""
+    listing = "find /usr/local /etc /var/lib/vmshell /var/lib/vmshell-home -printf '%p %i %m %u %g %s %T@ %C@ %l\n' | sort"
+    host.make("install", "KVM=1")
+    before = host.sh(listing).splitlines()
+    host.make("install", "KVM=1")
+    assert host.sh(listing).splitlines() == before
+
+
+def test_a_damaged_version_is_put_anew(host: Host) -> None:
+    module = f"{CODE}/vmshell/names.py"
+    for damage in (f"echo >>{module}", f"rm {module}", f"chmod o+w {CODE}/vmshell", f"echo >{CODE}/vmshell/socket.py"):
+        host.sh(damage)
+        host.make("install", "KVM=1")
+        host.sh(f'cd {CODE} && diff -r -x __pycache__ vmshell {CHECKOUT}/vmshell && test -z "$(find . -perm /022)"')
+        assert host.sh(f"ls -A {LIBDIR}/versions").split() == [version_of(host)]
+
+
+def test_a_version_stays_while_somebody_has_it(host: Host) -> None:
+    """Who is logged in imports late, and gets what belongs to the version that he began with."""
+    first = version_of(host)
+    session = host.spawn("alice")
+    session.expect_exact("vmshell> ")
+    versions = [install_another(host, number) for number in range(1, 4)]
+    assert len({first, *versions}) == 4
+    # The one in force, the one before, and the one that the session has.
+    assert set(host.sh(f"ls -A {LIBDIR}/versions").split()) == {first, *versions[1:]}
+    assert host.sh(f"basename $(readlink {LIBDIR}/previous)").strip() == versions[1]
+    for unit in PROCESSES:
+        held = host.sh(f"readlink /proc/{main_pid(host, f'vmshell-{unit}')}/fd/*", check=False)
+        assert f"{LIBDIR}/versions/{versions[2]}" in held.split(), unit
+    host.sh(f"echo 'raise ValueError' >{CODE}/vmshell/shell/networking.py")
+    session.sendline("networks")
+    session.expect_exact("internet")
+    session.sendline("exit")
+    session.expect_exact([pexpect.EOF])
+    session.close()
+    host.install()
+    assert set(host.sh(f"ls -A {LIBDIR}/versions").split()) == {first, versions[2]}
+    assert version_of(host) == first
+
+
+def test_code_of_before_there_were_versions_stays_while_it_runs(host: Host) -> None:
+    """It lay in the folder itself; its processes hold nothing, and are told by their command line."""
+    old = f"{LIBDIR}/vmshell/__main__.py"
+    host.sh(f"mkdir {LIBDIR}/vmshell {LIBDIR}/tapnet; echo 'import time; time.sleep(600)' >{old}")
+    host.sh(f"systemd-run --quiet --unit=old-shell /usr/bin/python3 -IS {old}")
+    host.make("install")
+    host.sh(f"test -e {old} && test -e {LIBDIR}/tapnet && systemctl stop old-shell")
+    host.make("install")
+    host.sh(f"test ! -e {LIBDIR}/vmshell && test ! -e {LIBDIR}/tapnet")
 
 
 def test_a_drop_in_that_sshd_refuses_is_taken_back(host: Host) -> None:
@@ -386,6 +501,13 @@ def test_and_installed_again_the_users_are_back(host: Host) -> None:
     host.make("install")
     status, text = doctor(host)
     assert status == 0, text
+
+
+def install_another(host: Host, number: int) -> str:
+    """Install code that differs from the tree's, and return its version's name."""
+    host.sh(f"echo '# {number}' >{CHECKOUT}/vmshell/another.py")
+    host.make("install")
+    return version_of(host)
 
 
 def start_pretended_vm(host: Host, scope: str) -> None:

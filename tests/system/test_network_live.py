@@ -12,7 +12,7 @@ import pytest
 from tests.host.guest import Guest
 from tests.host.machine import Host
 from tests.host.world import wait_for
-from vmshell.errors import NoAddress
+from vmshell.refusals import NoAddress
 
 # The first test of a machine makes the hosts' image, as fast as the package mirror is.
 pytestmark = [pytest.mark.system, pytest.mark.root, pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(900)]

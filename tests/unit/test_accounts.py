@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vmshell.admin import doctor, users
-from vmshell.errors import AccountRefused, BadName
+from vmshell.refusals import AccountRefused, BadName
 
 TREE = Path(__file__).resolve().parents[2]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import pwd
 import select
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import pytest
 
 from vmshell.broker import context as context_module
 from vmshell.broker import endings, scratch, start
+from vmshell.broker import host as host_module
 from vmshell.broker import link as link_module
 from vmshell.broker.admission import Admission
 from vmshell.broker.context import Context
@@ -27,12 +27,13 @@ from vmshell.broker.objects import Store
 from vmshell.broker.relaylink import RelayLink
 from vmshell.broker.server import Call
 from vmshell.broker.vms import Registry, Vm
-from vmshell.errors import StorageFailed, TooManyRequests, VmshellError
+from vmshell.errors import VmshellError
 from vmshell.layout import Layout
 from vmshell.messages import FAILED, OFF, QUEUED, RUNNING, STOPPING, Forget, Order
 from vmshell.model.definition import Definition
 from vmshell.model.policy import Policy
-from vmshell.names import NUMBER_MAX
+from vmshell.numbering import NUMBER_MAX
+from vmshell.refusals import StorageFailed, TooManyRequests
 
 
 @pytest.fixture
@@ -155,8 +156,9 @@ def test_a_start_that_fails_leaves_no_descriptor(layout: Layout, monkeypatch: py
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives a file away")
 def test_the_relay_gets_in_by_its_group_and_not_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An account with uid 64990 and group 64991: group 64990 may be somebody else's."""
-    account = pwd.struct_passwd(("vmshell-relay", "x", 64990, 64991, "", "/", "/usr/sbin/nologin"))
-    monkeypatch.setattr(pwd, "getpwnam", lambda name: account)
+    accounts = tmp_path / "passwd"
+    accounts.write_text("root:x:0:0:root:/root:/bin/bash\nvmshell-relay:x:64990:64991::/:/usr/sbin/nologin\n")
+    monkeypatch.setattr(host_module, "ACCOUNTS_FILE", str(accounts))
     Host(embedded=False).share_with_relay(str(tmp_path), 0o750)
     status = tmp_path.stat()
     assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (0, 64991, 0o750)

@@ -15,8 +15,9 @@ from vmshell import wire
 from vmshell.broker.link import Link
 from vmshell.broker.loop import Loop
 from vmshell.broker.tapnetlink import TapnetLink
-from vmshell.errors import TapnetDown, VmshellError
+from vmshell.errors import VmshellError
 from vmshell.messages import Health, Unplug
+from vmshell.refusals import TapnetDown
 
 MANY = 2000  # more than any socket buffer takes
 

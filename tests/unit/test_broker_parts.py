@@ -21,7 +21,12 @@ from vmshell.broker.host import Host
 from vmshell.broker.loop import Loop
 from vmshell.broker.objects import Object
 from vmshell.broker.vms import Registry, Vm
-from vmshell.errors import (
+from vmshell.errors import VmshellError
+from vmshell.layout import Layout
+from vmshell.model.definition import Definition, Disk, Nic
+from vmshell.model.policy import Policy
+from vmshell.model.shapes import Forward
+from vmshell.refusals import (
     ImageDamaged,
     NoSuchImage,
     NoSuchObject,
@@ -31,12 +36,7 @@ from vmshell.errors import (
     StorageFailed,
     VmBusy,
     VmExists,
-    VmshellError,
 )
-from vmshell.layout import Layout
-from vmshell.model.definition import Definition, Disk, Nic
-from vmshell.model.policy import Policy
-from vmshell.model.shapes import Forward
 
 # --- records ----------------------------------------------------------------------------------------------------------
 

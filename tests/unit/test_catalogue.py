@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -12,11 +13,14 @@ from pathlib import Path
 import pytest
 
 from tests.images import admin_command, run_admin
+from vmshell.admin import catalogue as catalogue_module
 from vmshell.admin import main as admin
+from vmshell.admin import usage
 from vmshell.admin.catalogue import Catalogue, Image
 from vmshell.admin.verbs import Verb
-from vmshell.errors import CatalogueBusy, ImageDamaged, ImageInUse, NoSuchImage, Usage, VmshellError
+from vmshell.errors import VmshellError
 from vmshell.layout import Layout
+from vmshell.refusals import CatalogueBusy, ImageDamaged, ImageInUse, NoSuchImage, Usage
 
 
 @pytest.fixture
@@ -97,16 +101,16 @@ def test_a_record_that_cannot_be_read_protects_every_disk(layout: Layout, record
     folder.mkdir(parents=True)
     (folder / "record.json").write_text(record)
     if record == '{"images": ["other"]}':
-        assert Catalogue(layout).users_of("demo-disk") == []
+        assert usage.users_of(layout, "demo-disk").count == 0
     else:
-        assert len(Catalogue(layout).users_of("demo-disk")) == 1
+        assert usage.users_of(layout, "demo-disk").count == 1
 
 
 def test_a_vm_being_made_counts_and_one_being_deleted_does_not(layout: Layout) -> None:
     refer(layout, "demo-disk", ".new-4")
     refer(layout, "demo-disk", ".rm-5")
     Path(layout.vms, "next").write_text("6\n")
-    assert len(Catalogue(layout).users_of("demo-disk")) == 1
+    assert usage.users_of(layout, "demo-disk").count == 1
 
 
 def test_what_a_killed_build_left_is_cleaned_by_the_next(layout: Layout) -> None:
@@ -252,6 +256,31 @@ def test_exit_statuses(layout: Layout, words: list[str], status: int) -> None:
     assert done.returncode == status
     assert "Traceback" not in done.stderr
     assert bool(done.stderr) == bool(status)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a folder to a group")
+def test_on_an_installed_host_the_folder_is_for_the_broker_to_read(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made as root where it is missing; one that is there, by tmpfiles say, keeps its owner and its mode."""
+    as_host = Layout(etc=layout.etc, state=layout.state, run=layout.run, log=layout.log, embedded=False)
+    group = 64_001
+
+    def made(place: Layout) -> tuple[int, int, int]:
+        with Catalogue(place).locked():
+            status = os.stat(place.images)
+            return status.st_uid, status.st_gid, status.st_mode & 0o7777
+
+    monkeypatch.setattr(catalogue_module, "_broker_group", lambda: group)
+    assert made(as_host) == (0, group, 0o750)
+    os.chown(as_host.images, 64_002, 64_003)
+    os.chmod(as_host.images, 0o711)
+    assert made(as_host) == (64_002, 64_003, 0o711)
+    shutil.rmtree(as_host.images)
+    monkeypatch.setattr(catalogue_module, "_broker_group", lambda: None)
+    assert made(as_host) == (0, os.getegid(), 0o755)
+    shutil.rmtree(as_host.images)
+    monkeypatch.setattr(catalogue_module, "_broker_group", lambda: group)
+    assert made(layout) == (0, os.getegid(), 0o755)  # one's own session, though one is root
 
 
 @pytest.mark.root

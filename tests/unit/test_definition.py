@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from vmshell.errors import BadName, BadValue, UnknownKey, VmshellError
+from vmshell.errors import BadValue, VmshellError
 from vmshell.model import definition as d
 from vmshell.model.keys import DISK_KEYS, KEYS, NET_KEYS, Key
 from vmshell.model.values import (
@@ -27,6 +27,7 @@ from vmshell.model.values import (
     Tag,
     Text,
 )
+from vmshell.refusals import BadName, UnknownKey
 
 BASE = '[[disk]]\npath = "root"\n[[net]]\nnetwork = "users"\n'
 # What is wrong for every kind of value, as TOML. Where a kind takes one of them, it is listed below.

@@ -17,10 +17,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vmshell.errors import BadValue
+from vmshell.hardware import KEYMAPS
 from vmshell.launch import jail, seccomp
 from vmshell.launch.argv import CPU, qemu_argv
-from vmshell.launch.plan import DiskPlan, LaunchPlan, NicPlan
-from vmshell.names import KEYMAPS
+from vmshell.launch.devices import DiskPlan, NicPlan
+from vmshell.launch.plan import LaunchPlan
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -687,7 +689,7 @@ BAD: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("bad", BAD, ids=[f"{number}-{'-'.join(bad)}" for number, bad in enumerate(BAD)])
 def test_a_plan_refuses(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"."):
+    with pytest.raises(BadValue, match=r"."):
         plan(**bad)
 
 
@@ -738,7 +740,7 @@ RAW, QCOW2 = (3, "raw"), (4, "qcow2")
 )
 def test_a_disk_refuses(bad: dict[str, Any]) -> None:
     """B13, B14: two formats, by descriptor."""
-    with pytest.raises(ValueError, match=r"."):
+    with pytest.raises(BadValue, match=r"."):
         DiskPlan(**bad)
 
 
@@ -751,7 +753,7 @@ def test_a_cdrom_is_read_only_by_nature() -> None:
 )
 def test_a_nic_refuses(mac: str) -> None:
     """E33: a MAC is made by us from the VM's number."""
-    with pytest.raises(ValueError, match=r"."):
+    with pytest.raises(BadValue, match=r"."):
         NicPlan(mac=mac)
 
 
@@ -772,7 +774,7 @@ def test_a_nic_refuses(mac: str) -> None:
     ids=str,
 )
 def test_a_nic_refuses_other_values(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"."):
+    with pytest.raises(BadValue, match=r"."):
         nic(1, **bad)
 
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmshell import errors, fields, messages, names
-from vmshell.errors import BadName, BadValue, UnknownVerb, VmshellError
+from vmshell import errors, fields, messages, names, numbering, refusals
+from vmshell.errors import BadValue, VmshellError
+from vmshell.refusals import BadName, UnknownVerb
 
 BAD_NAMES = [
     "", ".", "..", "a/b", "/etc/passwd", "a\n", "\na", "a\0", "-x", "--", "-snapshot", "1a", "A", "aB", "web_1", "web.1", "web 1",
@@ -71,11 +72,11 @@ def test_sizes_that_are_none(text: object) -> None:
         names.parse_size(text)
 
 
-@given(st.integers(1, names.NUMBER_MAX), st.integers(0, 15))
+@given(st.integers(1, numbering.NUMBER_MAX), st.integers(0, 15))
 def test_what_follows_from_a_number_is_unique_and_short(number: int, nic: int) -> None:
     """E25: no interface name is ever cut, and every MAC is unicast and locally administered."""
-    assert len(names.tap_name(number, nic)) < 16
-    octets = [int(octet, 16) for octet in names.mac_address(number, nic).split(":")]
+    assert len(numbering.tap_name(number, nic)) < 16
+    octets = [int(octet, 16) for octet in numbering.mac_address(number, nic).split(":")]
     assert octets[0] & 3 == 2
     assert octets[3] << 16 | octets[4] << 8 | octets[5] == number
 
@@ -88,7 +89,7 @@ def test_sizes_are_shown_within_a_tenth(size: int) -> None:
 
 
 def test_every_error_has_a_code_a_sentence_and_a_status() -> None:
-    for code, kind in errors.REGISTRY.items():
+    for code, kind in refusals.REGISTRY.items():
         assert code == kind.code
         assert kind.__doc__
         assert 1 <= kind.exit_status < 256
@@ -96,7 +97,7 @@ def test_every_error_has_a_code_a_sentence_and_a_status() -> None:
 
 
 def test_an_error_survives_the_wire_and_nothing_in_it_reaches_a_terminal_raw() -> None:
-    told = errors.from_wire(errors.NoSuchVm(vm="\x1b]0;x\x07\n").to_wire())
+    told = refusals.from_wire(refusals.NoSuchVm(vm="\x1b]0;x\x07\n").to_wire())
     assert told.code == "no-such-vm"
     assert told.exit_status == errors.EX_NO_SUCH
     assert told.sentence() == "there is no VM named \\x1b]0;x\\x07\\x0a"
@@ -105,7 +106,7 @@ def test_an_error_survives_the_wire_and_nothing_in_it_reaches_a_terminal_raw() -
 
 @pytest.mark.parametrize("error", [None, [], {}, {"code": 1, "text": None}, {"code": "nonsense", "text": "x{y}", "hint": "{0}"}])
 def test_a_malformed_error_is_a_plain_refusal(error: object) -> None:
-    assert errors.from_wire(error).code == "refused"
+    assert refusals.from_wire(error).code == "refused"
 
 
 @given(st.text())

@@ -20,11 +20,12 @@ from vmshell.broker.networks import Networks, Plugged
 from vmshell.broker.relaylink import Done
 from vmshell.broker.server import Call
 from vmshell.broker.vms import Registry, Vm
-from vmshell.errors import NetworkFailed, QemuSilent, RelayDown, StorageFailed, VmBusy, VmshellError
+from vmshell.errors import VmshellError
 from vmshell.layout import Layout
 from vmshell.messages import OFF, QUEUED, RUNNING, STARTING, STOPPING, Order
 from vmshell.model.definition import Definition, Nic
 from vmshell.model.policy import parse
+from vmshell.refusals import NetworkFailed, QemuSilent, RelayDown, StorageFailed, VmBusy
 
 SILENT = QemuSilent(vm=1, what="it")
 

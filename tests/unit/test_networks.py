@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from tests.fakes.accounts import People
 from tests.fakes.tapnet import Tapnet
 from tests.unit.test_live import held
 from vmshell import wire
-from vmshell.broker import journal, live, upkeep
+from vmshell.broker import journal, live, passt, reaching, upkeep
 from vmshell.broker import networks as networks_module
 from vmshell.broker.access import Peer, authorise
 from vmshell.broker.addresses import WITHOUT_SUBNET, Addresses
@@ -24,15 +26,16 @@ from vmshell.broker.host import Host
 from vmshell.broker.loop import Loop
 from vmshell.broker.objects import Store
 from vmshell.broker.publishing import Published, Running, Ways, handle_publish
-from vmshell.broker.resolving import configuration, entries
+from vmshell.broker.resolving import entries
 from vmshell.broker.vms import Vm
-from vmshell.errors import BadName, NetworkFailed, NoAddress, NoSuchVm, PortTaken, StorageFailed, TooOften, VmshellError
+from vmshell.errors import VmshellError
 from vmshell.layout import Layout
-from vmshell.messages import OPENINGS_MAX, RUNNING, Publish, Rm
+from vmshell.messages import OPENINGS_MAX, RUNNING, Connect, Publish, Rm
 from vmshell.model.addressing import Plan
 from vmshell.model.definition import Definition, Nic
 from vmshell.model.policy import parse
-from vmshell.names import bridge_name
+from vmshell.numbering import bridge_name
+from vmshell.refusals import BadName, NetworkFailed, NoAddress, NoSuchVm, PortTaken, StorageFailed, TooOften
 
 ALICE, BOB = (1001, "alice"), (1002, "bob")
 POLICY = """
@@ -52,23 +55,6 @@ kind = "none"
 """
 
 
-def people(names: dict[str, int], groups: dict[str, set[str]]) -> Any:
-    class People(Host):
-        def uid_of(self, user: str) -> int | None:
-            return names.get(user)
-
-        def user_of(self, uid: int) -> str:
-            return next((name for name, number in names.items() if number == uid), "")
-
-        def groups_of(self, user: str) -> frozenset[str]:
-            return frozenset(group for group, members in groups.items() if user in members)
-
-        def is_group(self, group: str) -> bool:
-            return group in groups
-
-    return People
-
-
 @pytest.fixture
 def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Context]:
     roots = {name: str(tmp_path / name) for name in ("etc", "state", "run", "log")}
@@ -79,14 +65,15 @@ def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Context
     layout = Layout(**roots, embedded=False)
     rules = parse(POLICY, "policy.toml")
     names = {"alice": 1001, "bob": 1002, "carol": 1003, "dave": 1004}
-    host = people(names, {"staff": {"bob", "dave"}})(embedded=False)
+    host = Host(embedded=False)
 
     def raises(exc: BaseException) -> None:
         raise exc
 
     loop = Loop(raises)
-    made = Context(layout, rules, loop, cast(Any, host))
+    made = Context(layout, rules, loop, host)
     made.addresses.load()
+    made.accounts = cast(Any, People(names, {"staff": {"bob", "dave"}}))
     host.systemd = False
     made.resolving.begin()
     yield made
@@ -94,7 +81,7 @@ def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Context
 
 
 def machine(context: Context, number: int, owner: str, *nics: Nic) -> Vm:
-    uid = context.host.uid_of(owner)
+    uid = context.accounts.uid_of(owner)
     assert uid is not None
     definition = Definition(f"web{number}", nics=nics)
     return Vm(number, uid, owner, definition, 0, Store(f"{context.layout.state}/none", "x"))
@@ -316,7 +303,7 @@ def test_d22_the_uid_of_an_account_that_is_gone_brings_nothing_along(context: Co
     """carl has bob's uid now: he is in none of bob's segments, and his sockets reach none of bob's VMs."""
     bob = machine(context, 1, "bob", Nic())
     (old,) = cards_of(context, bob, bob.definition, give=True)
-    people = cast(Any, context.host)
+    people = cast(Any, context.accounts)
     names = {"alice": 1001, "carl": 1002}
     people.uid_of, people.user_of = names.get, lambda uid: next((name for name in names if names[name] == uid), "")
     carl = machine(context, 2, "carl", Nic())
@@ -342,7 +329,7 @@ def made_anew(context: Context) -> tuple[Vm, Vm]:
 
 def test_d22_an_account_that_was_made_anew_has_names_of_its_own(context: Context) -> None:
     old, new = made_anew(context)
-    people = cast(Any, context.host)
+    people = cast(Any, context.accounts)
     now, people.uid_of = people.uid_of, lambda user: 1500
     hosts = Path(context.layout.names, "hosts")
     with Tapnet(context.layout.tapnet_socket) as tapnet:
@@ -391,6 +378,9 @@ class Answer:
     def reply(self, answer: dict[str, object]) -> None:
         self.replies.append(answer)
 
+    def guard(self, action: Callable[[], None]) -> None:
+        action()
+
 
 def publish(context: Context, vm: Vm, **more: Any) -> list[dict[str, object]]:
     call = Answer()
@@ -402,6 +392,7 @@ def publish(context: Context, vm: Vm, **more: Any) -> list[dict[str, object]]:
 def alices(context: Context, monkeypatch: pytest.MonkeyPatch) -> Vm:
     """A VM of hers that is off, saved by nobody."""
     vm = machine(context, 1, "alice", Nic())
+    register(context, vm)
     monkeypatch.setattr(context.registry, "of", lambda uid: [vm])
     monkeypatch.setattr(context.registry, "save", lambda vm: None)
     monkeypatch.setattr(journal, "_buckets", {})
@@ -484,14 +475,14 @@ def test_the_names_of_all_vms_ask_about_each_owner_once(context: Context, monkey
     for vm in vms:
         cards_of(context, vm, vm.definition, give=True)
     asked: list[str] = []
-    uid_of = context.host.uid_of
+    uid_of = context.accounts.uid_of
 
     def ask(user: str) -> int | None:
         asked.append(user)
         return uid_of(user)
 
-    monkeypatch.setattr(context.host, "uid_of", ask)
-    monkeypatch.setattr(context.host, "groups_of", ask)
+    monkeypatch.setattr(context.accounts, "uid_of", ask)
+    monkeypatch.setattr(context.accounts, "groups_of", ask)
     context.resolving.begin()
     assert sorted(asked) == ["alice", "bob"]
     assert Path(context.layout.names, "hosts", "2").read_text().split()[1::2] == ["web2.bob.vm", "net1.web2.bob.vm"]
@@ -500,16 +491,9 @@ def test_the_names_of_all_vms_ask_about_each_owner_once(context: Context, monkey
     assert asked == ["alice"]
 
 
-def test_the_configuration_is_what_dnsmasq_takes(context: Context) -> None:
-    import shutil
-    import subprocess
-
-    dnsmasq = shutil.which("dnsmasq", path="/usr/sbin:/usr/bin")
-    if dnsmasq is None:
-        pytest.skip("dnsmasq-base is not installed")
-    done = subprocess.run([dnsmasq, "--test", f"--conf-file={context.layout.names}/dnsmasq.conf"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "dhcp-ignore-names" in configuration(context)
+def test_the_broker_writes_data_and_no_configuration(context: Context) -> None:
+    assert sorted(os.listdir(context.layout.names)) == ["dhcp-hosts", "dhcp-opts", "hosts"]
+    assert not os.path.exists(context.layout.dnsmasq_conf)
 
 
 # --- tapnet -----------------------------------------------------------------------------------------------------------
@@ -796,8 +780,8 @@ def test_a_way_that_tapnet_refuses_to_close_is_closed_later(context: Context, mo
 def test_a06_members_are_confined_whenever_they_join(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upkeep, "NUMBERS_MAX", 3)
     context.policy = parse(POLICY + "[host]\nssh_forwarding = true\n", "policy.toml")
-    people = cast(Any, context.host)
-    members = [1001, 1002, 1003, 1004]
+    people = cast(Any, context.accounts)
+    members = [0, 998, 1001, 1002, 1003, 1004]  # root and a service are nobody's to confine
     people.members = lambda group: sorted(members)
     people.groups_of = lambda user: frozenset({context.policy.host.group})
     with Tapnet(context.layout.tapnet_socket) as tapnet:
@@ -819,6 +803,20 @@ def test_a06_members_are_confined_whenever_they_join(context: Context, monkeypat
         people.groups_of = lambda user: frozenset()
         context.networks.refresh()
         tapnet.turn(context.loop, lambda: tapnet.verbs().count("settings") == 4 and len(confined()) == 5)
+
+
+def test_n6_connect_says_where_the_guest_is_and_opens_no_socket(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an installed host the one file of the broker's with sockets of a network has no part: in no boot, nor in `connect`."""
+    replies: list[dict[str, object]] = []
+    call = SimpleNamespace(peer=SimpleNamespace(uid=1001), reply=replies.append)
+    with Tapnet(context.layout.tapnet_socket) as tapnet:
+        vm = machine(context, 1, "alice", Nic())
+        for name in ("start_all", "leads", "available"):
+            monkeypatch.setattr(passt, name, None)
+        plug_in(context, tapnet, vm)
+        vm.state = RUNNING
+        reaching.handle_connect(context, cast(Any, call), Connect(vm="web1", port=22), vm)
+        assert replies == [{"name": vm.ref, "address": context.networks.plugged(vm)[0].address4, "port": 22}]
 
 
 def test_a_rate_follows_the_policy_and_is_shown_as_it_is(context: Context) -> None:

@@ -10,10 +10,11 @@ from typing import Any, cast
 
 import pytest
 
+from tests.fakes.accounts import People
 from tests.fakes.tapnet import Tapnet
 from tests.unit import test_networks
 from tests.unit.test_networks import Answer, machine, plug, publish, ways
-from vmshell import wire
+from vmshell import encoding
 from vmshell.broker import networks as networks_module
 from vmshell.broker import upkeep
 from vmshell.broker.cards import cards_of
@@ -22,12 +23,13 @@ from vmshell.broker.publishing import Published, Running, Ways
 from vmshell.broker.reaching import handle_net
 from vmshell.broker.verbs import handle_info
 from vmshell.broker.vms import Registry, Vm
-from vmshell.errors import BadValue, VmBusy
+from vmshell.errors import BadValue
 from vmshell.messages import CREATING, OPENINGS_MAX, Info, Net
 from vmshell.model.addressing import Plan
 from vmshell.model.definition import Definition, Nic
 from vmshell.model.policy import parse
-from vmshell.names import bridge_name
+from vmshell.numbering import bridge_name
+from vmshell.refusals import VmBusy
 
 context, alices = test_networks.context, test_networks.alices
 GRANTS = """
@@ -48,11 +50,7 @@ def tapnet(context: Context) -> Iterator[Tapnet]:
 
 def people(context: Context, names: dict[str, int], groups: dict[str, set[str]]) -> None:
     """Whom the host knows from now on."""
-    host = cast(Any, context.host)
-    host.uid_of = names.get
-    host.user_of = lambda uid: next((name for name, number in names.items() if number == uid), "")
-    host.groups_of = lambda user: frozenset(group for group, members in groups.items() if user in members)
-    host.is_group = groups.__contains__
+    context.accounts = cast(Any, People(names, groups))
 
 
 def crowd(context: Context, count: int) -> None:
@@ -287,8 +285,8 @@ def test_a_look_asks_once_about_everybody(context: Context, monkeypatch: pytest.
     for vm in vms:
         vm.published = [Published(port, "tcp", to) for port in range(80, 84) for to in ("@staff", "bob", "dave")]
     running = run(context, *vms)
-    host, registry = context.host, context.registry
-    asked = count(monkeypatch, (host, "user_of"), (host, "uid_of"), (host, "groups_of"), (registry, "of"))
+    known, registry = context.accounts, context.registry
+    asked = count(monkeypatch, (known, "user_of"), (known, "uid_of"), (known, "groups_of"), (registry, "of"))
     counted = count(monkeypatch, (context.addresses, "private"))
     look = Ways(context, running)
     assert all(look.to(vm, card) for vm, cards in running for card in cards if card.network.kind == "private" or card.provides)
@@ -302,7 +300,7 @@ def test_a_list_of_published_ports_asks_once_about_its_owner(
     bobs = machine(context, 2, "bob", *[Nic()] * 8)
     run(context, alices, bobs)
     alices.published = [Published(port, "tcp", "bob") for port in range(80, 110)]
-    asked = count(monkeypatch, (context.host, "uid_of"), (context.host, "groups_of"))
+    asked = count(monkeypatch, (context.accounts, "uid_of"), (context.accounts, "groups_of"))
     for vm, opened in ((alices, [True] * 20 + [False] * 10), (bobs, [])):
         call = Answer()
         handle_net(cast(Any, context), cast(Any, call), Net(vm=vm.name), vm)
@@ -353,7 +351,7 @@ def test_what_is_published_of_a_vm_fits_into_an_answer(
     for handle, request in ((handle_net, Net(vm="web1")), (handle_info, Info(vm="web1"))):
         call = Answer()
         handle(cast(Any, context), cast(Any, call), cast(Any, request), alices)
-        assert len(wire.encode({"id": wire.INT_MAX, "ok": call.replies[0]})) < wire.FRAME_MAX * 0.85
+        assert len(encoding.encode({"id": encoding.INT_MAX, "ok": call.replies[0]})) < encoding.FRAME_MAX * 0.85
     publish(context, alices, port=10_000, to=name, remove=True)
 
 

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmshell import messages
+from vmshell import messages, servicemanager
 from vmshell.errors import ProtocolError
 from vmshell.layout import Layout
-from vmshell.relay import jobs, logfile, orders, qmp, service, words
+from vmshell.relay import jobs, logfile, orders, qmp, words
 from vmshell.relay.logfile import Log
 from vmshell.relay.loop import IN, Loop
 from vmshell.relay.orders import Orders
@@ -1042,7 +1042,7 @@ def test_nothing_is_sent_without_a_service_manager() -> None:
 def test_descriptors_for_another_process_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LISTEN_PID", str(os.getpid() + 1))
     monkeypatch.setenv("LISTEN_FDS", "1")
-    assert service.take_fds() == []
+    assert servicemanager.passed() == []
     assert "LISTEN_FDS" not in os.environ
 
 

@@ -6,8 +6,9 @@ import random
 
 import pytest
 
-from vmshell.errors import BadName, BadValue, Usage, VmshellError
+from vmshell.errors import BadValue, VmshellError
 from vmshell.names import nearest
+from vmshell.refusals import BadName, Usage
 from vmshell.shell import grammar, verbs
 from vmshell.shell.grammar import Pointed
 

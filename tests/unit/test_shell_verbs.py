@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from vmshell import messages
-from vmshell.errors import Usage
+from vmshell.refusals import Usage
 from vmshell.shell import actions, candidates, helptext, verbs
 from vmshell.shell.checks import CHECKS
 from vmshell.shell.show import greeting
@@ -23,7 +23,7 @@ def test_every_request_of_the_wire_has_its_verb_and_nothing_more() -> None:
     """By the verb's own name, under another one, or for administrators only."""
     own = {verb.name for verb in verbs.visible()}
     others = {"disk-add": "disk", "drop": "rm", "define": "kvm"}  # `set` is also `unset`, `info` also `snapshots`
-    admin = {"launch-line", "reload", "net-health"}
+    admin = {"launch-line", "reload", "net-health", "image-users", "owned"}
     assert set(messages.REQUESTS) - own == {"disk-add", "drop", "host-key"} | admin
     only_here = {"help", "exit", "unset", "snapshots", "kvm", "import-libvirt", "disk", "ssh", "unpublish"}
     assert own - set(messages.REQUESTS) == only_here

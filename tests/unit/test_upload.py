@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vmshell.errors import Usage
+from vmshell.refusals import Usage
 from vmshell.shell import upload
 from vmshell.shell.terminal import Terminal
 from vmshell.storage import put

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmshell import wire
+from vmshell import encoding, wire
 from vmshell.errors import ProtocolError
 
 
@@ -52,21 +52,21 @@ def test_the_documented_packet_is_what_is_sent(pair: tuple[socket.socket, socket
         pytest.param(b'{"a":"\xff"}', id="D06-not-utf8"),
         pytest.param(b"[" * 60_000, id="D03-deep-open"),
         pytest.param(b'{"a":' + b"[" * 17 + b"]" * 17 + b"}", id="D03-17-deep"),
-        pytest.param(b'{"a":"' + b"x" * wire.FRAME_MAX + b'"}', id="D01-oversized"),
+        pytest.param(b'{"a":"' + b"x" * encoding.FRAME_MAX + b'"}', id="D01-oversized"),
         pytest.param(b'{"a":1} {', id="trailing"),
     ],
 )
 def test_hostile_packets_are_protocol_errors(data: bytes) -> None:
     with pytest.raises(ProtocolError):
-        wire.decode(data)
+        encoding.decode(data)
 
 
 def test_brackets_inside_strings_are_not_depth() -> None:
-    assert wire.decode(b'{"a":"' + b"[{" * 500 + b'\\"["}')["a"] == "[{" * 500 + '"['
+    assert encoding.decode(b'{"a":"' + b"[{" * 500 + b'\\"["}')["a"] == "[{" * 500 + '"['
 
 
 def test_sixteen_deep_is_allowed() -> None:
-    assert wire.decode(b'{"a":' + b"[" * 15 + b"]" * 15 + b"}")
+    assert encoding.decode(b'{"a":' + b"[" * 15 + b"]" * 15 + b"}")
 
 
 JSON = st.recursive(
@@ -82,15 +82,15 @@ JSON = st.recursive(
 @given(st.dictionaries(st.text("xyz", max_size=3), JSON, max_size=5))
 def test_what_is_encoded_is_decoded(body: dict[str, object]) -> None:
     data = json.dumps(body).encode()
-    if wire._depth(data) <= wire.DEPTH_MAX:
-        assert wire.decode(wire.encode(body)) == body
+    if encoding._depth(data) <= encoding.DEPTH_MAX:
+        assert encoding.decode(encoding.encode(body)) == body
 
 
 @settings(max_examples=2000)
 @given(st.binary(max_size=200) | st.text('{}[]",:\\u0129eE.-+ntf ', max_size=60).map(str.encode))
 def test_any_bytes_decode_or_are_refused(data: bytes) -> None:
     try:
-        assert isinstance(wire.decode(data), dict)
+        assert isinstance(encoding.decode(data), dict)
     except ProtocolError:
         pass
 
@@ -123,7 +123,7 @@ def test_a_flood_of_descriptors_is_cut_and_refused(pair: tuple[socket.socket, so
 
 
 def test_a_packet_larger_than_the_buffer_is_refused_whole(pair: tuple[socket.socket, socket.socket]) -> None:
-    pair[0].send(b'{"a":"' + b"x" * (wire.FRAME_MAX + 10) + b'"}')
+    pair[0].send(b'{"a":"' + b"x" * (encoding.FRAME_MAX + 10) + b'"}')
     with pytest.raises(ProtocolError):
         wire.recv(pair[1])
     wire.send(pair[0], {"next": 1})
@@ -138,7 +138,7 @@ def test_the_peer_is_who_the_kernel_says(pair: tuple[socket.socket, socket.socke
 
 def test_too_large_an_answer_is_refused_before_it_is_sent() -> None:
     with pytest.raises(ProtocolError, match="limit"):
-        wire.encode({"a": "x" * wire.FRAME_MAX})
+        encoding.encode({"a": "x" * encoding.FRAME_MAX})
 
 
 def test_a_process_without_the_json_module_refuses_the_same() -> None:
@@ -146,11 +146,11 @@ def test_a_process_without_the_json_module_refuses_the_same() -> None:
     frames = ['{"a":"\x01"}', "{", '{"a":00}', '{"a":1', '{"a" 1}', '{"a":"\\x"}', '{"a":"', "[", '{"a":1,}', "nul"]
     program = (
         f"import sys; sys.path.insert(0, {os.path.dirname(os.path.dirname(wire.__file__))!r})\n"
-        "from vmshell import wire\n"
+        "from vmshell import encoding\n"
         "from vmshell.errors import ProtocolError\n"
         "assert 'json' not in sys.modules\n"
         f"for frame in {frames!r}:\n"
-        "    try: wire.decode(frame.encode())\n"
+        "    try: encoding.decode(frame.encode())\n"
         "    except ProtocolError: continue\n"
         "    raise AssertionError(frame)\n"
     )

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from vmshell.errors import NoSuchObject
 from vmshell.model import policy
 from vmshell.model.decide import Usage, apply_fixed, decide
 from vmshell.model.definition import from_table, to_toml
+from vmshell.refusals import NoSuchObject
 from vmshell.shell import wrapper
 from vmshell.shell.qemu_options import OPTIONS
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmshell.errors import NoSuchObject
 from vmshell.model.definition import emit, from_table, parse
+from vmshell.refusals import NoSuchObject
 from vmshell.shell.qemu_options import ALLOWED, DENIED, OPTIONS, UNUSED
 from vmshell.shell.wrapper import Translation, explain_table, refusal_lines, translate
 

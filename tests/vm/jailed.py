@@ -16,7 +16,8 @@ from typing import Any
 from tests.fakes.serial import SerialPort, relays_side
 from vmshell.broker import serial
 from vmshell.launch import jail, seccomp
-from vmshell.launch.plan import DiskPlan, LaunchPlan
+from vmshell.launch.devices import DiskPlan
+from vmshell.launch.plan import LaunchPlan
 
 PATIENCE = 60.0
 
@@ -79,7 +80,7 @@ class Jailed:
                     stdin=stdin,
                     stdout=stdout,
                     stderr=subprocess.PIPE,
-                    pass_fds=self.plan.fds(),
+                    pass_fds=self.plan.all_fds(),
                     env={"SECRET": "of the broker", "PATH": os.environ["PATH"]},
                 )
             self.console = relays_side(str(folder))

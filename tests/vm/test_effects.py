@@ -20,9 +20,10 @@ from tests import guests
 from tests.consoles import Viewer
 from tests.session import Session
 from vmshell import messages
-from vmshell.errors import ReportedError, VmshellError
+from vmshell.errors import VmshellError
 from vmshell.layout import PACKAGE_DIR, Layout
 from vmshell.model.definition import emit
+from vmshell.refusals import ReportedError
 from vmshell.shell import wrapper
 
 pytestmark = pytest.mark.vm

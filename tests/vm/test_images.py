@@ -20,9 +20,9 @@ from tests.images import ROOT, admin_command, admin_layout, demo_images, run_adm
 from tests.vm.jailed import Jailed, Qmp, read_until
 from vmshell.admin.catalogue import Catalogue
 from vmshell.admin.packages import PackageError, Packages
-from vmshell.launch.plan import NicPlan
+from vmshell.launch.devices import NicPlan
 from vmshell.layout import Layout
-from vmshell.names import mac_address
+from vmshell.numbering import mac_address
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow]
 

@@ -19,7 +19,7 @@ import pytest
 
 from tests.vm.jailed import Jailed, Qmp, read_until
 from vmshell.broker import serial
-from vmshell.launch.plan import DiskPlan, NicPlan
+from vmshell.launch.devices import DiskPlan, NicPlan
 
 # As root the VM has a uid of its own, and files are root's, mode 0600; otherwise all is the user's.
 UID = 61234 if os.geteuid() == 0 else None

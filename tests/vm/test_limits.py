@@ -13,8 +13,8 @@ from tests.guests import echo_image
 from tests.images import run_admin
 from tests.session import Session
 from vmshell import messages
-from vmshell.errors import ReportedError
 from vmshell.layout import Layout
+from vmshell.refusals import ReportedError
 
 pytestmark = pytest.mark.vm
 

@@ -18,8 +18,8 @@ from tests.session import Session
 from vmshell import messages
 from vmshell.broker import passt
 from vmshell.broker.host import children, start_ticks
-from vmshell.errors import ReportedError
 from vmshell.layout import Layout
+from vmshell.refusals import ReportedError
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
 

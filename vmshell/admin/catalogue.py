@@ -4,7 +4,7 @@ An image is made in a hidden directory beside its place and exchanged with the o
 vmshell-admins apart, so a hidden directory found while holding the lock was left by one that was killed, and is deleted.
 The old files live on for whoever has them open. A *disk* that VMs have overlays over is never replaced: their own disks
 hold only the differences to it.
-Runs in: vmshell-admin. Touches STATE/images, reads STATE/vms.
+Runs in: vmshell-admin. Touches STATE/images; `usage.py` says who uses what.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from ..errors import CatalogueBusy, ImageDamaged, ImageInUse, NoSuchImage
+from .. import brokeraccount
 from ..layout import Layout
 from ..names import NAME_CHARS, check_name
+from ..refusals import CatalogueBusy, ImageDamaged, ImageInUse, NoSuchImage
+from . import usage
 
 _HIDDEN = ".build-"
-_DIRECTORY_MODE = 0o755  # below a 0700 state directory; jobs of other uids get descriptors only
+_DIRECTORY_MODE = 0o755  # of an image, and of all of them below a 0700 state directory; jobs of other uids get descriptors only
+_SHARED_MODE = 0o750  # of all images below a state directory that others may enter: root's, and the broker's to read
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -114,39 +117,14 @@ class Catalogue:
             return f"{image.disk} does not have the recorded size"
         return ""
 
-    def users(self) -> dict[str, list[str]]:
-        """VMs (`owner/name`) by the image they refer to, those just being made too. An unreadable record counts for all (`*`)."""
-        users: dict[str, list[str]] = {}
-        for uid in _listdir(self._layout.vms):
-            for folder in _listdir(f"{self._layout.vms}/{uid}"):
-                if folder.startswith(".rm-"):
-                    continue  # its VM is gone; only the deleting goes on
-                name, images = folder, ["*"]
-                try:
-                    with open(f"{self._layout.vms}/{uid}/{folder}/record.json", encoding="utf-8") as file:
-                        record = json.load(file)
-                    name, images = str(record.get("name", folder)), _names(record["images"])
-                except (FileNotFoundError, NotADirectoryError):
-                    continue
-                except (ValueError, AttributeError, KeyError, TypeError):
-                    pass
-                for image in images:
-                    users.setdefault(image, []).append(f"{_account(uid)}/{name}")
-        return users
-
-    def users_of(self, name: str) -> list[str]:
-        users = self.users()
-        return users.get(name, []) + users.get("*", [])
-
     def must_be_unused(self, name: str, advice: str) -> None:
-        """Raises ImageInUse."""
-        users = self.users_of(name)
-        if users:
-            more = f" and {len(users) - 5} more" if len(users) > 5 else ""
-            raise ImageInUse(image=name, users=", ".join(users[:5]) + more, advice=advice)
+        """Raises ImageInUse, or CannotTell where nobody can say who uses it."""
+        users = usage.users_of(self._layout, name)
+        if users.count:
+            raise ImageInUse(image=name, users=users, advice=advice)
 
     def must_be_replaceable(self, name: str) -> None:
-        """Raises ImageInUse where VMs have overlays over the disk of *name*; a kernel may change under its VMs."""
+        """Raises ImageInUse or CannotTell where VMs have overlays over the disk of *name*; a kernel may change under its VMs."""
         if not self.exists(name):
             return
         try:
@@ -159,10 +137,8 @@ class Catalogue:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Be the only vmshell-admin that changes the catalogue, which exists and is clean then; raises CatalogueBusy."""
-        os.makedirs(self._layout.state, mode=0o700, exist_ok=True)
         if not os.path.isdir(self.path):
-            os.mkdir(self.path)
-            os.chmod(self.path, _DIRECTORY_MODE)
+            self._make_folder()
         lock = os.open(f"{self.path}/.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -174,6 +150,22 @@ class Catalogue:
             raise CatalogueBusy() from exc
         finally:
             os.close(lock)
+
+    def _make_folder(self) -> None:
+        """Make the folder of all images, which nobody has made yet: for the broker to read, and where there is none, for oneself.
+
+        One that is there belongs to whoever made it (tmpfiles, on an installed host), and so do its owner and mode.
+        """
+        group = None if self._layout.embedded or os.geteuid() != 0 else _broker_group()
+        os.makedirs(self._layout.state, mode=0o700 if group is None else 0o711, exist_ok=True)
+        os.mkdir(self.path, 0o700)
+        folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if group is not None:
+                os.fchown(folder, -1, group)
+            os.fchmod(folder, _DIRECTORY_MODE if group is None else _SHARED_MODE)
+        finally:
+            os.close(folder)
 
     @contextmanager
     def workspace(self) -> Iterator[str]:
@@ -244,26 +236,14 @@ def _sync(path: str) -> None:
         os.close(fd)
 
 
-def _listdir(path: str) -> list[str]:
+def _broker_group() -> int | None:
+    """The group of the broker's account, if this host has one."""
     try:
-        return sorted(os.listdir(path))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _account(uid: str) -> str:
-    with suppress(ValueError, KeyError):
-        return pwd.getpwuid(int(uid)).pw_name
-    return uid
+        return pwd.getpwnam(brokeraccount.NAME).pw_gid
+    except KeyError:
+        return None
 
 
 def _quoted(text: str) -> str:
     # JSON's string syntax is TOML's basic string for everything we write.
     return json.dumps(text, ensure_ascii=True)
-
-
-def _names(value: object) -> list[str]:
-    """The list of names that *value* must be; raises TypeError."""
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise TypeError("not a list of names")
-    return value

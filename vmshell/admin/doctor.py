@@ -6,7 +6,6 @@ Runs in: vmshell-admin, as whoever typed it; what only root can see is said to b
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import pwd
@@ -16,17 +15,21 @@ import stat
 import subprocess
 from collections.abc import Iterator
 
-from ..errors import safe
+from ..errors import VmshellError, safe
 from ..layout import PACKAGE_DIR
-from . import users
+from ..messages import NetHealth, Version, Whoami
+from ..refusals import BrokerDown
+from . import own_records, users
+from .asking import ask
 from .doctor_network import check_names, check_network, check_routing
-from .findings import ENV, FAIL, OK, WARN, Finding, ask, output, problem_of, states
+from .doctor_rights import check_rights
+from .findings import ANSWER_PATIENCE, ENV, FAIL, OK, WARN, Finding, output, problem_of, states
 from .verbs import Arguments, Context
 
 QEMU_OLDEST = (7, 2)
 PROBE_PATIENCE = 60.0  # seconds
 LISTS_OF_SHELLS = "/etc/shells"
-UNITS = tuple(f"vmshell-{name}.{kind}" for name in ("broker", "relay", "tapnet") for kind in ("socket", "service"))
+UNITS = tuple(f"vmshell-{name}.{kind}" for name in ("launcher", "broker", "relay", "tapnet") for kind in ("socket", "service"))
 # What sshd must answer for a member of the group, lower case as `sshd -T` prints it.
 SSHD_WANTED = {
     "forcecommand": users.SHELL,
@@ -99,19 +102,16 @@ def check_jail(context: Context) -> Iterator[Finding]:
 
 
 def check_acceleration(context: Context) -> Iterator[Finding]:
-    # The broker answers this once it has looked at the host, which it does by starting guests.
-    answer = ask(context.layout, "version", PROBE_PATIENCE)
     try:
-        with open(context.layout.host_facts, encoding="utf-8") as file:
-            facts = json.load(file)
-    except FileNotFoundError:
-        yield _unprobed(answer)
+        facts = _facts(context)
+    except VmshellError as exc:
+        problem = f"what the broker found out about this host cannot be told: {exc.sentence()}"
+        yield Finding(WARN, problem, "journalctl -u vmshell-broker")
         return
-    except (OSError, ValueError) as exc:
-        yield Finding(WARN, f"what the broker found out about this host cannot be read ({exc})")
-        return
-    if facts.get("problem"):
-        yield Finding(FAIL, f"{facts['problem']}")
+    if not facts:
+        yield Finding(WARN, "nobody has looked at this host since it booted; the broker does when it starts")
+    elif facts.get("problem"):
+        yield Finding(FAIL, f"the broker cannot run VMs: {facts['problem']}", "journalctl -u vmshell-broker")
     elif facts.get("accel") == "kvm":
         yield Finding(OK, "KVM")
     else:
@@ -119,12 +119,15 @@ def check_acceleration(context: Context) -> Iterator[Finding]:
         yield Finding(WARN, f"no KVM: guests are emulated, perhaps 10 to 20 times slower ({reason})")
 
 
-def _unprobed(answer: dict[str, object]) -> Finding:
-    """The broker keeps no answer when it cannot run VMs, so that it looks again; then the first thing it lacks is the reason."""
-    lacks = answer.get("lacks")
-    if isinstance(lacks, list) and lacks and not answer.get("accel"):
-        return Finding(FAIL, f"the broker cannot run VMs: {lacks[0]}", "journalctl -u vmshell-broker")
-    return Finding(WARN, "nobody has looked at this host since it booted; the broker does when it starts")
+def _facts(context: Context) -> dict[str, str]:
+    """What the broker says once it has looked at the host, by starting guests; in session mode also what it noted before."""
+    try:
+        answer = ask(context.layout, Version(), PROBE_PATIENCE)
+        return {key: answer.text(key) for key in ("accel", "reason", "problem")}
+    except BrokerDown:
+        if not context.layout.embedded:
+            raise
+        return own_records.host_facts(context.layout)
 
 
 # --- our own installation ---------------------------------------------------------------------------------------------
@@ -152,16 +155,17 @@ def check_units(context: Context) -> Iterator[Finding]:
         words = ", ".join(f"{unit} is {found.get(unit, 'unknown')}" for unit in down)
         yield Finding(FAIL, words, f"systemctl start {' '.join(down)}; journalctl -u 'vmshell-*'")
     else:
-        yield Finding(OK, "broker, relay and tapnet are active")
+        yield Finding(OK, "launcher, broker, relay and tapnet are active")
 
 
 def check_sockets(context: Context) -> Iterator[Finding]:
     """The broker answers, and its socket is for the group only."""
     path = context.layout.broker_socket
-    if "uid" in ask(context.layout, "whoami"):
+    try:
+        ask(context.layout, Whoami(), ANSWER_PATIENCE).number("uid")
         yield Finding(OK, "the broker answers")
-    else:
-        yield Finding(FAIL, "the broker does not answer", "systemctl restart vmshell-broker.socket; journalctl -u vmshell-broker")
+    except VmshellError as exc:
+        yield Finding(FAIL, exc.sentence(), "systemctl restart vmshell-broker.socket; journalctl -u vmshell-broker")
     if os.path.exists(path) and os.stat(path).st_mode & stat.S_IWOTH:
         yield Finding(WARN, "accounts outside vmusers can reach the broker's socket", "systemctl restart vmshell-broker.socket")
 
@@ -216,8 +220,10 @@ def check_sshd(context: Context) -> Iterator[Finding]:
 
 def _sockets_are_confined(context: Context) -> bool:
     """Does the packet filter hold these accounts' own sockets to their VMs? Not what the policy says: what is in force."""
-    confined = ask(context.layout, "net-health").get("confined")
-    return isinstance(confined, int) and confined > 0
+    try:
+        return ask(context.layout, NetHealth(), ANSWER_PATIENCE).number("confined") > 0
+    except VmshellError:
+        return False
 
 
 def sshd_problems(answer: str, *, confined: bool = False) -> Iterator[str]:
@@ -323,6 +329,7 @@ CHECKS = (
     ("jail", check_jail),
     ("code", check_code),
     ("units", check_units),
+    ("rights", check_rights),
     ("broker", check_sockets),
     ("acceleration", check_acceleration),
     ("network", check_network),

@@ -15,9 +15,11 @@ import socket
 import stat
 from collections.abc import Iterator
 
-from ..errors import VmshellError, from_wire
+from ..errors import VmshellError
+from ..messages import NetHealth
 from ..model import policy
-from .findings import ENV, FAIL, OK, WARN, Finding, ask, output, problem_of, states
+from .asking import ask
+from .findings import ANSWER_PATIENCE, ENV, FAIL, OK, WARN, Finding, output, problem_of, states
 from .policies import missing_interfaces
 from .verbs import Context
 
@@ -46,24 +48,25 @@ BESIDE = "see `Beside another firewall` in vmshell-admin(8)"
 def check_network(context: Context) -> Iterator[Finding]:
     """tapnet answers, and what it says of the kernel; without it, what it may be missing."""
     yield from _parts()
-    answer = ask(context.layout, "net-health")
-    problems, features = answer.get("problems"), answer.get("features")
-    if not isinstance(problems, list) or not isinstance(features, dict):
-        said = f" ({from_wire(answer['error']).sentence()})" if "error" in answer else ""
+    try:
+        answer = ask(context.layout, NetHealth(), ANSWER_PATIENCE)
+        problems, lacking = answer.texts("problems"), answer.lacking("features")
+    except VmshellError as exc:
         if os.geteuid() != 0:
-            yield Finding(WARN, f"the state of the network is for administrators{said}", "run doctor as root")
+            yield Finding(WARN, f"the state of the network is for administrators ({exc.sentence()})", "run doctor as root")
             return
         cure = f"systemctl restart {TAPNET} vmshell-broker; journalctl -u vmshell-tapnet"
-        yield Finding(FAIL, f"the network service does not answer{said}, so no VM with a network starts", cure)
+        said = f"the network service does not answer ({exc.sentence()}), so no VM with a network starts"
+        yield Finding(FAIL, said, cure)
         return
     for sentence in problems:
-        yield Finding(FAIL, str(sentence), "vmshell-admin network repair, when its cause is gone; journalctl -u vmshell-tapnet")
+        yield Finding(FAIL, sentence, "vmshell-admin network repair, when its cause is gone; journalctl -u vmshell-tapnet")
     if not problems:
         yield Finding(OK, "the network service answers")
     for lack in missing_interfaces(_policy(context)):
         yield Finding(FAIL, lack, "make it, or take the network out of the policy; VMs on it do not start")
     for name, without in WITHOUT.items():
-        if features.get(name) is False:
+        if name in lacking:
             yield Finding(WARN, f"this kernel has no {name}: {without}", "nothing else depends on it")
 
 

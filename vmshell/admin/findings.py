@@ -1,4 +1,4 @@
-"""What `vmshell-admin doctor` is made of: a finding, and the ways its checks ask programs and the broker.
+"""What `vmshell-admin doctor` is made of: a finding, and the ways its checks ask programs.
 
 Runs in: vmshell-admin.
 """
@@ -7,10 +7,6 @@ from __future__ import annotations
 
 import subprocess
 from dataclasses import dataclass
-
-from .. import wire
-from ..errors import ProtocolError
-from ..layout import Layout
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 ENV = {"PATH": "/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
@@ -50,22 +46,3 @@ def _run(argv: tuple[str, ...], patience: float | None = None) -> subprocess.Com
 def states(*units: str) -> dict[str, str]:
     """systemd's word for each unit: active, inactive, failed …"""
     return dict(zip(units, output("systemctl", "is-active", *units).split(), strict=False))
-
-
-def ask(layout: Layout, verb: str, patience: float = ANSWER_PATIENCE) -> dict[str, object]:
-    """The broker's answer to *verb*, its error under `error`, or an empty dict if it does not answer."""
-    try:
-        sock = wire.connect(layout.broker_socket, timeout=patience)
-    except OSError:
-        return {}
-    try:
-        wire.send(sock, {"id": 1, "verb": verb})
-        packet = wire.recv(sock)
-    except (OSError, ProtocolError):
-        return {}
-    finally:
-        sock.close()
-    if packet is None:
-        return {}
-    answer = packet.body.get("ok")
-    return answer if isinstance(answer, dict) else {"error": packet.body.get("error")}

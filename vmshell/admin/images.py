@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import subprocess
 
-from ..errors import EX_VM_FAILED, BadValue, BuildFailed, ImageDamaged, NoSuchImage, StorageFailed
+from ..errors import EX_VM_FAILED, BadValue
 from ..layout import Layout
 from ..names import check_name, format_size
-from . import image_build
+from ..refusals import BuildFailed, CannotTell, ImageDamaged, NoSuchImage, StorageFailed
+from . import image_build, usage
 from .catalogue import Catalogue, Image
 from .disk import DiskError
 from .modules import ModuleMissing
@@ -49,19 +50,29 @@ def show(context: Context, args: Arguments) -> None:
     context.must_be_root("looking into the catalogue")
     catalogue = Catalogue(context.layout)
     rows = [("NAME", "BOOTS", "SIZE", "MEMORY", "VMS", "DESCRIPTION")]
-    users = catalogue.users()
-    for name in catalogue.names():
+    names = catalogue.names()
+    counts = _user_counts(context, names)
+    for name in names:
         try:
             image = catalogue.read(name)
         except ImageDamaged as exc:
-            rows.append((name, "-", "-", "-", str(len(users.get(name, []))), f"damaged: {exc.fields['problem']}"))
+            rows.append((name, "-", "-", "-", counts.get(name, "?"), f"damaged: {exc.fields['problem']}"))
             continue
         boots = "kernel" if image.boot else "disk"
-        row = (name, boots, _size(catalogue, image), f"{image.memory_min}M", str(len(users.get(name, []))), image.description)
+        row = (name, boots, _size(catalogue, image), f"{image.memory_min}M", counts.get(name, "?"), image.description)
         rows.append(row)
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row in rows:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]]).rstrip())
+
+
+def _user_counts(context: Context, names: list[str]) -> dict[str, str]:
+    """By image, how many VMs use it; nothing, and a word about it, where nobody can say."""
+    try:
+        return {name: str(count) for name, count in usage.user_counts(context.layout, names).items()}
+    except CannotTell as exc:
+        context.say(exc.sentence())
+        return {}
 
 
 def check(context: Context, args: Arguments) -> int:

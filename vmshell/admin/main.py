@@ -11,8 +11,9 @@ import pwd
 import signal
 import sys
 
-from ..errors import EX_INTERRUPTED, UnknownVerb, Usage, VmshellError
+from ..errors import EX_INTERRUPTED, VmshellError
 from ..layout import Layout
+from ..refusals import UnknownVerb, Usage
 from . import broker, doctor, images, policies, users
 from .verbs import Arguments, Context, Verb
 

@@ -11,10 +11,11 @@ import os
 import pwd
 from collections.abc import Collection, Iterator
 
-from ..errors import BadPolicy, NoSuchUser, safe
+from ..errors import BadPolicy, safe
 from ..model import policy
 from ..model.limits import LIMIT_KEYS, shown
 from ..model.policy import ALLOW_LISTS, Effective, Policy
+from ..refusals import NoSuchUser
 from .verbs import Arguments, Context
 
 # Two limits of which the first can never be reached where the second is lower.

@@ -19,9 +19,11 @@ import subprocess
 import time
 from collections.abc import Iterator
 
-from ..errors import AccountRefused, BadName, NotAllowed, ProgramFailed, VmshellError
+from ..errors import VmshellError
 from ..messages import NetHealth
-from . import broker
+from ..refusals import AccountRefused, BadName, CannotTell, NotAllowed, ProgramFailed
+from . import usage
+from .asking import ask
 from .verbs import Arguments, Context
 
 SHELL = "/usr/local/bin/vmshell"
@@ -71,7 +73,9 @@ def add(context: Context, args: Arguments) -> None:
 def show(context: Context, args: Arguments) -> None:
     """The accounts that vmshell is for: members of the group, and whoever has the shell."""
     rows = [("NAME", "UID", "SHELL", "HOME", "KEYS", "VMS")]
-    for entry in confined_accounts():
+    accounts = confined_accounts()
+    vms = _vm_counts(context, accounts)
+    for entry in accounts:
         keys = _read(f"{KEYS}/{entry.pw_name}")
         rows.append(
             (
@@ -80,7 +84,7 @@ def show(context: Context, args: Arguments) -> None:
                 "vmshell" if entry.pw_shell == SHELL else entry.pw_shell,
                 "shared" if entry.pw_dir == HOME else entry.pw_dir,
                 str(sum(1 for line in keys.splitlines() if line.strip() and not line.startswith("#"))),
-                str(len(_vms_of(context, entry.pw_uid))) if os.geteuid() == 0 else "?",
+                vms.get(entry.pw_uid, "?"),
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -89,25 +93,21 @@ def show(context: Context, args: Arguments) -> None:
 
 
 def remove(context: Context, args: Arguments) -> None:
-    """Take NAME's access away; the account too if `user add` made it and it owns no VM (its uid may go to someone else)."""
+    """Take NAME's access away; the account too if `user add` made it and it owns nothing (its uid may go to someone else)."""
     _must_be_root("user remove")
     name = check_account_name(args["NAME"])
     entry = _entry(name)
     if entry is None or name not in {known.pw_name for known in confined_accounts()}:
         raise AccountRefused(account=name, problem="it is no vmshell account (`vmshell-admin user list` shows them)")
-    vms = _vms_of(context, entry.pw_uid)
-    made_here = entry.pw_dir == HOME
-    if vms and made_here and not args.flag("--keep-account"):
-        raise AccountRefused(
-            account=name,
-            problem=f"it owns VMs ({', '.join(vms)}), which a later account with its uid would inherit;"
-            f" `vmshell-admin user remove {name} --keep-account` only takes the login away",
-        )
+    delete = entry.pw_dir == HOME and not args.flag("--keep-account")
+    if delete:
+        _refuse_owner(context, entry)
     _end_sessions(entry)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(f"{KEYS}/{name}")
         context.say(f"removed {KEYS}/{name}")
-    if made_here and not args.flag("--keep-account"):
+    if delete:
+        _refuse_owner(context, entry)  # again: its sessions may have made something until they ended
         _edit_deny_files(context, name, present=False)
         _run("userdel", "--", name)
         context.say(f"deleted the account {name}")
@@ -153,7 +153,7 @@ def read_keys(source: str) -> str:
 def _tell_broker(context: Context) -> None:
     """It looks again at who is a member, for what sshd may forward depends on it. Without one there is nobody to tell."""
     with contextlib.suppress(VmshellError):
-        broker.ask(context, NetHealth())
+        ask(context.layout, NetHealth())
 
 
 def _must_be_root(what: str) -> None:
@@ -171,6 +171,17 @@ def _refuse_in_use(entry: pwd.struct_passwd) -> None:
     if _has_processes(entry.pw_uid):
         name = entry.pw_name
         raise AccountRefused(account=name, problem=f"it is logged in; end that first with `loginctl terminate-user {name}`")
+
+
+def _refuse_owner(context: Context, entry: pwd.struct_passwd) -> None:
+    """D22: a uid that owns anything is not given free, nor one of which nobody can say what it owns."""
+    owned = usage.belongings(context.layout, entry.pw_uid, entry.pw_name)
+    if owned.count:
+        raise AccountRefused(
+            account=entry.pw_name,
+            problem=f"it owns {owned}, which a later account with its uid would inherit;"
+            f" `vmshell-admin user remove {entry.pw_name} --keep-account` only takes the login away",
+        )
 
 
 def _refuse_unprepared() -> None:
@@ -308,11 +319,15 @@ def _groups_of(entry: pwd.struct_passwd) -> set[str]:
     return names
 
 
-def _vms_of(context: Context, uid: int) -> list[str]:
+def _vm_counts(context: Context, accounts: list[pwd.struct_passwd]) -> dict[int, str]:
+    """By uid, how many VMs each of *accounts* has; nothing, and a word about it, where nobody can say."""
+    if os.geteuid() != 0:
+        return {}
     try:
-        return sorted(os.listdir(f"{context.layout.vms}/{uid}"))
-    except (FileNotFoundError, PermissionError):
-        return []
+        return usage.vm_counts(context.layout, [entry.pw_uid for entry in accounts])
+    except CannotTell as exc:
+        context.say(exc.sentence())
+        return {}
 
 
 def _entry(name: str) -> pwd.struct_passwd | None:

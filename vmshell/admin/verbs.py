@@ -12,8 +12,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..errors import NotRoot, Usage, safe
+from ..errors import safe
 from ..layout import Layout
+from ..refusals import NotRoot, Usage
 
 
 @dataclass(frozen=True)

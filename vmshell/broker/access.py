@@ -6,8 +6,8 @@ Runs in: the broker. Pure: looks at the registry, touches nothing.
 
 from __future__ import annotations
 
-from ..errors import BadName, NoSuchVm, NotAllowed
 from ..messages import SHELF, List, Request, StoreRequest, VmRequest
+from ..refusals import BadName, NoSuchVm, NotAllowed
 from .vms import Registry, Vm
 
 

@@ -12,9 +12,9 @@ import json
 import os
 from typing import TYPE_CHECKING
 
-from ..errors import NoAddress, StorageFailed
 from ..model.addressing import FIRST_HOST
-from ..names import NUMBER_MAX
+from ..numbering import NUMBER_MAX
+from ..refusals import NoAddress, StorageFailed
 from .disk import read_text, storage, write_text
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..errors import AlreadyRunning, BadValue, NoQemu, RelayDown, StartFailed, VmBusy, VmshellError
+from ..errors import BadValue, VmshellError
 from ..messages import CREATING, FAILED, OFF, QUEUED, RUNNING, STARTING, STOPPING
 from ..model.decide import apply_fixed, refuse
+from ..refusals import AlreadyRunning, NoQemu, RelayDown, StartFailed, VmBusy
 from . import defining, opening, scratch, snapshots
 from . import start as starter
 from .journal import by_user, unexpected

@@ -9,12 +9,13 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BadValue, NetworkFailed, VmshellError
+from ..errors import BadValue, VmshellError
 from ..messages import Port, Segment
 from ..model.addressing import label
 from ..model.catalogues import Network
 from ..model.definition import Nic
-from ..names import mac_address, tap_name
+from ..numbering import mac_address, tap_name
+from ..refusals import NetworkFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,7 +105,7 @@ def _card(context: Context, vm: Vm, index: int, nic: Nic, *, give: bool) -> Card
     if host is None:
         return Card(index, nic, network, mac, segment)
     # Of importance to what is plugged in only: nobody is asked about groups for the names of VMs that are off.
-    provides = give and network.kind == "service" and names_user(network.providers, vm.owner, context.host.groups_of)
+    provides = give and network.kind == "service" and names_user(network.providers, vm.owner, context.accounts.groups_of)
     return Card(index, nic, network, mac, segment, plan.address4(segment, host), plan.address6(segment, host), provides)
 
 
@@ -141,7 +142,7 @@ def port_message(context: Context, vm: Vm, card: Card, *, create: bool) -> Port:
         isolated=consumer or card.network.isolated,
         rate=context.effective(vm.owner).limits.net_rate,
         # Whoever has the uid of an account that is gone has none of its VMs (D22).
-        owner=vm.uid if context.host.user_of(vm.uid) == vm.owner else 0,
+        owner=vm.uid if context.accounts.user_of(vm.uid) == vm.owner else 0,
         create=create,
     )
 
@@ -161,5 +162,5 @@ def dns_name(domain: str, vm: Vm, cards: list[Card], card: Card) -> str:
 
 def domain_of(context: Context, owner: str, uid: int) -> str:
     """`alice.vm`; where the account was made anew, the VMs of the old one are in `u1001.vm` (D22). Asks about the account."""
-    known = owner if context.host.uid_of(owner) in (None, uid) else ""
+    known = owner if context.accounts.uid_of(owner) in (None, uid) else ""
     return f"{label(known, uid)}.{context.policy.host.dns_domain}"

@@ -10,8 +10,9 @@ import stat
 import tomllib
 from dataclasses import dataclass
 
-from ..errors import BadName, ImageDamaged, NoSuchImage, safe
+from ..errors import safe
 from ..names import check_name
+from ..refusals import BadName, ImageDamaged, NoSuchImage
 
 _TOML_MAX = 64 * 1024
 

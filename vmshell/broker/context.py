@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from ..errors import VmshellError
@@ -11,6 +12,8 @@ from ..messages import Forget
 from ..model import policy as policies
 from ..model.addressing import Plan
 from ..model.policy import Effective, Policy
+from .accounts import Accounts
+from .accountslink import Question
 from .addresses import Addresses
 from .admission import Admission
 from .facts import Facts
@@ -46,6 +49,7 @@ class Context:
     addresses: Addresses = field(init=False)
     networks: Networks = field(init=False)
     resolving: Resolving = field(init=False)
+    accounts: Accounts = field(init=False)
     uploads: set[int] = field(default_factory=set)  # who is bringing in a file
 
     def __post_init__(self) -> None:
@@ -61,13 +65,25 @@ class Context:
         self.addresses = Addresses(self.layout.addresses, Plan(host.ipv4_pool, host.ipv6_pool, host.segment_prefix))
         self.networks = Networks(self)
         self.resolving = Resolving(self)
+        self.accounts = Accounts(self.loop, self.host, self.layout, self._accounts_in_use, self.networks.refresh)
         self.relay = RelayLink(self.loop, self.host, self.layout, self.machines.heard, self.machines.watch_all)
 
     # --- the policy ---------------------------------------------------------------------------------------------------
 
     def effective(self, user: str) -> Effective:
-        """What holds for *user* now; the account's groups are only looked up if the policy names any."""
-        return self.policy.effective(user, self.host.groups_of(user) if self.policy.has_groups else ())
+        """What holds for *user* now; the account's groups only matter if the policy names any."""
+        return self.policy.effective(user, self.accounts.groups_of(user) if self.policy.has_groups else ())
+
+    def _accounts_in_use(self) -> Iterator[Question]:
+        """Whom VMs, segments and the confinement of sockets depend on, whether anybody of them is here or not."""
+        for uid, user in {(vm.uid, vm.owner) for vm in self.registry} | self.addresses.private().keys():
+            yield Question("uid", uid)
+            yield Question("user", user)
+        if not self.layout.embedded and self.policy.host.ssh_forwarding:
+            yield Question("members", self.policy.host.group)
+            for uid in self.networks.upkeep.met:
+                yield Question("uid", uid)
+                yield Question("user", self.accounts.user_of(uid))
 
     def reload_policy(self) -> list[str]:
         """Take the policy file as it is now, or raise BadPolicy and keep the old one; returns what waits for a restart.

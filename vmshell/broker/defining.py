@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..errors import BadName, BadValue, StorageFailed, VmBusy, VmshellError, WrongState
+from ..errors import BadValue, VmshellError
 from ..launcher_messages import STORAGE
 from ..messages import ALIVE, CREATING, FAILED, OFF, QUEUED, SHELF, Change, Define, DiskAdd, New
 from ..model import definition as definitions
@@ -18,6 +18,7 @@ from ..model.decide import Verdict, apply_fixed, decide, refuse
 from ..model.definition import Definition, Disk, Nic
 from ..model.values import split_ref
 from ..names import MIB, NAME_MAX, format_size
+from ..refusals import BadName, StorageFailed, VmBusy, WrongState
 from ..spawn import FIRST_FD
 from . import live, opening
 from .journal import by_user

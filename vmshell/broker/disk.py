@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 
-from ..errors import StorageFailed
+from ..refusals import StorageFailed
 from .journal import note
 
 _TEXT_MAX = 1 << 20

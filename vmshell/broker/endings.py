@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..errors import StartFailed, TimedOut, TooManyRequests, VmBusy, VmshellError, VmStopped
+from ..errors import VmshellError
 from ..messages import ALIVE, FAILED, OFF, PAUSED, QUEUED, RUNNING, STOPPING, Forget
+from ..refusals import StartFailed, TimedOut, TooManyRequests, VmBusy, VmStopped
 from .journal import by_user
 
 if TYPE_CHECKING:

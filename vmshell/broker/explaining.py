@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..errors import NoSuchUser, NotAllowed, VmshellError
+from ..errors import VmshellError
 from ..messages import Boot, Change, Define, DiskAdd, Explain, New, Request, parse_request
 from ..model import definition as definitions
 from ..model.decide import Verdict
 from ..model.definition import Definition
+from ..refusals import NoSuchUser, NotAllowed
 from . import defining, opening, snapshots
 from .access import Peer, authorise
+from .accountslink import Question
 
 if TYPE_CHECKING:
     from .context import Context
@@ -25,13 +27,24 @@ if TYPE_CHECKING:
 def handle_explain(context: Context, call: Call, request: Explain) -> None:
     """Reply with every rule asked, kept or not, and the error that the request would end with."""
     peer = call.peer
-    if request.user and request.user != peer.user:
-        if not peer.admin:
-            raise NotAllowed(what="explaining for somebody else", who="administrators")
-        uid = context.host.uid_of(request.user)
+    if not request.user or request.user == peer.user:
+        _explain(context, call, request, peer)
+        return
+    if not peer.admin:
+        raise NotAllowed(what="explaining for somebody else", who="administrators")
+    account = Question("user", request.user)
+
+    def known() -> None:
+        context.accounts.must_know(account)
+        uid = context.accounts.uid_of(request.user)
         if uid is None:
             raise NoSuchUser(user=request.user)
-        peer = Peer(uid, request.user, admin=False)
+        _explain(context, call, request, Peer(uid, request.user, admin=False))
+
+    context.accounts.when_known([account], lambda: call.guard(known))
+
+
+def _explain(context: Context, call: Call, request: Explain, peer: Peer) -> None:
     asked = parse_request(request.request)
     found: list[Verdict] = []
     error: VmshellError | None = None

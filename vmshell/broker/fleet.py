@@ -10,8 +10,9 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from ..errors import VmBusy, VmshellError, WrongState
+from ..errors import VmshellError
 from ..messages import CREATING, QUEUED, Order, Watch
+from ..refusals import VmBusy, WrongState
 from . import serial
 from .host import Process, children
 from .journal import by_user

@@ -8,18 +8,17 @@ Runs in: the broker.
 from __future__ import annotations
 
 import contextlib
-import grp
 import os
-import pwd
 import signal
 import socket
 import stat
 from collections.abc import Mapping, Sequence
 
 from .. import spawn
-from ..errors import StorageFailed
+from ..refusals import StorageFailed
 
 RELAY_USER = "vmshell-relay"
+ACCOUNTS_FILE = "/etc/passwd"
 _LOOPBACK6 = "00000000000000000000000001000000"  # as /proc/net writes it
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -81,43 +80,6 @@ class Host:
         """Create a new file, 0600, that must not exist yet."""
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
-    def uid_of(self, user: str) -> int | None:
-        try:
-            return pwd.getpwnam(user).pw_uid
-        except KeyError:
-            return None
-
-    def groups_of(self, user: str) -> frozenset[str]:
-        """The names of *user*'s groups, looked up anew each time (D21); none for an account that is gone."""
-        try:
-            gids = os.getgrouplist(user, pwd.getpwnam(user).pw_gid)
-        except KeyError:
-            return frozenset()
-        return frozenset(name for gid in gids if (name := _group_name(gid)))
-
-    def user_of(self, uid: int) -> str:
-        """The account's name, empty if there is none."""
-        try:
-            return pwd.getpwuid(uid).pw_name
-        except KeyError:
-            return ""
-
-    def is_group(self, group: str) -> bool:
-        try:
-            grp.getgrnam(group)
-        except KeyError:
-            return False
-        return True
-
-    def members(self, group: str) -> list[int]:
-        """The uids of *group*'s members: of those it lists, and of accounts whose own group it is."""
-        try:
-            found = grp.getgrnam(group)
-        except KeyError:
-            return []
-        listed = {uid for user in found.gr_mem if (uid := self.uid_of(user)) is not None}
-        return sorted(listed | {account.pw_uid for account in pwd.getpwall() if account.pw_gid == found.gr_gid})
-
     def listens(self, port: int, proto: str) -> bool:
         """Does a program of this host have *port*, on whatever address but the loopback's?"""
         listening = "0A" if proto == "tcp" else "07"  # TCP_LISTEN; UDP sockets are always as if closed
@@ -160,17 +122,13 @@ class Host:
 
 
 def _relay_gid() -> int:
-    try:
-        return pwd.getpwnam(RELAY_USER).pw_gid
-    except KeyError as exc:
-        raise OSError(f"there is no account {RELAY_USER}; `make install` makes it") from exc
-
-
-def _group_name(gid: int) -> str:
-    try:
-        return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return ""
+    """The group of the relay's account, which `make install` makes in the file: here no directory is asked and waited for."""
+    with open(ACCOUNTS_FILE, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            fields = line.split(":")
+            if fields[0] == RELAY_USER:
+                return int(fields[3])
+    raise OSError(f"there is no account {RELAY_USER} in {ACCOUNTS_FILE}; `make install` makes it")
 
 
 def same_process(pid: object, ticks: object) -> Process | None:

@@ -10,9 +10,10 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-from ..errors import ImageDamaged, VmshellError
+from ..errors import VmshellError
 from ..launcher_messages import STORAGE
 from ..layout import Layout
+from ..refusals import ImageDamaged
 from . import catalogue
 from .catalogue import Image
 from .jobs import Jobs

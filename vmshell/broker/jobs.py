@@ -14,8 +14,9 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..errors import LauncherDown, VmshellError
-from ..names import JOBS_MAX
+from ..errors import VmshellError
+from ..numbering import JOBS_MAX
+from ..refusals import LauncherDown
 from ..spawn import FIRST_FD
 from .host import Host
 from .journal import note

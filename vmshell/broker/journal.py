@@ -43,6 +43,11 @@ def by_user(uid: int, event: str, **fields: object) -> None:
     note(event, uid=uid, **fields, **({"dropped": dropped} if dropped else {}))
 
 
+def seldom(event: str, **fields: object) -> None:
+    """Write a line of which many may come for one cause, if our own share of them is not used up."""
+    by_user(_NOBODY, event, **fields)
+
+
 def has_share(uid: int, event: str) -> bool:
     """May *uid* cause a line of *event* now? What must not be done without one is refused otherwise."""
     return _share(uid, event)[1] >= 1
@@ -59,5 +64,5 @@ def unexpected(exc: BaseException) -> str:
     """Write an exception nobody foresaw, with its stack; returns the reference that the person gets instead of it."""
     reference = os.urandom(4).hex()
     stack = " | ".join(line.strip() for line in traceback.format_exception(exc))
-    by_user(_NOBODY, "unexpected", reference=reference, stack=stack[-_STACK_MAX:])
+    seldom("unexpected", reference=reference, stack=stack[-_STACK_MAX:])
     return reference

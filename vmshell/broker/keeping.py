@@ -9,11 +9,12 @@ import os
 import socket
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ObjectInUse, StorageFailed, TooManyRequests, UploadRefused, VmBusy, VmshellError, WrongState
+from ..errors import VmshellError
 from ..launcher_messages import STORAGE
 from ..messages import ALIVE, SHELF, DiskAdd, Drop, Objects, Put
 from ..model.decide import Usage, fits
 from ..names import MIB
+from ..refusals import ObjectInUse, StorageFailed, TooManyRequests, UploadRefused, VmBusy, WrongState
 from ..spawn import FIRST_FD
 from . import defining, opening
 from .journal import by_user

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .. import wire
-from ..errors import LauncherDown, ProtocolError, VmshellError
+from ..errors import ProtocolError, VmshellError
 from ..launcher_messages import KILL, TERM, Ended, Job, Launch, RestartNames, Signal
+from ..refusals import LauncherDown
 from .host import Process
 from .journal import note
 from .link import Link, start_service
@@ -103,7 +104,10 @@ class LauncherLink(Link):
         return True
 
     def _connected(self) -> None:
-        self._statuses.clear()
+        # What the last launcher would have said of its children, nobody will: whoever waits for that waits no longer.
+        statuses, self._statuses = self._statuses, {}
+        for ended in statuses.values():
+            ended(0)
         for number in sorted(self._to_kill):
             self.kill(number)
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .. import wire
-from ..errors import ProtocolError, VmshellError, from_wire
+from ..errors import ProtocolError, VmshellError
+from ..refusals import from_wire
 from ..spawn import FIRST_FD, python
 from .journal import note, unexpected
 

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..errors import Internal, NetworkFailed, VmshellError, VmStopped
+from ..errors import Internal, VmshellError
 from ..messages import PAUSED, RUNNING
 from ..model import definition as definitions
 from ..model.definition import Disk, Nic
 from ..model.values import split_device
+from ..refusals import NetworkFailed, VmStopped
 from . import opening
 from .journal import unexpected
 from .networks import close

@@ -16,8 +16,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..errors import VmBusy, VmshellError, VmStopped, WrongState
+from ..errors import VmshellError
 from ..messages import ALIVE, FAILED, OFF, PAUSED, QUEUED, RUNNING, STARTING, STOPPING, Attach, Event, Forget
+from ..refusals import VmBusy, VmStopped, WrongState
+from . import leftjails
 from . import start as starter
 from .boots import Boots
 from .endings import Endings
@@ -202,9 +204,10 @@ class Machines:
         outer = same_process(saved.get("pid"), saved.get("ticks"))
         qemu = same_process(saved.get("qemu_pid"), saved.get("qemu_ticks"))
         if outer is None and qemu is None:
-            # A jail that was started and not written down yet waits at a barrier that nobody opens any more. In a session nothing
-            # tells it from one's other processes: there it stays, waiting, without ever becoming QEMU.
-            if not self._context.layout.embedded:
+            # A jail that was started and not written down yet waits at a barrier that nobody opens any more.
+            if self._context.layout.embedded:
+                leftjails.end_waiting(self._context.layout.vm_run(vm.number))
+            else:
                 self._context.launcher.kill(vm.number)
             vm.last_error = {
                 "code": "vm-stopped",

@@ -17,8 +17,9 @@ import sys
 
 from .. import wire
 from ..errors import VmshellError
-from ..layout import Layout
+from ..layout import STATE_VERSION, Layout, read_state_version
 from ..model.policy import Policy
+from ..servicemanager import notify, passed_socket
 from . import journal
 from .context import Context, read_policy
 from .host import Host
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> int:
     os.chdir("/")
     os.umask(0o077)
     try:
+        _check_state_version(layout)
         rules = read_policy(layout)
         with _only_one(layout):
             return _serve(layout, rules)
@@ -45,6 +47,17 @@ def main(argv: list[str]) -> int:
         return 1
 
 
+def _check_state_version(layout: Layout) -> None:
+    """Refuse state of another version: a later one is not understood, an earlier one only half ours."""
+    if layout.embedded:
+        return  # no installer: it was always this account's
+    found = read_state_version(layout)
+    if found > STATE_VERSION:
+        raise OSError(f"the state in {layout.state} is of version {found}, and this vmshell knows none after {STATE_VERSION}")
+    if found < STATE_VERSION:
+        raise OSError(f"the state in {layout.state} is not marked as of {STATE_VERSION}: `make install` brings it to that")
+
+
 def _serve(layout: Layout, rules: Policy) -> int:
     loop = Loop(journal.unexpected)
     context = Context(layout, rules, loop, Host(embedded=layout.embedded))
@@ -52,6 +65,7 @@ def _serve(layout: Layout, rules: Policy) -> int:
     context.addresses.load()
     os.makedirs(layout.run_vms, mode=0o750, exist_ok=True)
     context.host.share_with_relay(layout.run_vms, 0o750)
+    context.accounts.begin()
     # Listen last: a shell that can connect must find a broker that knows its VMs.
     context.machines.adopt()
     for folder in leftovers:
@@ -67,9 +81,10 @@ def _serve(layout: Layout, rules: Policy) -> int:
     _act_on_signals(context)
     if layout.embedded:
         loop.after(LINGER, lambda: _linger(context, server, 0))
-    _notify("READY=1")
+    notify("READY=1")
     journal.note("started", mode="session" if layout.embedded else "system", pid=os.getpid())
     loop.run()
+    context.accounts.close()
     context.networks.close()
     context.relay.close()
     context.launcher.close()
@@ -91,11 +106,8 @@ def _linger(context: Context, server: Server, accepted: int) -> None:
 
 def _listener(layout: Layout) -> socket.socket:
     """The listening socket: from the service manager if it gave us one, else our own, for ourselves alone."""
-    if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "0") != "0":
-        os.set_inheritable(3, False)
-        return socket.socket(fileno=3)
     # Without a service manager in system mode, members of the group are told apart at accept.
-    return wire.listen(layout.broker_socket, 0o600 if layout.embedded else 0o666)
+    return passed_socket("broker") or wire.listen(layout.broker_socket, 0o600 if layout.embedded else 0o666)
 
 
 @contextlib.contextmanager
@@ -134,12 +146,3 @@ def _act_on_signals(context: Context) -> None:
             journal.note("policy-refused", problem=exc)
 
     context.loop.watch(reader, woken)
-
-
-def _notify(state: str) -> None:
-    """Tell the service manager, if there is one."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if path:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            sock.connect("\0" + path[1:] if path.startswith("@") else path)
-            sock.send(state.encode())

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .. import wire
-from ..errors import NetworkFailed, TapnetDown, VmshellError, VmStopped
+from ..errors import VmshellError
 from ..messages import Health, Settle, Unplug
+from ..refusals import NetworkFailed, TapnetDown, VmStopped
 from . import passt
 from .cards import WITH_TAP, cards_of, known_cards, port_message, restored, saved, segment_message
 from .journal import note
@@ -43,7 +44,7 @@ class Networks:
         """In session mode there is nobody to connect to."""
         if not self._context.layout.embedded:
             self._tapnet.connect()
-            self.upkeep.watch_accounts()
+            self._context.accounts.watch()
 
     def close(self) -> None:
         self._tapnet.close()

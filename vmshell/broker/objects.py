@@ -13,8 +13,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..errors import NoSuchObject, ObjectExists
 from ..names import MIB, is_object_name
+from ..refusals import NoSuchObject, ObjectExists
 from .disk import read_text, storage, write_text
 
 FACTS = "objects.json"

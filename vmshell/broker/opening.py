@@ -13,10 +13,10 @@ import shutil
 import stat
 from typing import TYPE_CHECKING
 
-from ..errors import NoSuchObject, ObjectInUse, StorageFailed, WrongFormat
 from ..messages import ALIVE, QUEUED, SHELF
 from ..model.values import split_ref
 from ..names import is_object_name
+from ..refusals import NoSuchObject, ObjectInUse, StorageFailed, WrongFormat
 from .disk import storage
 from .objects import FILE, NVRAM, Object, Store
 

@@ -16,7 +16,7 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from ..errors import NetworkFailed
+from ..refusals import NetworkFailed
 from ..spawn import python
 from .journal import note
 

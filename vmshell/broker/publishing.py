@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from .. import wire
-from ..errors import BadValue, NoPortToReach, PortTaken, TooOften, VmBusy
+from .. import encoding
+from ..errors import BadValue
 from ..messages import CREATING
 from ..model.decide import Verdict, refuse
 from ..model.limitkinds import port_range
-from ..names import bridge_name, tap_name
+from ..numbering import bridge_name, tap_name
+from ..refusals import NoPortToReach, NoSuchVm, PortTaken, TooOften, VmBusy
+from .accountslink import Question
 from .cards import names_user
 from .disk import kept
 from .journal import BURST, by_user, has_share
@@ -55,6 +57,14 @@ def handle_publish(context: Context, call: Call, request: Publish, vm: Vm) -> No
     what = "unpublish" if request.remove else "publish"
     if not has_share(call.peer.uid, what):
         raise TooOften(what=what, limit=BURST)
+    named = [] if request.remove else _named(request.to)
+    context.accounts.when_known(named, lambda: call.guard(lambda: _publish(context, call, request, vm)))
+
+
+def _publish(context: Context, call: Call, request: Publish, vm: Vm) -> None:
+    what = "unpublish" if request.remove else "publish"
+    if context.registry.get(vm.uid, vm.name) is not vm:
+        raise NoSuchVm(vm=vm.ref)  # deleted meanwhile
     with kept(vm, "published"):
         vm.published = _without(vm, request) if request.remove else _with(context, vm, request)
         context.registry.save(vm)
@@ -86,7 +96,8 @@ def _with(context: Context, vm: Vm, request: Publish) -> list[Published]:
     new = Published(request.port, request.proto, request.to, host_port, uid)
     others = [item for item in vm.published if (item.port, item.proto, item.to) != (new.port, new.proto, new.to)]
     refuse(_verdicts(context, vm, new, others), vm.ref)
-    if len(json.dumps([vars(item) for item in (*others, new)])) > wire.FRAME_MAX // 2:  # `net` and `info` say it in one message
+    # `net` and `info` say it in one message.
+    if len(json.dumps([vars(item) for item in (*others, new)])) > encoding.FRAME_MAX // 2:
         rule = f"{vm.ref} has published {len(others)} ports, and its list is full: unpublish some, or publish to a group"
         raise BadValue(field="publish", value=request.port, rule=rule)
     published = [item for other in context.registry for item in (others if other is vm else other.published)]
@@ -96,9 +107,20 @@ def _with(context: Context, vm: Vm, request: Publish) -> list[Published]:
     return [*others, new]
 
 
+def _named(to: str) -> list[Question]:
+    """What must be known of the user or group whom *to* names."""
+    if to == WORLD:
+        return []
+    return [Question("group", to[1:]) if to.startswith("@") else Question("user", to)]
+
+
 def _uid_of(context: Context, to: str) -> int:
     """The uid of the user whom *to* names, else 0; raises BadValue if there is nobody of that name."""
-    uid = 0 if to == WORLD or (to.startswith("@") and context.host.is_group(to[1:])) else context.host.uid_of(to)
+    context.accounts.must_know(*_named(to))
+    if to.startswith("@"):
+        uid = 0 if context.accounts.is_group(to[1:]) else None
+    else:
+        uid = 0 if to == WORLD else context.accounts.uid_of(to)
     if uid is None:
         raise BadValue(field="to", value=to, rule="a user of this host, @GROUP, or world")
     return uid
@@ -129,9 +151,9 @@ class Ways:
     """
 
     def __init__(self, context: Context, running: Running) -> None:
-        host, policy = context.host, context.policy
+        known, policy = context.accounts, context.policy
         self._running, self._networks, self._vms_of = running, policy.catalogues.networks, cache(context.registry.of)
-        self._user_of, self._uid_of, self._groups_of = cache(host.user_of), cache(host.uid_of), cache(host.groups_of)
+        self._user_of, self._uid_of, self._groups_of = cache(known.user_of), cache(known.uid_of), cache(known.groups_of)
         self._effective = cache(lambda user: policy.effective(user, self._groups_of(user) if policy.has_groups else ()))
         self._private, self._bridges = cache(context.addresses.private), cache(self._bridges_of)
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import BadValue, NotAllowed, NotConnected, VmBusy, VmshellError, WrongState
+from ..errors import BadValue, VmshellError
 from ..messages import CREATING, RUNNING, Connect, HostKey, Net, NetHealth, Networks
 from ..model.definition import Nic
+from ..refusals import NotAllowed, NotConnected, VmBusy, WrongState
 from . import passt
 from .cards import ADDRESSED, dns_name, domain_of, known_cards, names_user, tap_of
 from .disk import kept
@@ -33,7 +34,7 @@ def handle_networks(context: Context, call: Call, request: Networks) -> None:
     cards = [device for vm in context.registry.of(peer.uid) for device in vm.definition.devices().values()]
     used = [card.network for card in cards if isinstance(card, Nic)]
     rows = []
-    for name in context.policy.networks_for(peer.user, context.host.groups_of(peer.user)):
+    for name in context.policy.networks_for(peer.user, context.accounts.groups_of(peer.user)):
         network = context.policy.catalogues.networks[name]
         addressed = network.kind in ADDRESSED
         segment = context.addresses.known(name, (peer.uid, peer.user) if network.kind == "private" else None, subnet=addressed)
@@ -41,7 +42,7 @@ def handle_networks(context: Context, call: Call, request: Networks) -> None:
         six = context.addresses.plan.gateway6(segment) if subnet and segment is not None else ""
         role = "member"
         if network.kind == "service":
-            role = "provider" if names_user(network.providers, peer.user, context.host.groups_of) else "consumer"
+            role = "provider" if names_user(network.providers, peer.user, context.accounts.groups_of) else "consumer"
         facts = {"name": name, "kind": network.kind, "subnet": str(subnet), "subnet6": six.replace("::1/", "::/")}
         outside = network.outside if network.kind in ADDRESSED else "none" if network.kind == "none" else "all"
         rows.append({**facts, "outside": outside, "isolated": network.isolated, "role": role, "cards": used.count(name)})

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .. import wire
-from ..errors import RelayDown, VmshellError
+from ..errors import VmshellError
 from ..messages import Event, ToRelay
+from ..refusals import RelayDown
 from .link import Link, start_service
 
 if TYPE_CHECKING:

@@ -1,25 +1,24 @@
-"""What dnsmasq reads: its configuration, and for each VM who has which address and name. dnsmasq itself is a service of its own.
+"""The data that dnsmasq reads: for each VM who has which address and name. dnsmasq itself is a service of its own.
 
-    names/dnsmasq.conf     written when the broker starts
-         /dhcp-hosts/N     MAC,tags,address: the only ones who get an answer
+    names/dhcp-hosts/N     MAC,tags,address: the only ones who get an answer
          /dhcp-opts/N      host name and domain of VM N
          /hosts/N          address and name of each card, forward and reverse
 
-dnsmasq sees a new file at once; what was changed or taken away it forgets when it is started anew. (Told to read all again,
-dnsmasq 2.90 ends by a signal as soon as anybody has a lease.) It has nothing to lose: every address is in the files.
+Its configuration is none of the broker's: the service makes it from root's policy whenever it starts. dnsmasq sees a new file at
+once; what was changed or taken away it forgets when it is started anew. (Told to read all again, dnsmasq 2.90 ends by a signal as
+soon as anybody has a lease.) It has nothing to lose: every address is in the files.
 Runs in: the broker.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
 from functools import cache
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from ..names import bridge_name
+from ..numbering import bridge_name
 from .cards import dns_name, domain_of, known_cards
 from .disk import read_text, write_fast
 
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from .context import Context
     from .vms import Vm
 
-HOST_ADDRESS = "127.77.0.53"  # where the host itself may ask
 FOLDERS = ("hosts", "dhcp-hosts", "dhcp-opts")
 SOON, AGAIN = 0.2, 3.0  # seconds: what changes in a burst is read again once, and who removes VM after VM hinders nobody
 
@@ -43,12 +41,11 @@ class Resolving:
         self._restarted = 0.0
 
     def begin(self) -> None:
-        """Write everything anew, and have dnsmasq start with it."""
+        """Write the files of all VMs anew, and have dnsmasq start with them."""
         context = self._context
         for folder in ("", *FOLDERS):
             os.makedirs(f"{self._folder}/{folder}", exist_ok=True)
             os.chmod(f"{self._folder}/{folder}", 0o755)  # noqa: S103 - dnsmasq reads it under a uid of its own
-        self._write("dnsmasq.conf", configuration(context))
         known, domain = set(), cache(lambda owner, uid: domain_of(context, owner, uid))  # the broker waits for each that is asked
         for vm in context.registry:
             cards = known_cards(context, vm)
@@ -98,7 +95,6 @@ class Resolving:
     def _restart(self) -> None:
         self._restart_due = False
         self._restarted = monotonic()
-
         if self._context.host.systemd:
             self._context.launcher.restart_names()
 
@@ -126,49 +122,3 @@ def entries(context: Context, vm: Vm, cards: list[Card], coming: Sequence[Card] 
             options += f"tag:{tag},3\n"  # no router: a guest with another card would take this one for its way out
     # In this order: who gets an address has its options by then.
     return {"hosts": hosts, "dhcp-opts": options, "dhcp-hosts": leases}
-
-
-def configuration(context: Context) -> str:
-    """dnsmasq.conf: one server for all segments, whose addresses all come from the files."""
-    host, plan, folder = context.policy.host, context.addresses.plan, context.layout.names
-    pool = ipaddress.IPv4Network(host.ipv4_pool)
-    lines = [
-        "# written by vmshell's broker at every start: see vmshell-policy(5), keys ipv4_pool to dns_servers",
-        "bind-dynamic",
-        "interface=vtb*",
-        "except-interface=lo",
-        f"listen-address={HOST_ADDRESS}",
-        "no-hosts",
-        f"hostsdir={folder}/hosts",
-        f"dhcp-hostsdir={folder}/dhcp-hosts",
-        f"dhcp-optsdir={folder}/dhcp-opts",
-        # One range for every segment: who is in no file gets no answer.
-        f"dhcp-range={pool.network_address},static,{pool.netmask}",
-        f"dhcp-option=option:netmask,{plan.subnet4(0).netmask}",
-        "dhcp-option=28",  # no broadcast address: dnsmasq would give the whole pool's
-        "dhcp-authoritative",
-        # An answer by broadcast needs no entry in the host's ARP table, and so no CAP_NET_ADMIN.
-        "dhcp-broadcast",
-        "dhcp-ignore-names",
-        # A lease is a MAC's: the client's own name for itself may be another's, by intent or because both are clones.
-        "dhcp-ignore-clid",
-        # Of all cards there may be, in both families, and of all that guests may ask at once: one guest's share is the filter's.
-        "dhcp-lease-max=200000",
-        "dns-forward-max=10000",
-        "max-tcp-connections=200",
-        # What guests ask, however often, is nothing for the journal; and whom the host asks is nothing for them.
-        "quiet-dhcp",
-        "quiet-dhcp6",
-        "quiet-ra",
-        "no-ident",
-        "no-ping",
-        "leasefile-ro",
-        "domain-needed",
-        "bogus-priv",
-        f"local=/{host.dns_domain}/",
-    ]
-    if host.ipv6_pool:
-        lines += ["enable-ra", "dhcp-range=::,constructor:vtb*,static,64,10m"]  # a guest made anew has another DUID, and waits
-    if host.dns_servers:
-        lines += ["no-resolv", *(f"server={address}" for address in host.dns_servers)]
-    return "\n".join(lines) + "\n"

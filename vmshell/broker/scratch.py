@@ -9,8 +9,9 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..errors import StorageFailed, VmshellError
+from ..errors import VmshellError
 from ..launcher_messages import STORAGE
+from ..refusals import StorageFailed
 from ..spawn import FIRST_FD
 from . import opening
 from .disk import storage

@@ -7,19 +7,18 @@ Runs in: the broker.
 
 from __future__ import annotations
 
-import contextlib
-import grp
 import os
-import pwd
 import socket
 from collections.abc import Callable
 
 from .. import wire
-from ..errors import Internal, NotAllowed, ProtocolError, TooManyRequests, VmshellError
+from ..errors import Internal, ProtocolError, VmshellError
 from ..fields import request_id
-from ..messages import parse_request
+from ..messages import Request, parse_request
+from ..refusals import NotAllowed, TooManyRequests
 from . import journal
 from .access import Peer, authorise
+from .accountslink import Question
 from .context import Context
 from .verbs import HANDLERS
 
@@ -107,8 +106,7 @@ class Client:
             return
         except ProtocolError as exc:
             journal.by_user(self.peer.uid, "bad-packet", problem=exc)
-            self.send({"id": 0, "error": exc.to_wire()})
-            self.close()
+            self.refuse(exc)
             return
         except OSError:
             self.close()
@@ -147,6 +145,13 @@ class Client:
             # Gone, or it lets its answers pile up: either way it is not worth a byte of our memory.
             self.close()
 
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def refuse(self, error: VmshellError) -> None:
+        self.send({"id": 0, "error": error.to_wire()})
+        self.close()
+
     def close(self) -> None:
         if self.open:
             self.open = False
@@ -178,6 +183,18 @@ class Server:
         vm = authorise(call.peer, request, self._context.registry)
         if request.fds:
             call.bring(packet.take_fd())
+        peer = call.peer
+        wanted = [Question("uid", peer.uid), Question("user", peer.user)]
+        if vm is not None and vm.owner != peer.user:
+            wanted += [Question("uid", vm.uid), Question("user", vm.owner)]
+        self._context.accounts.when_known(wanted, lambda: call.guard(lambda: self._act(call, request)))
+
+    def _act(self, call: Call, request: Request) -> None:
+        """Do what is asked, if the peer still is who it was when it connected (D21, D22)."""
+        if self._context.accounts.user_of(call.peer.uid) not in ("", call.peer.user):
+            raise NotAllowed(what="this connection", who="the account that opened it")
+        self._identify(call.peer.uid)
+        vm = authorise(call.peer, request, self._context.registry)  # again: time may have gone by
         handler = HANDLERS[type(request)]
         if vm is None:
             handler(self._context, call, request)
@@ -202,39 +219,44 @@ class Server:
             return
         self.accepted += 1
         sock.setblocking(False)
-        try:
-            peer = self._identify(wire.peer_uid(sock))
-        except VmshellError as exc:
-            with contextlib.suppress(OSError), sock:
-                wire.send(sock, {"id": 0, "error": exc.to_wire()})
+        client = Client(self, sock, Peer(wire.peer_uid(sock), "", admin=False))
+        uid = client.peer.uid
+        count, limit = len(self._clients.get(uid, ())), self._context.policy.host.connections_max
+        full = count >= limit or (self.connected() >= CONNECTIONS_IN_ALL and uid != 0)
+        # It counts from now on, and is listened to when it is known who it is.
+        self._clients.setdefault(uid, set()).add(client)
+        if full:
+            client.refuse(TooManyRequests(count=count, what="connections", limit=limit))
+        else:
+            self._context.accounts.when_peer_known(uid, lambda: self._admit(client))
+
+    def _admit(self, client: Client) -> None:
+        """Listen to *client*, or say why not."""
+        if not client.open:
             return
-        self._context.networks.upkeep.meet(peer.uid)
-        client = Client(self, sock, peer)
-        self._clients.setdefault(peer.uid, set()).add(client)
-        self._context.loop.watch(sock.fileno(), client.readable)
+        try:
+            client.peer = self._identify(client.peer.uid)
+            self._context.networks.upkeep.meet(client.peer.uid)
+        except VmshellError as exc:
+            client.refuse(exc)
+        else:
+            self._context.loop.watch(client.fileno(), client.readable)
 
     def _identify(self, uid: int) -> Peer:
-        """Who *uid* is and whether it may connect at all: group membership is looked up anew each time (D21)."""
-        limit = self._context.policy.host.connections_max
-        count = len(self._clients.get(uid, ()))
-        if count >= limit or (self.connected() >= CONNECTIONS_IN_ALL and uid != 0):
-            raise TooManyRequests(count=count, what="connections", limit=limit)
-        try:
-            entry = pwd.getpwuid(uid)
-        except KeyError as exc:
-            raise NotAllowed(what="this service", who="accounts of this host") from exc
-        admin = uid == 0 and not self._context.layout.embedded
-        if self._context.layout.embedded:
+        """Who *uid* is and whether it may be here at all, by what the host's accounts say of it (D21); else raises why not."""
+        accounts, embedded = self._context.accounts, self._context.layout.embedded
+        user = accounts.user_of(uid)
+        if uid == 0 and not embedded:
+            return Peer(uid, user or "root", admin=True)  # also while nobody says who is who
+        accounts.must_know(Question("uid", uid))
+        if not user:
+            raise NotAllowed(what="this service", who="accounts of this host")
+        if embedded:
             if uid != os.geteuid():
                 raise NotAllowed(what="this session", who="its owner")
-        elif not admin and not self._member(entry):
-            journal.by_user(uid, "not-a-member", user=entry.pw_name)
-            raise NotAllowed(what="this service", who=f"members of the group {self._group}")
-        return Peer(uid, entry.pw_name, admin=admin)
-
-    def _member(self, entry: pwd.struct_passwd) -> bool:
-        try:
-            group = grp.getgrnam(str(self._group)).gr_gid
-        except KeyError:
-            return False
-        return group in os.getgrouplist(entry.pw_name, entry.pw_gid)
+        else:
+            accounts.must_know(Question("user", user))
+            if self._group not in accounts.groups_of(user):
+                journal.by_user(uid, "not-a-member", user=user)
+                raise NotAllowed(what="this service", who=f"members of the group {self._group}")
+        return Peer(uid, user, admin=False)

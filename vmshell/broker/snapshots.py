@@ -9,11 +9,12 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..errors import BadValue, CannotRestore, CannotSnapshot, NoSuchSnapshot, VmBusy, VmshellError
+from ..errors import BadValue, VmshellError
 from ..messages import PAUSED, RUNNING, Snapshot
 from ..model import definition as definitions
 from ..model.decide import fits
 from ..model.values import Tag
+from ..refusals import CannotRestore, CannotSnapshot, NoSuchSnapshot, VmBusy
 from . import opening, vms
 from .journal import by_user
 

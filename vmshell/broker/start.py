@@ -12,18 +12,19 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import BadValue, LauncherDown, StartFailed, VmshellError
+from ..errors import BadValue, VmshellError
 from ..launch.jail import command
-from ..launch.plan import NICS_MAX
-from ..launch.request import plan_of
+from ..launch.plan import NICS_MAX, LaunchPlan
 from ..model.decide import apply_fixed
 from ..model.definition import Definition, Disk, Nic
 from ..model.values import split_ref
-from ..names import MIB, mac_address
+from ..names import MIB
+from ..numbering import mac_address
+from ..refusals import LauncherDown, StartFailed
 from ..spawn import FIRST_FD
-from . import opening, serial
+from . import leftjails, opening, serial
 from .cards import WITH_TAP, cards_of
 from .objects import mebibytes
 
@@ -85,8 +86,8 @@ class Start:
     """One start on its way: everything is opened, the launcher is asked, and whatever it answers, all is closed again.
 
     `answered(live, error, started)` is called once. The constructor raises a VmshellError; then nothing is left of it. A launcher
-    that went away before it answered is asked again: what it may have started waits at a barrier that nobody opens, and the next
-    launch of the same number ends it first.
+    that went away before it answered is asked again: what it may have started waits at a barrier that nobody opens. In a
+    session it is ended at once, on a host by the next launch of the same number.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class Start:
             context.host.share_with_relay(folder, 0o750)
             fds = _Descriptors(stack)
             sockets = {name: _listen(context, f"{folder}/{name}.sock", stack) for name in _SOCKETS}
-            self._barrier = stack.enter_context(_barrier(f"{folder}/barrier"))
+            self._barrier = stack.enter_context(_barrier(f"{folder}/{leftjails.BARRIER}"))
             console = serial.make(folder, stack)
             self._plan = _plan(context, live.vm, definition, images, scratch, cables, fds, sockets, self._barrier)
             self._errors, write_end = os.pipe2(os.O_CLOEXEC)
@@ -130,6 +131,8 @@ class Start:
             raise
 
     def _heard(self, error: VmshellError | None, process: Process | None) -> None:
+        if isinstance(error, LauncherDown) and self._context.layout.embedded:
+            leftjails.end_waiting(self._context.layout.vm_run(self._live.vm.number))
         if isinstance(error, LauncherDown) and time.monotonic() < self._tries_end:
             self._context.loop.after(LAUNCHER_AGAIN, self._ask)
             return
@@ -157,7 +160,7 @@ def launch_line(context: Context, vm: Vm) -> list[str]:
         fds = _Descriptors(stack)
         table = _plan(context, vm, definition, images, scratch, cables, fds, sockets, null)
     uid = context.policy.host.uid_base + vm.number if context.host.apart else None
-    return command(plan_of(table, number=vm.number, uid=uid, gid=uid, seccomp_fd=FIRST_FD + len(fds.lent)))
+    return command(LaunchPlan(**table, number=vm.number, uid=uid, gid=uid, seccomp_fd=FIRST_FD + len(fds.lent)))
 
 
 def _plan(
@@ -170,7 +173,7 @@ def _plan(
     fds: _Descriptors,
     sockets: Mapping[str, int],
     barrier: int,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Open what *definition* names and say how QEMU gets it: the plan of a launch request."""
     host, limits = context.host, context.effective(vm.owner).limits
     accel = vm.accel or context.facts.accel
@@ -237,7 +240,7 @@ def _disk(
     scratch: int | None,
     fds: _Descriptors,
     order: Mapping[str, int],
-) -> dict[str, object]:
+) -> dict[str, Any]:
     layers: list[list[object]] = []
     if disk.snapshot:
         assert scratch is not None
@@ -263,7 +266,7 @@ def _disk(
 
 def _nic(
     context: Context, vm: Vm, name: str, nic: Nic, cables: Cables, fds: _Descriptors, bootindex: int | None
-) -> dict[str, object]:
+) -> dict[str, Any]:
     index = int(name.removeprefix("net"))
     kind = context.policy.catalogues.networks[nic.network].kind
     cable = fds.add(os.dup(cables[index])) if index in cables else None

@@ -5,7 +5,7 @@ Runs in: the broker.
 
 from __future__ import annotations
 
-from ..errors import TapnetDown
+from ..refusals import TapnetDown
 from .link import Link
 
 

@@ -7,13 +7,14 @@ Runs in: the broker.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .. import wire
-from ..errors import TapnetDown, VmshellError
+from ..errors import VmshellError
 from ..messages import NUMBERS_MAX, OPENINGS_MAX, Confine, Open, Settings
+from ..model.limitkinds import FIRST_CONFINED
+from ..refusals import TapnetDown
 from .cards import ADDRESSED, port_message
 from .journal import note
 from .publishing import Ways
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 Key = tuple[int, int]  # a card: the VM's number and its own
 Done = Callable[[VmshellError | None], None]
 RETRY = 5.0  # seconds after tapnet refused to open or close a way
-LOOK = 2.0  # seconds between two looks at the files of accounts
-ACCOUNTS = ("/etc/passwd", "/etc/group")
 
 
 class Upkeep:
@@ -45,8 +44,7 @@ class Upkeep:
         self._opened: dict[Key, list[dict[str, object]] | None] = {}  # None: it was refused
         self._retry: Timer | None = None
         self._confined: frozenset[int] = frozenset()
-        self._met: set[int] = set()
-        self._accounts: list[int] = []  # when their files were changed last
+        self.met: set[int] = set()  # members who were here and were not in the list
 
     def begin(self) -> None:
         """There is a new tapnet, which knows nothing."""
@@ -126,25 +124,19 @@ class Upkeep:
         """*uid* is a member who is here. Who was none when the list was made, or was not in it, gets into it now (A06)."""
         apart = self._context.policy.host.ssh_forwarding and not self._context.layout.embedded
         if uid and apart and uid not in self._confined:
-            self._met.add(uid)
+            self.met.add(uid)
             self._tell_settings()
 
     def confined(self) -> int:
         """Of how many accounts the sockets are held to their own VMs."""
         return len(self._confined)
 
-    def watch_accounts(self) -> None:
-        """Whoever joins or leaves a group is noticed without a word of ours, and without a login."""
-        self._context.loop.after(LOOK, self.watch_accounts)
-        before, self._accounts = self._accounts, [os.stat(path).st_mtime_ns for path in ACCOUNTS if os.path.exists(path)]
-        if before and before != self._accounts:
-            self.refresh()
-
     def _tell_settings(self) -> None:
-        host, known = self._context.policy.host, self._context.host
+        host, known = self._context.policy.host, self._context.accounts
         # A directory may not list everybody whom it knows.
-        self._met = {uid for uid in self._met if host.group in known.groups_of(known.user_of(uid))}
-        self._confined = frozenset({*known.members(host.group), *self._met} if host.ssh_forwarding else ())
+        self.met = {uid for uid in self.met if host.group in known.groups_of(known.user_of(uid))}
+        confined = {*known.members(host.group), *self.met} if host.ssh_forwarding else set()
+        self._confined = frozenset(uid for uid in confined if uid >= FIRST_CONFINED)
         uids = sorted(self._confined)
         messages = [
             Settings(pool4=host.ipv4_pool, pool6=host.ipv6_pool, confined=uids[:NUMBERS_MAX]),

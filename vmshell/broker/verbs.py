@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..errors import NoQemu, NotAllowed, VmBusy, VmshellError, WrongState
+from ..errors import VmshellError
 from ..messages import (
     ALIVE,
     FAILED,
@@ -27,6 +27,7 @@ from ..messages import (
     Explain,
     HostKey,
     Images,
+    ImageUsers,
     Info,
     Kill,
     LaunchLine,
@@ -36,6 +37,7 @@ from ..messages import (
     Networks,
     New,
     Objects,
+    Owned,
     Publish,
     Put,
     Reboot,
@@ -49,8 +51,9 @@ from ..messages import (
     Whoami,
 )
 from ..model.definition import Disk, Nic
-from ..names import mac_address
-from . import defining, explaining, keeping, passt, publishing, reaching, snapshots, start
+from ..numbering import mac_address
+from ..refusals import NoQemu, NotAllowed, VmBusy, WrongState
+from . import administration, defining, explaining, keeping, passt, publishing, reaching, snapshots, start
 from .access import visible
 from .host import cpu_seconds, resident_bytes
 
@@ -199,6 +202,8 @@ def handle_version(context: Context, call: Call, request: Version) -> None:
                 "version": __version__,
                 "qemu": facts.qemu,
                 "accel": facts.accel,
+                "reason": facts.reason,
+                "problem": facts.problem,
                 "mode": _mode(context),
                 "lacks": _lacks(context),
             }
@@ -286,6 +291,8 @@ HANDLERS: dict[type[Request], Callable[..., None]] = {
     Explain: explaining.handle_explain,
     LaunchLine: handle_launch_line,
     Reload: handle_reload,
+    ImageUsers: administration.handle_image_users,
+    Owned: administration.handle_owned,
     Images: handle_images,
     Networks: reaching.handle_networks,
     Net: reaching.handle_net,

@@ -17,14 +17,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import StorageFailed, VmExists
 from ..layout import Layout
 from ..messages import ALIVE, CREATING, FAILED, OFF, SHELF, STATES
 from ..model import definition as definitions
 from ..model.decide import Usage
 from ..model.definition import Definition
 from ..model.values import split_ref
-from ..names import NUMBER_MAX, check_name
+from ..names import check_name
+from ..numbering import NUMBER_MAX
+from ..refusals import StorageFailed, VmExists
 from .disk import read_text, storage, sync_folder, write_fast, write_text
 from .journal import note
 from .objects import Store
@@ -126,6 +127,7 @@ class Registry:
         self._vms: dict[tuple[int, str], Vm] = {}
         self._shelves: dict[tuple[int, str], Store] = {}
         self._numbers: dict[int, Vm] = {}
+        self._unreadable: list[str] = []  # what was not loaded, as `uid/name`
         self._next = 1
 
     def __iter__(self) -> Iterator[Vm]:
@@ -201,6 +203,7 @@ class Registry:
         except Exception as exc:
             # One unreadable record must not keep everyone else's VMs away; the files stay for the administrator.
             note("record-unreadable", folder=folder, problem=str(exc))
+            self._unreadable.append(f"{uid}/{name}")
             return
         vm = Vm(number, uid, owner, definition, created, store)
         vm.last_error = record.get("last_error")
@@ -216,6 +219,23 @@ class Registry:
             vm.unreadable = problem
             vm.state, vm.note = FAILED, problem
         self._vms[uid, name] = self._numbers[number] = vm
+
+    def unreadable(self) -> list[str]:
+        """The VMs, as `uid/name`, whose records could not be read at the start and are still there."""
+        return [name for name in self._unreadable if os.path.lexists(f"{self._layout.vms}/{name}/record.json")]
+
+    def folders(self, uid: int) -> list[str]:
+        """The folders of all VMs of *uid*, whatever state they are in: half made, removed, unreadable."""
+        with storage():
+            try:
+                return sorted(os.listdir(f"{self._layout.vms}/{uid}"))
+            except FileNotFoundError:
+                return []
+
+    def on_shelf(self, uid: int) -> list[str]:
+        """The objects on the shelves of all accounts that have had *uid*, as people name them."""
+        with storage():
+            return [f"{SHELF}.{name}" for shelf in self._shelves_of(uid) for name, _ in shelf]
 
     def on_paper(self, uid: int, owner: str, definition: Definition) -> Vm:
         """A VM to judge a definition with, that is nowhere written down."""
@@ -349,6 +369,14 @@ def _images(vm: Vm) -> list[str]:
     refs = [definition.kernel, definition.initrd, *(disk.base for disk in definition.disks)]
     named = {split_ref(ref)[1] for ref in refs if ref.startswith("image:")} | {made.base for _, made in vm.store}
     return sorted((named | {definition.image}) - {""})
+
+
+def images_of(vm: Vm) -> list[str] | None:
+    """The images that *vm* stands on; of one with an unreadable definition what its record says, None if that says nothing."""
+    if not vm.unreadable:
+        return _images(vm)
+    images = json.loads(vm.recorded).get("images")
+    return images if isinstance(images, list) and all(isinstance(image, str) for image in images) else None
 
 
 def _record(vm: Vm) -> str:

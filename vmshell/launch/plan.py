@@ -3,138 +3,120 @@
 Two free texts: the guest kernel's command line, which becomes one argument of its own, and the CPU, which only the
 administrator's catalogue names. Every value is checked here or in `devices.py`, so that `argv.py` and `jail.py` can write it
 down without another look (threats B01-B04: a comma in a value is an option in QEMU).
+A launch request holds a plan as JSON, less what the launcher says itself (`LAUNCHERS_OWN`).
 Used by: launcher, broker, probe. Touches nothing.
 """
 
 from __future__ import annotations
 
-from ..names import KEYMAPS
-from .devices import DiskPlan, NicPlan, choice, descriptor, flag, integer, optional, text
+from ..fields import Message, bad, boolean, choice, field, integer, listing, nested, optional, row, text
+from ..hardware import KEYMAPS
+from ..numbering import tap_name
+from .devices import FD, DiskPlan, NicPlan
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
-__all__ = ["DiskPlan", "LaunchPlan", "NicPlan"]
+    from collections.abc import Collection, Iterator
 
 MACHINES = {"q35": "pc-q35-", "pc": "pc-i440fx-"}  # family → what its pinned versions begin with
-ACCELS = ("kvm", "tcg")
-CLOCKS = ("utc", "localtime")
-DISPLAYS = ("none", "vnc")
 VIDEOS = ("none", "std", "virtio", "cirrus")
 # All of them at once, with every controller, fill the 30 free slots of the machine's PCI bus.
 DISKS_MAX = 16
 NICS_MAX = 8
 BUS_MOST = {"ide": 4, "sata": 6, "usb": 8, "fdc": 2}
 ONLY_ON = {"ide": "pc", "sata": "q35"}
-OPTION_ROMS_MAX = 8
 CMDLINE_MAX = 2047  # what Linux on x86 takes (COMMAND_LINE_SIZE less its NUL)
-CPU_MAX = 1024
 LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
 CPU_CHARS = LETTERS | frozenset("._,=+-")
 UNIT_CHARS = LETTERS | frozenset("-_.")
-ID_MAX = (1 << 32) - 2
+ID = optional(integer(1, (1 << 32) - 2))  # never 0: a plan that forgot the uid must not become a QEMU of root's
+# Which VM it is, as whom it runs, where it is counted, which filter it gets.
+LAUNCHERS_OWN = frozenset(
+    ("number", "uid", "gid", "kvm_gid", "seccomp_fd", "scope", "slice", "oom_score_adj", "info_fd", "paused")
+)
+# Of which kind a descriptor has to be; TAP is followed by the tap's name.
+READ, WRITTEN, LISTENER, STREAM, BARRIER, TAP = "read", "written", "listener", "stream", "barrier", "tap"
 
 
-class LaunchPlan:
+def machine(value: object, name: str) -> str:
+    said = text(32)(value, name)
+    for family, prefix in MACHINES.items():
+        major, _, minor = said.removeprefix(prefix).partition(".")
+        # Built anew from two numbers and compared: nothing else can be in it.
+        numbers = 0 < len(major) <= 2 and 0 < len(minor) <= 2 and (major + minor).isascii() and (major + minor).isdigit()
+        if said == family or (numbers and said == f"{prefix}{int(major)}.{int(minor)}"):
+            return said
+    raise bad(name, value, "q35, pc, or one of their versions, like pc-q35-7.2")
+
+
+def cpu_model(value: object, name: str) -> str:
+    model = text(1024)(value, name)
+    if not model or not CPU_CHARS.issuperset(model) or model.startswith("-"):
+        raise bad(name, value, "letters, digits and any of . _ , = + -")
+    return model
+
+
+def cmdline(value: object, name: str) -> str:
+    line = text(CMDLINE_MAX)(value, name)
+    if not line.isprintable() or len(line.encode("utf-8", "surrogateescape")) > CMDLINE_MAX:
+        raise bad(name, value, f"at most {CMDLINE_MAX} bytes without control characters")
+    return line
+
+
+def unit(value: object, name: str) -> str:
+    stem, dot, kind = text(100)(value, name).rpartition(".")
+    if f"{dot}{kind}" != f".{name}" or not stem or stem.startswith(("-", ".")) or not UNIT_CHARS.issuperset(stem):
+        raise bad(name, value, f"a unit's name of letters, digits, '-', '_' and '.' before .{name}")
+    return f"{stem}.{kind}"
+
+
+class LaunchPlan(Message):
     """All of one start. Descriptors are the numbers that the started process sees; *uid* None means: stay who we are.
 
     The serial port is on QEMU's standard input and output (0 and 1), its own words go to 2. Without *qmp_fd* it has no monitor.
     """
 
-    def __init__(
-        self,
-        *,
-        number: int,
-        accel: str,
-        cpus: int,
-        memory: int,
-        seccomp_fd: int,
-        file_size_max: int,
-        qmp_fd: int | None = None,
-        info_fd: int | None = None,
-        block_fd: int | None = None,
-        machine: str = "q35",
-        acpi: bool = True,
-        clock: str = "utc",
-        reboot_stops: bool = False,
-        cpu_model: str | None = None,
-        firmware: tuple[int, int] | None = None,
-        boot_menu: bool = False,
-        kernel_fd: int | None = None,
-        initrd_fd: int | None = None,
-        cmdline: str = "",
-        option_rom_fds: tuple[int, ...] = (),
-        loadvm: int | None = None,
-        disks: tuple[DiskPlan, ...] = (),
-        nics: tuple[NicPlan, ...] = (),
-        spare_nics: int = 0,
-        display: str = "none",
-        video: str = "none",
-        keymap: str | None = None,
-        tablet: bool = False,
-        serial: bool = True,
-        agent_fd: int | None = None,
-        balloon: bool = True,
-        uid: int | None = None,
-        gid: int | None = None,
-        kvm_gid: int | None = None,
-        scope: str | None = None,
-        slice: str = "vmshell.slice",
-        cpu_weight: int = 100,
-        oom_score_adj: int | None = None,
-        paused: bool = True,
-    ) -> None:
-        self.number = integer(number, 0, 0xFFFFFF, "number")
-        self.machine = _machine(machine)
-        self.accel = choice(accel, ACCELS, "accel")
-        self.cpus = integer(cpus, 1, 255, "cpus")
-        self.cpu_model = None if cpu_model is None else _cpu(cpu_model)
-        self.memory = integer(memory, 1, 1 << 24, "memory")
-        self.acpi = flag(acpi, "acpi")
-        self.clock = choice(clock, CLOCKS, "clock")
-        self.reboot_stops = flag(reboot_stops, "reboot_stops")
-        self.firmware = None if firmware is None else _firmware(*firmware)
-        self.boot_menu = flag(boot_menu, "boot_menu")
-        self.kernel_fd = _fd(kernel_fd, "kernel")
-        self.initrd_fd = _fd(initrd_fd, "initrd")
-        if kernel_fd is None and (initrd_fd is not None or cmdline):
-            raise ValueError("kernel_fd must be there for an initrd or a command line")
-        self.cmdline = _cmdline(cmdline)
-        self.option_rom_fds = tuple(descriptor(fd, "option_rom") for fd in option_rom_fds)
-        if len(self.option_rom_fds) > OPTION_ROMS_MAX:
-            raise ValueError(f"option_rom_fds must be at most {OPTION_ROMS_MAX}")
-        self.disks = tuple(disks)
-        self.nics = tuple(nics)
-        self.spare_nics = integer(spare_nics, 0, NICS_MAX - min(NICS_MAX, len(self.nics)), "spare_nics")
-        self.loadvm = optional(loadvm, 0, (1 << 32) - 1, "loadvm")
-        self.display = choice(display, DISPLAYS, "display")
-        self.video = choice(video, VIDEOS, "video")
-        self.keymap = None if keymap is None else choice(keymap, KEYMAPS, "keymap")
-        self.tablet = flag(tablet, "tablet")
-        self.serial = flag(serial, "serial")
-        self.balloon = flag(balloon, "balloon")
-        self.agent_fd = _fd(agent_fd, "agent")
-        self.qmp_fd = _fd(qmp_fd, "qmp")
-        self.info_fd = _fd(info_fd, "info")
-        self.block_fd = _fd(block_fd, "block")
-        self.seccomp_fd = descriptor(seccomp_fd, "seccomp")
-        if (uid is None) != (gid is None):
-            raise ValueError("uid and gid must be there together")
-        # Never 0: a plan that forgot the uid must not become a QEMU of root's.
-        self.uid = optional(uid, 1, ID_MAX, "uid")
-        self.gid = optional(gid, 1, ID_MAX, "gid")
-        self.kvm_gid = optional(kvm_gid, 0, ID_MAX, "kvm_gid")
-        self.file_size_max = integer(file_size_max, 0, 1 << 62, "file_size_max")
-        self.scope = None if scope is None else _unit(scope, ".scope")
-        self.slice = _unit(slice, ".slice")
-        self.cpu_weight = integer(cpu_weight, 1, 10000, "cpu_weight")
-        self.oom_score_adj = optional(oom_score_adj, -1000, 1000, "oom_score_adj")
-        self.paused = flag(paused, "paused")
-        self._check_devices()
-        self._check_loadvm()
-        # QEMU's -add-fd closes the number it took: the second user of it would get another file, or none.
-        _unique(self.fds(), "descriptor")
+    verb = "plan"
+
+    number: int = field(integer(0, 0xFFFFFF))
+    accel: str = field(choice("kvm", "tcg"))
+    cpus: int = field(integer(1, 255))
+    memory: int = field(integer(1, 1 << 24))
+    seccomp_fd: int = field(FD)
+    file_size_max: int = field(integer(0, 1 << 53))
+    qmp_fd: int | None = field(optional(FD), default=None)
+    info_fd: int | None = field(optional(FD), default=None)
+    block_fd: int | None = field(optional(FD), default=None)
+    machine: str = field(machine, default="q35")
+    acpi: bool = field(boolean, default=True)
+    clock: str = field(choice("utc", "localtime"), default="utc")
+    reboot_stops: bool = field(boolean, default=False)
+    cpu_model: str | None = field(optional(cpu_model), default=None)
+    firmware: tuple[int, int] | None = field(optional(row(FD, FD)), default=None)  # its code, and this VM's variables
+    boot_menu: bool = field(boolean, default=False)
+    kernel_fd: int | None = field(optional(FD), default=None)
+    initrd_fd: int | None = field(optional(FD), default=None)
+    cmdline: str = field(cmdline, default="")
+    option_rom_fds: tuple[int, ...] = field(listing(FD, 8), default=())
+    loadvm: int | None = field(optional(integer(0, (1 << 32) - 1)), default=None)
+    disks: tuple[DiskPlan, ...] = field(listing(nested(DiskPlan), DISKS_MAX), default=())
+    nics: tuple[NicPlan, ...] = field(listing(nested(NicPlan), NICS_MAX), default=())
+    spare_nics: int = field(integer(0, NICS_MAX), default=0)
+    display: str = field(choice("none", "vnc"), default="none")
+    video: str = field(choice(*VIDEOS), default="none")
+    keymap: str | None = field(optional(choice(*KEYMAPS)), default=None)
+    tablet: bool = field(boolean, default=False)
+    serial: bool = field(boolean, default=True)
+    agent_fd: int | None = field(optional(FD), default=None)
+    balloon: bool = field(boolean, default=True)
+    uid: int | None = field(ID, default=None)
+    gid: int | None = field(ID, default=None)
+    kvm_gid: int | None = field(optional(integer(0, (1 << 32) - 2)), default=None)
+    scope: str | None = field(optional(unit), default=None)
+    slice: str = field(unit, default="vmshell.slice")
+    cpu_weight: int = field(integer(1, 10000), default=100)
+    oom_score_adj: int | None = field(optional(integer(-1000, 1000)), default=None)
+    paused: bool = field(boolean, default=True)
 
     @property
     def family(self) -> str:
@@ -146,79 +128,56 @@ class LaunchPlan:
         """Whether there is a USB controller: not for nothing, it is much code."""
         return self.tablet or any(disk.bus == "usb" for disk in self.disks)
 
-    def fds(self) -> tuple[int, ...]:
-        """Every descriptor beside the standard three that must be open, and inheritable, when the command starts."""
-        named = (
-            *(self.kernel_fd, self.initrd_fd, self.agent_fd, self.qmp_fd),
-            *(self.info_fd, self.block_fd, self.seccomp_fd),
-        )
-        layers = (fd for disk in self.disks for fd, _ in disk.layers)
-        cables = (fd for nic in self.nics for fd in nic.fds())
-        return (*(fd for fd in named if fd is not None), *layers, *(self.firmware or ()), *self.option_rom_fds, *cables)
+    def lent(self) -> Iterator[tuple[str, int, str]]:
+        """Every descriptor that a launch request brings: the field it stands in, its number, and of which kind it has to be.
 
-    def _check_devices(self) -> None:
-        if len(self.disks) > DISKS_MAX or len(self.nics) > NICS_MAX:
-            raise ValueError(f"disks and nics must be at most {DISKS_MAX} and {NICS_MAX}")
+        A tap's kind is `tap` and its name, which follows from the VM's number.
+        """
+        single = {"kernel_fd": READ, "initrd_fd": READ, "agent_fd": LISTENER, "qmp_fd": LISTENER}
+        for name, kind in {**single, "block_fd": BARRIER}.items():
+            if (fd := getattr(self, name)) is not None:
+                yield name, fd, kind
+        yield from (("option_rom_fds", fd, READ) for fd in self.option_rom_fds)
+        yield from (("firmware", fd, kind) for fd, kind in zip(self.firmware or (), (READ, WRITTEN), strict=False))
+        for index, disk in enumerate(self.disks):
+            for depth, (fd, _) in enumerate(disk.layers):
+                yield f"disks[{index}].layers[{depth}]", fd, WRITTEN if not depth and not disk.readonly else READ
+        for index, nic in enumerate(self.nics):
+            for name, fd, kind in (
+                ("tap_fd", nic.tap_fd, f"{TAP} {tap_name(self.number, index)}"),
+                ("stream_fd", nic.stream_fd, STREAM),
+            ):
+                if fd is not None:
+                    yield f"nics[{index}].{name}", fd, kind
+
+    def all_fds(self) -> tuple[int, ...]:
+        """Every descriptor beside the standard three that must be open, and inheritable, when the command starts."""
+        own = (fd for fd in (self.info_fd, self.seccomp_fd) if fd is not None)
+        return (*own, *(fd for _, fd, _ in self.lent()))
+
+    def agree(self) -> None:
+        """Raise BadValue where two fields contradict each other."""
+        if self.kernel_fd is None and (self.initrd_fd is not None or self.cmdline):
+            raise bad("kernel_fd", None, "needed for an initrd and a command line")
+        if (self.uid is None) != (self.gid is None):
+            raise bad("gid", self.gid, "given together with uid")
+        if self.spare_nics > NICS_MAX - len(self.nics):
+            raise bad("spare_nics", self.spare_nics, f"at most {NICS_MAX} with the interfaces there are")
         buses = [disk.bus for disk in self.disks]
         for bus in buses:
-            if ONLY_ON.get(bus, self.family) != self.family:
-                raise ValueError(f"bus must be one that machine {self.family} has, not {bus}")
-            if buses.count(bus) > BUS_MOST.get(bus, DISKS_MAX):
-                raise ValueError(f"bus {bus} takes {BUS_MOST[bus]} disks")
+            if ONLY_ON.get(bus, self.family) != self.family or buses.count(bus) > BUS_MOST.get(bus, DISKS_MAX):
+                raise bad("bus", bus, f"one that {self.family} has, with at most {BUS_MOST.get(bus, DISKS_MAX)} disks")
         orders = [*(disk.bootindex for disk in self.disks), *(nic.bootindex for nic in self.nics)]
         _unique([order for order in orders if order is not None], "bootindex")
-        _unique([forward[:2] for nic in self.nics for forward in nic.forwards], "host port")
-
-    def _check_loadvm(self) -> None:
+        _unique([forward[:2] for nic in self.nics for forward in nic.forwards], "forwards")
+        # QEMU's -add-fd closes the number it took: the second user of it would get another file, or none.
+        _unique(self.all_fds(), "descriptors")
         written = [disk.layers[0][1] for disk in self.disks if not disk.readonly]
         # What QEMU asks for: every writable drive can hold a state, and one does. The firmware's variables are raw.
         if self.loadvm is not None and (not written or "raw" in written or self.firmware is not None):
-            raise ValueError("loadvm needs a writable disk, all of them qcow2, and no firmware of its own")
+            raise bad("loadvm", self.loadvm, "for writable disks that are all qcow2, and no firmware of its own")
 
 
-def _fd(value: int | None, what: str) -> int | None:
-    return None if value is None else descriptor(value, what)
-
-
-def _unique(values: Collection[object], what: str) -> None:
+def _unique(values: Collection[object], name: str) -> None:
     if len(set(values)) != len(values):
-        raise ValueError(f"two things share a {what}")
-
-
-def _machine(value: str) -> str:
-    text(value, "machine")
-    for family, prefix in MACHINES.items():
-        if value == family:
-            return family
-        major, _, minor = value.removeprefix(prefix).partition(".")
-        # Built anew from two numbers and compared: nothing else can be in it.
-        if 0 < len(major) <= 2 and 0 < len(minor) <= 2 and (major + minor).isascii() and (major + minor).isdigit():
-            pinned = f"{prefix}{int(major)}.{int(minor)}"
-            if value == pinned:
-                return pinned
-    raise ValueError("machine must be q35, pc, or one of their versions, like pc-q35-7.2")
-
-
-def _cpu(model: str) -> str:
-    text(model, "cpu_model")
-    if not model or len(model) > CPU_MAX or not CPU_CHARS.issuperset(model) or model.startswith("-"):
-        raise ValueError("cpu_model must be letters, digits and any of . _ , = + -")
-    return model
-
-
-def _firmware(code_fd: int, vars_fd: int) -> tuple[int, int]:
-    return descriptor(code_fd, "firmware"), descriptor(vars_fd, "variables")
-
-
-def _cmdline(line: str) -> str:
-    text(line, "cmdline")
-    if not line.isprintable() or len(line.encode("utf-8", "surrogateescape")) > CMDLINE_MAX:
-        raise ValueError(f"cmdline must have at most {CMDLINE_MAX} bytes and no control characters")
-    return line
-
-
-def _unit(name: str, suffix: str) -> str:
-    stem = name.removesuffix(suffix)
-    if stem == name or not stem or stem.startswith(("-", ".")) or not UNIT_CHARS.issuperset(stem) or len(name) > 100:
-        raise ValueError(f"a unit's name is letters, digits, '-', '_' and '.' before {suffix}")
-    return name
+        raise bad(name, values, "all different")

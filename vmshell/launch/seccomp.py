@@ -7,9 +7,10 @@ Used by: launcher, broker, probe. Touches nothing.
 
 from __future__ import annotations
 
-import struct
+import errno
 
-AUDIT_ARCH_X86_64 = 0xC000003E
+from ..bpf import ALLOW, ANY_BIT, ARCH, AT_LEAST, AUDIT_ARCH_X86_64, EQUAL, ERRNO, KILL, LOAD, NR, RETURN, argument, assemble
+
 X32_BIT = 0x40000000  # the x32 calls have numbers of their own: refused as a whole
 
 # x86-64 numbers; the groups say why a call is here.
@@ -53,51 +54,30 @@ DENIED_IOCTLS = {
 # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET: a thread needs none of them.
 NAMESPACE_FLAGS = 0x7E020000
 
-# classic BPF, as in linux/filter.h and linux/seccomp.h
-_LOAD = 0x20  # BPF_LD | BPF_W | BPF_ABS
-_EQUAL = 0x15  # BPF_JMP | BPF_JEQ | BPF_K
-_AT_LEAST = 0x35  # BPF_JMP | BPF_JGE | BPF_K
-_ANY_BIT = 0x45  # BPF_JMP | BPF_JSET | BPF_K
-_RETURN = 0x06  # BPF_RET | BPF_K
-_KILL = 0x80000000  # SECCOMP_RET_KILL_PROCESS
-_ALLOW = 0x7FFF0000
-_ERRNO = 0x00050000
-_EPERM = 1
-_ENOSYS = 38
-
-# struct seccomp_data: int nr; u32 arch; u64 instruction_pointer; u64 args[6]. The low half of an argument comes first.
-_NR, _ARCH, _ARG0, _ARG1 = 0, 4, 16, 24
-
 
 def program() -> bytes:
     """The filter as an array of `struct sock_filter`, ready for `--add-seccomp-fd`."""
-    # Jumps go forward only and by name: "next" is the following instruction.
-    code: list[tuple[int, int, str, str]] = [
-        (_LOAD, _ARCH, "next", "next"),
-        (_EQUAL, AUDIT_ARCH_X86_64, "next", "kill"),
-        (_LOAD, _NR, "next", "next"),
-        (_AT_LEAST, X32_BIT, "deny", "next"),
-        *((_EQUAL, number, "deny", "next") for number in sorted(DENIED.values())),
-        # clone3 hides its flags behind a pointer; ENOSYS makes the C library use clone.
-        (_EQUAL, CLONE3, "enosys", "next"),
-        (_EQUAL, CLONE, "clone", "next"),
-        (_EQUAL, IOCTL, "next", "allow"),
-        # The kernel looks at 32 bits of the request, so do we.
-        (_LOAD, _ARG1, "next", "next"),
-        *((_EQUAL, request, "deny", "next") for request in sorted(DENIED_IOCTLS.values())),
-        (_RETURN, _ALLOW, "next", "next"),
-        (_LOAD, _ARG0, "next", "next"),
-        (_ANY_BIT, NAMESPACE_FLAGS, "deny", "allow"),
-        (_RETURN, _ALLOW, "next", "next"),
-        (_RETURN, _ERRNO | _EPERM, "next", "next"),
-        (_RETURN, _ERRNO | _ENOSYS, "next", "next"),
-        (_RETURN, _KILL, "next", "next"),
-    ]
-    last = len(code)
-    places = {"clone": last - 6, "allow": last - 4, "deny": last - 3, "enosys": last - 2, "kill": last - 1}
-    words = []
-    for index, (operation, value, if_true, if_false) in enumerate(code):
-        places["next"] = index + 1
-        # One byte for each distance: struct refuses what does not fit, so a filter grown too long cannot go wrong silently.
-        words.append(struct.pack("=HBBI", operation, places[if_true] - index - 1, places[if_false] - index - 1, value))
-    return b"".join(words)
+    return assemble(
+        [
+            (LOAD, ARCH, "next", "next"),
+            (EQUAL, AUDIT_ARCH_X86_64, "next", "kill"),
+            (LOAD, NR, "next", "next"),
+            (AT_LEAST, X32_BIT, "deny", "next"),
+            *((EQUAL, number, "deny", "next") for number in sorted(DENIED.values())),
+            # clone3 hides its flags behind a pointer; ENOSYS makes the C library use clone.
+            (EQUAL, CLONE3, "enosys", "next"),
+            (EQUAL, CLONE, "clone", "next"),
+            (EQUAL, IOCTL, "next", "allow"),
+            # The kernel looks at 32 bits of the request, so do we.
+            (LOAD, argument(1), "next", "next"),
+            *((EQUAL, request, "deny", "next") for request in sorted(DENIED_IOCTLS.values())),
+            (RETURN, ALLOW, "next", "next"),
+            (LOAD, argument(0), "next", "next"),
+            (ANY_BIT, NAMESPACE_FLAGS, "deny", "allow"),
+            (RETURN, ALLOW, "next", "next"),
+            (RETURN, ERRNO | errno.EPERM, "next", "next"),
+            (RETURN, ERRNO | errno.ENOSYS, "next", "next"),
+            (RETURN, KILL, "next", "next"),
+        ],
+        {"clone": -6, "allow": -4, "deny": -3, "enosys": -2, "kill": -1},
+    )

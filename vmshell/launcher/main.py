@@ -8,25 +8,23 @@ this may. What it started goes on when it ends, and is found again by its succes
 from __future__ import annotations
 
 import os
-import pwd
 import resource
 import socket
 import stat
 import sys
 
-from .. import wire
+from .. import brokeraccount, wire
 from ..errors import VmshellError
 from ..layout import PACKAGE_DIR, Layout
+from ..servicemanager import notify, passed_socket
 from .jobs import Jobs
 from .policy import Policy
 from .runs import Runs, SignalAll
 from .server import Server
 from .uids import Uids, is_ours, occupant, processes
 
-BROKER_USER = "vmshell-broker"
 SYSTEMD = "/run/systemd/system"
 _CONNECTION = "--connection-fd="
-_LISTEN_FD = 3  # SD_LISTEN_FDS_START
 
 
 def main(argv: list[str]) -> int:
@@ -41,7 +39,7 @@ def main(argv: list[str]) -> int:
     except (VmshellError, OSError) as exc:
         print(f"launcher: not started: {exc}", file=sys.stderr)
         return 1
-    _notify("READY=1")
+    notify("READY=1")
     server.run()
     return 0
 
@@ -57,7 +55,7 @@ def _compose(layout: Layout, options: list[str]) -> Server:
         from . import ending
 
         signal_all = ending.signal_all
-    broker_uid = _broker_uid(layout)
+    broker_uid = os.geteuid() if layout.embedded else brokeraccount.uid()
     runs = Runs(uids=uids, policy=policy, scopes=scopes, broker_uid=broker_uid, signal_all=signal_all)
     jobs = Jobs(uids=uids, signal_all=signal_all)
     listener, connection = _sockets(layout, options)
@@ -79,13 +77,6 @@ def writable_by_others(path: str) -> str:
         path = os.path.dirname(path)
 
 
-def _broker_uid(layout: Layout) -> int:
-    try:
-        return os.geteuid() if layout.embedded else pwd.getpwnam(BROKER_USER).pw_uid
-    except KeyError:
-        return os.geteuid()
-
-
 def _must_be_free(uids: Uids) -> None:
     """Refuse uids in which somebody else lives: a VM's QEMU would be able to do what they can."""
     if problem := occupant(uids.all):
@@ -99,12 +90,12 @@ def _take_over(server: Server, runs: Runs, jobs: Jobs, uids: Uids, *, judge: boo
             raise OSError(f"process {pid} has uid {uid}, which is for VMs and jobs of ours, and is none of them; see uid_base")
         try:
             if uid in uids.jobs:
-                jobs.found(uid, pid)
                 server.watch_process(pid, lambda uid=uid, pid=pid: jobs.ended(uid, pid))  # type: ignore[misc]
+                jobs.found(uid, pid)
             else:
                 number = uids.number_of(uid)
-                runs.found(number, pid)
                 server.watch_process(pid, lambda number=number, pid=pid: runs.ended(number, pid))  # type: ignore[misc]
+                runs.found(number, pid)
         except ProcessLookupError:
             continue  # it has ended meanwhile
 
@@ -116,15 +107,4 @@ def _sockets(layout: Layout, options: list[str]) -> tuple[socket.socket | None, 
             fd = int(option.removeprefix(_CONNECTION))
             os.set_inheritable(fd, False)
             return None, socket.socket(fileno=fd)
-    if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS") == "1":
-        os.set_inheritable(_LISTEN_FD, False)
-        return socket.socket(fileno=_LISTEN_FD), None
-    return wire.listen(layout.launcher_socket, 0o600), None
-
-
-def _notify(state: str) -> None:
-    """Tell the service manager, if there is one."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if path:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+    return passed_socket("launcher") or wire.listen(layout.launcher_socket, 0o600), None

@@ -10,7 +10,8 @@ import os
 import tomllib
 
 from ..errors import BadPolicy
-from ..names import CPU_MODELS, UID_BASE, UID_BASES
+from ..hardware import CPU_MODELS
+from ..numbering import UID_BASE, UID_BASES
 from ..policyfile import read
 
 

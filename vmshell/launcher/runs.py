@@ -15,11 +15,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from .. import descriptors
-from ..errors import LaunchRefused
-from ..launch import request
+from ..errors import LaunchRefused, VmshellError
+from ..launch import plan as plans
 from ..launch.jail import command
-from ..launch.plan import LaunchPlan
-from ..launch.request import plan_of, uses
+from ..launch.plan import LAUNCHERS_OWN, LaunchPlan
 from ..launch.seccomp import program
 from ..launcher_messages import KILL, Launch, Signal
 from ..spawn import FIRST_FD, spawn
@@ -52,14 +51,16 @@ class Runs:
     def ended(self, number: int, pid: int) -> None:
         """The process *pid* of this VM has ended."""
         pids = self._running.get(number, _NOTHING)[1]
-        if pid in pids:
-            pids.discard(pid)
-            if not pids:
-                del self._running[number]
+        pids.discard(pid)
+        if not pids:
+            # Not forgotten: a jail's outer process may end before QEMU does, and then the next launch ends QEMU.
+            self._running[number] = (None, set())
 
     def launch(self, message: Launch, fds: Sequence[int], connection: object) -> int:
         """Start the VM's QEMU, which waits at its start barrier; return the pid of its jail. Raises LaunchRefused or OSError."""
-        if connection is not None and self._running.get(message.number, _NOTHING)[0] is connection:
+        starter, pids = self._running.get(message.number, _NOTHING)
+        # The broker may have seen the end before we did.
+        if starter is not None and starter is connection and not all(wait_for_end(pid, 0) for pid in pids):
             raise LaunchRefused(problem=f"number: VM {message.number} runs already")
         if len(fds) < FIRST_FD:
             raise LaunchRefused(problem="descriptors: standard input, output and error must be there")
@@ -68,12 +69,18 @@ class Runs:
             plan = self._plan(message, FIRST_FD + len(lent))
             self._check(plan, lent)
             _check_standard(standard)
-        except (ValueError, OSError) as exc:
+        except (VmshellError, ValueError, OSError) as exc:
             raise LaunchRefused(problem=exc) from exc
         self._end_leftovers(message.number)
         pid = _start(plan, lent, standard)
         self._running[message.number] = (connection, {pid})
         return pid
+
+    def forget(self, pid: int) -> None:
+        """Kill the jail *pid*, only just started, of which nobody could be told: its barrier never opens."""
+        # It may be the VM's uid already; then the next launch ends it. In its session there may be its child.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
 
     def signal(self, message: Signal) -> None:
         """Signal every process of the VM, in system mode."""
@@ -91,8 +98,10 @@ class Runs:
 
     def _plan(self, message: Launch, seccomp_fd: int) -> LaunchPlan:
         uid = self._uids.of_vm(message.number)
-        plan = plan_of(
-            message.plan,
+        for name in LAUNCHERS_OWN & message.plan.keys():
+            raise ValueError(f"{name} is the launcher's own to say")
+        plan = LaunchPlan(
+            **message.plan,
             number=message.number,
             uid=uid,
             gid=uid,
@@ -108,10 +117,10 @@ class Runs:
 
     def _check(self, plan: LaunchPlan, lent: Sequence[int]) -> None:
         """Raise ValueError unless each descriptor is of its kind, and none is left over or missing."""
-        wanted = {number: (name, kind) for name, number, kind in uses(plan)}
+        wanted = {number: (name, kind) for name, number, kind in plan.lent()}
         numbers = range(FIRST_FD, FIRST_FD + len(lent))
         if sorted(wanted) != list(numbers):
-            raise ValueError(f"descriptors: the plan uses {sorted(wanted)}, and there are {list(numbers)}")
+            raise ValueError(f"descriptors: the plan uses {sorted(wanted)}, and there are {len(lent)} from {FIRST_FD}")
         if plan.block_fd is None:
             raise ValueError("block_fd must be there")
         for number, fd in zip(numbers, lent, strict=True):
@@ -124,12 +133,12 @@ class Runs:
     def _check_one(self, kind: str, fd: int) -> None:
         name, _, tap = kind.partition(" ")
         checks: dict[str, Callable[[int], None]] = {
-            request.READ: partial(descriptors.check_read_file, owner=self._broker_uid),
-            request.WRITTEN: partial(descriptors.check_written_file, owner=self._broker_uid),
-            request.LISTENER: descriptors.check_listener,
-            request.STREAM: descriptors.check_stream,
-            request.BARRIER: partial(descriptors.check_pipe, mode=os.O_RDWR),
-            request.TAP: partial(descriptors.check_tap, name=tap),
+            plans.READ: partial(descriptors.check_read_file, owner=self._broker_uid),
+            plans.WRITTEN: partial(descriptors.check_written_file, owner=self._broker_uid),
+            plans.LISTENER: descriptors.check_listener,
+            plans.STREAM: descriptors.check_stream,
+            plans.BARRIER: partial(descriptors.check_pipe, mode=os.O_RDWR),
+            plans.TAP: partial(descriptors.check_tap, name=tap),
         }
         checks[name](fd)
 

@@ -39,6 +39,7 @@ class Server:
         self._watched: dict[int, Callable[[], None]] = {}
         for sock, call in ((listener, self._accept), (connection, self._serve)):
             if sock is not None:
+                sock.setblocking(False)
                 self._watch(sock.fileno(), call)
 
     def run(self) -> None:
@@ -74,6 +75,7 @@ class Server:
         except OSError as exc:
             report(f"accepting failed: {exc}")
             return
+        sock.setblocking(False)  # whoever does not read is hung up on, see `_send`
         if wire.peer_uid(sock) != self._broker_uid:
             report(f"refused a connection of uid {wire.peer_uid(sock)}")
             sock.close()
@@ -124,6 +126,8 @@ class Server:
             elif isinstance(message, Launch):
                 number, pid = message.number, self._runs.launch(message, packet.fds, self._connection)
                 self._started(ident, pid, lambda: self._runs.ended(number, pid))
+                if self._connection is None:
+                    self._runs.forget(pid)
             elif isinstance(message, Job):
                 job, uid = self._jobs.start(message, packet.fds)
                 self._started(ident, job, lambda: None if uid is None else self._jobs.ended(uid, job))

@@ -9,7 +9,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from ..names import JOBS_MAX, NUMBER_MAX, uids_of_jobs
+from ..numbering import JOBS_MAX, NUMBER_MAX, uids_of_jobs
 
 # Of the two files of accounts the third field counts; of the two of subordinate ids, which are ranges, the second and third.
 _ACCOUNTS = ("/etc/passwd", "/etc/group")

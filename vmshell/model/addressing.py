@@ -1,7 +1,7 @@
 """From the numbers of a segment and of a card in it to addresses and back: arithmetic on the administrator's pools.
 
 A segment is one broadcast domain. Its number is its subnet's place in the pool; 1 is the gateway, cards follow.
-Used by: broker. Pure.
+Used by: broker, tapnet, dnsmasq. Pure.
 """
 
 from __future__ import annotations

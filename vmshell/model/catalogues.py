@@ -1,6 +1,6 @@
 """What there is to choose from on this host, by names: users see the names, the administrator says what stands behind them.
 
-Used by: broker, shell, admin. Pure.
+Used by: broker, shell, admin, tapnet, dnsmasq. Pure.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import VmshellError, safe
-from ..names import CPU_MODELS, DIGITS, LETTERS, is_object_name, nearest
+from ..hardware import CPU_MODELS
+from ..names import DIGITS, LETTERS, is_object_name, nearest
 from .limitkinds import Interface, People
 from .limits import MACHINES, NIC_MODELS, VIDEO_MODELS
 from .values import Bool, Choice, Int, Kind, ListOf, bad

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 
-from ..errors import OverLimit, PolicyDenied, VmshellError
+from ..errors import VmshellError
 from ..names import MIB
+from ..refusals import OverLimit, PolicyDenied
 from .definition import Definition, with_values
 from .keys import KEYS
 from .limitkinds import FEATURES, port_range

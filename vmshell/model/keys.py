@@ -6,8 +6,10 @@ Used by: broker, shell, admin. Pure data.
 
 from __future__ import annotations
 
-from ..errors import UnknownKey, safe
-from ..names import KEYMAPS, MIB, nearest
+from ..errors import safe
+from ..hardware import KEYMAPS
+from ..names import MIB, nearest
+from ..refusals import UnknownKey
 from .shapes import Definition, Disk, Forward, Geometry, Nic
 from .values import (
     Bool,

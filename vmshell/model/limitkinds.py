@@ -1,6 +1,6 @@
 """Kinds of values that stand in `policy.toml` and in no definition. As in values.py: `check` returns the typed value or raises.
 
-Used by: broker, shell, admin. Pure.
+Used by: broker, shell, admin, tapnet, dnsmasq. Pure.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ FEATURES = {
 NO_POOL4 = tuple(ipaddress.IPv4Network(net) for net in ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3"))
 POOL6 = (ipaddress.IPv6Network("fc00::/7"), ipaddress.IPv6Network("2000::/3"))  # unique local, and global
 
+FIRST_CONFINED = 1000  # below it are root and services, whose sockets are nobody's to confine
 HEX = DIGITS | frozenset("abcdef")
 
 

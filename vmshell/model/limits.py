@@ -1,7 +1,7 @@
 """What one user may have and what the host does: every key of `policy.toml`, its built-in value, its kind and its meaning.
 
 One row for a key: it feeds the reader, `vmshell-admin policy show`, and the tests of etc/policy.toml and vmshell-policy(5).
-Used by: broker, shell, admin. Pure data.
+Used by: broker, shell, admin, tapnet, dnsmasq. Pure data.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..names import UID_BASE, UID_BASES
+from ..numbering import UID_BASE, UID_BASES
 from .limitkinds import (
     Account,
     Addresses,

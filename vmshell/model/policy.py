@@ -2,7 +2,7 @@
 
 It is complete without the file: the built-in limits are in force before the first login. Of the sections that concern a user the
 narrowest wins, key by key: [user.NAME], then of the [group.NAME]s the one that stands first in the file, then [defaults].
-Used by: broker, shell, admin. Pure, but for `load`.
+Used by: broker, shell, admin, tapnet, dnsmasq. Pure, but for `load`, the one look at the file.
 """
 
 from __future__ import annotations

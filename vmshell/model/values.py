@@ -3,7 +3,7 @@
 A kind has three functions: `check(value, key)` takes what TOML gave and returns the typed value or raises BadValue naming key,
 value, what is allowed and the nearest allowed; `read(text)` makes of a word like `8G` or `disk0,net0` what TOML would have given;
 `raw(value)` is the way back.
-Used by: broker, shell, admin. Pure.
+Used by: broker, shell, admin, tapnet, dnsmasq. Pure.
 """
 
 from __future__ import annotations

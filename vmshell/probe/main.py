@@ -20,6 +20,7 @@ import stat
 import sys
 import time
 
+from ..errors import VmshellError
 from ..launch import argv, jail
 from . import verdict
 from .trial import STOPPING, Tools, Trial, spawn, wait, watch
@@ -58,6 +59,8 @@ def answer(wanted: str, uid: int | None, tools: Tools) -> dict[str, object]:
             found["accel"], found["reason"], found["problem"] = _try_guests(wanted, uid, tools)
         except OSError as exc:
             found["problem"] = f"no guest could be tried on this host ({exc.strerror})"
+        except VmshellError as exc:
+            found["problem"] = f"no guest could be tried on this host ({exc})"  # by the uid that we were told to use
     return found
 
 

@@ -11,8 +11,9 @@ import select
 import signal
 import time
 
+from ..launch.devices import DiskPlan
 from ..launch.jail import command
-from ..launch.plan import DiskPlan, LaunchPlan
+from ..launch.plan import LaunchPlan
 from ..launch.seccomp import program
 from . import guest
 
@@ -72,7 +73,7 @@ class Trial:
                 paused=False,  # it has no monitor
             )
             words = command(plan, qemu=tools.qemu, bwrap=tools.bwrap, brief=True)
-            self._pid = spawn(words, console, errors, plan.fds())
+            self._pid = spawn(words, console, errors, plan.all_fds())
         except BaseException:
             self.end()
             raise

@@ -1,7 +1,8 @@
 """The broker's connection: Watch, Attach, Order and Forget in; an answer to each, and Events, out.
 
-The relay listens; whoever connects must be root or the relay's own uid (the kernel says who it is). One connection at a time:
-a broker that comes back replaces the one that is gone, and re-sends Watch for every VM it knows.
+The relay listens; whoever connects must be of the broker's account or of the relay's own uid (the kernel says who it is). One
+connection at a time: a broker that comes back replaces the one that is gone, and re-sends Watch for every VM it knows. What it
+brings is looked at before anything is done with it: it may no longer be the program that we know.
 Runs in: the relay. Touches `relay.sock`.
 """
 
@@ -12,10 +13,11 @@ import os
 import socket
 from collections import deque
 
-from .. import messages, wire
-from ..descriptors import check_pipe
-from ..errors import Internal, NotWatched, ProtocolError, QemuSilent, VmshellError
+from .. import brokeraccount, messages, wire
+from ..errors import Internal, ProtocolError, VmshellError
 from ..fields import request_id
+from ..refusals import NotWatched, QemuSilent
+from .checks import BadDescriptor, check_fifo, check_order, check_stderr, check_viewer
 from .loop import GONE, IN, OUT
 from .orders import brings_fd
 from .port import Port
@@ -111,6 +113,8 @@ class Control:
         self._service = service
         self._listener = listener
         self._link: Link | None = None
+        self._peers = {brokeraccount.uid(), os.geteuid()}
+        self._broker_uid = -1  # whose files QEMU may be handed
         self._collecting = False
         self._handlers: dict[type[messages.ToRelay], Callable[..., None]] = {
             messages.Watch: self._on_watch,
@@ -147,13 +151,15 @@ class Control:
             sock, _ = self._listener.accept()
         except BlockingIOError:
             return
-        if wire.peer_uid(sock) not in (0, os.geteuid()):
+        uid = wire.peer_uid(sock)
+        if uid not in self._peers:
+            self.loop.report(f"refused a connection of uid {uid}")
             sock.close()
             return
         sock.setblocking(False)
         if self._link is not None:
             self._link.close()
-        self._link = Link(self, sock)
+        self._link, self._broker_uid = Link(self, sock), uid
 
     def link_closed(self, link: Link) -> None:
         if self._link is link:
@@ -174,6 +180,9 @@ class Control:
             number = request_id(packet.body)
             message = messages.parse_to_relay(packet.body)
             self._handlers[type(message)](message, packet, _Reply(link, number))
+        except BadDescriptor as exc:
+            self.loop.report(f"{packet.body.get('verb')}: {exc}")
+            _Reply(link, number).error(exc)
         except VmshellError as exc:
             _Reply(link, number).error(exc)
         except Exception as exc:
@@ -188,10 +197,12 @@ class Control:
     # --- the verbs ---
 
     def _on_watch(self, watch: messages.Watch, packet: wire.Packet, reply: _Reply) -> None:
-        vm = self.vms.get(watch.number)
         fresh, piped = len(packet.fds) % 2 == 1, len(packet.fds) > 1
-        if piped:
-            _check_fifos(packet.fds[:2])
+        for fd in packet.fds[:2] if piped else ():
+            check_fifo(fd)
+        if fresh:
+            check_stderr(packet.fds[-1])
+        vm = self.vms.get(watch.number)
         if vm is not None and (fresh or (piped and vm.is_another(packet.fds[1]))):
             # What we know is about a QEMU that has ended.
             self._drop(vm, "the VM was started anew", False)
@@ -212,7 +223,7 @@ class Control:
 
     def _on_attach(self, attach: messages.Attach, packet: wire.Packet, reply: _Reply) -> None:
         vm = self._vm(attach.number)
-        fd = packet.take_fd()
+        fd = _taken(packet, check_viewer)
         try:
             vm.console.audience.attach(fd, attach.label, attach.readonly, attach.replay)
         except OSError as exc:
@@ -221,7 +232,7 @@ class Control:
 
     def _on_order(self, order: messages.Order, packet: wire.Packet, reply: _Reply) -> None:
         vm = self._vm(order.number)
-        fd = packet.take_fd() if brings_fd(order.what) else -1
+        fd = _taken(packet, lambda fd: check_order(order, fd, self._broker_uid)) if brings_fd(order.what) else -1
 
         def answer(ok: bool) -> None:
             # QEMU may be gone before its "yes" to quit has been read: that is a yes.
@@ -270,12 +281,11 @@ class Control:
         self._drop(vm, "the VM has ended", False)
 
 
-def _check_fifos(fds: list[int]) -> None:
-    for fd in fds:
-        try:
-            check_pipe(fd, os.O_RDWR)
-        except ValueError as exc:
-            raise ProtocolError(problem=f"a serial port is made of two FIFOs, and this is {exc}") from exc
+def _taken(packet: wire.Packet, check: Callable[[int], None]) -> int:
+    """Take the packet's descriptor out of it if it passes *check*; else it is closed with the packet."""
+    if packet.fds:
+        check(packet.fds[0])
+    return packet.take_fd()
 
 
 class _Reply:

@@ -13,13 +13,13 @@ import resource
 import signal
 import socket
 
-from .. import wire
+from .. import servicemanager, wire
 from ..layout import Layout
-from ..names import NUMBER_MAX
+from ..numbering import NUMBER_MAX
 from .control import Control
 from .loop import IN, Loop
 from .port import KINDS, UNLOGGED
-from .service import Service, take_fds
+from .service import Service
 from .vm import Kept
 
 _LISTEN = "--listen-fd="
@@ -50,7 +50,7 @@ class _Signals:
 def main(argv: list[str]) -> int:
     """Serve; *argv* is the layout as one argument, and perhaps the number of the listening socket."""
     layout = Layout.from_args(argv[0])
-    passed = take_fds()
+    passed = servicemanager.passed()
     service = Service(os.environ.pop("NOTIFY_SOCKET", ""), [name for name, _ in passed])
     os.umask(0o027)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -14,7 +14,7 @@ import array
 import json
 import socket
 
-from .. import wire
+from .. import encoding
 from ..errors import ProtocolError
 from .loop import IN
 
@@ -209,7 +209,7 @@ class Monitor:
     def _on_line(self, line: bytes) -> None:
         self._count += 1
         try:
-            body = wire.decode(line)
+            body = encoding.decode(line)
         except ProtocolError:
             self._bad_line()
             return

@@ -2,34 +2,17 @@
 
 Without a service manager everything here does nothing. Under systemd the unit needs `NotifyAccess=main` and a
 `FileDescriptorStoreMax=` of three per VM and one per attached console.
-Runs in: the relay. Touches NOTIFY_SOCKET and the LISTEN_* variables.
+Runs in: the relay. `servicemanager.py` says what is passed at the start.
 """
 
 from __future__ import annotations
 
 import array
-import os
 import socket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-FIRST_FD = 3  # SD_LISTEN_FDS_START
-
-
-def take_fds() -> list[tuple[str, int]]:
-    """The descriptors passed to this very process, with their names; they are made close-on-exec and the variables removed."""
-    pid, count, names = (os.environ.pop(key, "") for key in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"))
-    if pid != str(os.getpid()) or not count.isdigit():
-        return []
-    named = names.split(":")
-    taken = []
-    for index in range(int(count)):
-        fd = FIRST_FD + index
-        os.set_inheritable(fd, False)
-        taken.append((named[index] if index < len(named) else "", fd))
-    return taken
 
 
 class Service:

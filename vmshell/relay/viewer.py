@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import socket
 
-from .. import wire
+from .. import encoding
 from ..errors import ProtocolError
 from .loop import GONE, IN, OUT, PEER_CLOSED
 
@@ -154,7 +154,7 @@ class Viewer:
             return
         elif tag == CONTROL_TAG and size <= 1 + CONTROL_MAX:
             try:
-                what = wire.decode(bytes(_packet[1:size])).get("do")
+                what = encoding.decode(bytes(_packet[1:size])).get("do")
             except ProtocolError:
                 return
             self.audience.control(self, what)

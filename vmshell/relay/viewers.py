@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import socket
 
-from ..errors import ProtocolError, TooManyRequests
+from ..errors import ProtocolError
+from ..refusals import TooManyRequests
 from .loop import IN
 from .viewer import DATA, FLOOR, PATIENCE, Viewer
 

@@ -10,8 +10,9 @@ import os
 import sys
 
 from .. import messages
-from ..errors import EX_DONE, EX_REFUSED, AskKillOrRm, Usage, VmshellError, safe
+from ..errors import EX_DONE, EX_REFUSED, VmshellError, safe
 from ..names import check_vm_ref
+from ..refusals import AskKillOrRm, Usage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

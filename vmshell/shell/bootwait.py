@@ -9,7 +9,8 @@ import re
 import signal
 from time import monotonic
 
-from ..errors import BadValue, RelayDown, TimedOut, VmStopped, safe
+from ..errors import BadValue, safe
+from ..refusals import RelayDown, TimedOut, VmStopped
 from .link import Link
 from .termfilter import Filter, plain
 from .terminal import write_all

@@ -10,7 +10,8 @@ import select
 import time
 
 from .. import wire
-from ..errors import BrokerDown, ProtocolError, VmshellError, from_wire
+from ..errors import ProtocolError, VmshellError
+from ..refusals import BrokerDown, from_wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

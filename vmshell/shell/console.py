@@ -12,7 +12,8 @@ import select
 from time import monotonic
 
 from .. import messages
-from ..errors import EX_DONE, EX_REFUSED, RelayDown, VmshellError
+from ..errors import EX_DONE, EX_REFUSED, VmshellError
+from ..refusals import RelayDown
 from . import helptext, notices
 from .keys import Keys, show_key
 from .link import Link

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 
 from .. import messages
-from ..errors import EX_DONE, EX_REFUSED, BadValue, NoSuchObject, Usage, safe
+from ..errors import EX_DONE, EX_REFUSED, BadValue, safe
+from ..refusals import NoSuchObject, Usage
 from .storing import must_own_stdin
 
 TYPE_CHECKING = False

@@ -6,7 +6,8 @@ Runs in: the shell.
 from __future__ import annotations
 
 from .. import messages
-from ..errors import EX_DONE, EX_REFUSED, Usage, from_wire, safe
+from ..errors import EX_DONE, EX_REFUSED, safe
+from ..refusals import Usage, from_wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ Runs in: the shell. Pure functions.
 
 from __future__ import annotations
 
-from ..errors import BadName, UnknownVerb, Usage, VmshellError, safe
+from ..errors import VmshellError, safe
 from ..names import check_vm_ref, nearest
+from ..refusals import BadName, UnknownVerb, Usage
 from .checks import CHECKS
 
 TYPE_CHECKING = False

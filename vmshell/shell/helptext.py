@@ -5,8 +5,9 @@ Runs in: the shell. Pure functions.
 
 from __future__ import annotations
 
-from ..errors import REGISTRY, Usage, safe
+from ..errors import safe
 from ..names import nearest
+from ..refusals import REGISTRY, Usage
 from . import verbs
 
 TYPE_CHECKING = False

@@ -13,9 +13,10 @@ from __future__ import annotations
 import os
 import sys
 
-from ..errors import EX_DONE, EX_INTERNAL, EX_INTERRUPTED, BrokerDown, Internal, NoSuchVm, UnknownVerb, Usage, VmshellError, safe
+from ..errors import EX_DONE, EX_INTERNAL, EX_INTERRUPTED, Internal, VmshellError, safe
 from ..layout import Layout
 from ..names import nearest
+from ..refusals import BrokerDown, NoSuchVm, UnknownVerb, Usage
 from . import process
 
 TYPE_CHECKING = False

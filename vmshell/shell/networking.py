@@ -6,8 +6,9 @@ Runs in: the shell. Touches standard input and output; connects to the user's ow
 from __future__ import annotations
 
 from .. import messages
-from ..errors import EX_DONE, NotConnected, ProtocolError, Usage, safe
+from ..errors import EX_DONE, ProtocolError, safe
 from ..names import format_size
+from ..refusals import NotConnected, Usage
 from .checks import split_grantee, split_place, split_port
 
 TYPE_CHECKING = False

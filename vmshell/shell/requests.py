@@ -6,7 +6,7 @@ Runs in: the shell. Pure functions.
 from __future__ import annotations
 
 from .. import messages
-from ..errors import Usage
+from ..refusals import Usage
 from .checks import split_object
 
 TYPE_CHECKING = False

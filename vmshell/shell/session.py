@@ -14,8 +14,9 @@ import sys
 import time
 
 from .. import wire
-from ..errors import BrokerDown, safe
+from ..errors import safe
 from ..layout import PACKAGE_DIR, PYTHON_FLAGS
+from ..refusals import BrokerDown
 from .process import PATH, SESSION_VARIABLES
 
 TYPE_CHECKING = False

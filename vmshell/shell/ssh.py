@@ -14,7 +14,8 @@ import signal
 import tempfile
 
 from .. import messages
-from ..errors import EX_DONE, ProgramFailed, StorageFailed, Usage, VmshellError, safe
+from ..errors import EX_DONE, VmshellError, safe
+from ..refusals import ProgramFailed, StorageFailed, Usage
 from .checks import split_login
 from .networking import must_own_stdin, place_of
 from .ssh_said import Said

@@ -6,7 +6,8 @@ Runs in: the shell. Touches standard input and output, and the descriptors that 
 from __future__ import annotations
 
 from .. import messages
-from ..errors import EX_DONE, EX_REFUSED, BadValue, Usage, VmshellError, safe
+from ..errors import EX_DONE, EX_REFUSED, BadValue, VmshellError, safe
+from ..refusals import Usage
 from .checks import split_object
 
 TYPE_CHECKING = False

@@ -13,8 +13,8 @@ import stat
 import sys
 from time import monotonic
 
-from ..errors import Usage
 from ..names import format_size
+from ..refusals import Usage
 from .show import duration
 from .terminal import write_all
 

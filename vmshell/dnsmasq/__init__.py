@@ -1,0 +1,1 @@
+"""dnsmasq: writes the configuration of dnsmasq from root's policy before each of its starts, and ends."""
