@@ -58,6 +58,8 @@ def answer(wanted: str, uid: int | None, tools: Tools) -> dict[str, object]:
             found["accel"], found["reason"], found["problem"] = _try_guests(wanted, uid, tools)
         except OSError as exc:
             found["problem"] = f"no guest could be tried on this host ({exc.strerror})"
+        except ValueError as exc:
+            found["problem"] = f"no guest could be tried on this host ({exc})"  # by the uid that we were told to use
     return found
 
 
