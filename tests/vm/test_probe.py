@@ -216,6 +216,10 @@ def test_a_qemu_that_is_no_program(stand: Stand) -> None:
     assert stand()["problem"].startswith("QEMU cannot be started (")
 
 
+def test_nobodys_guests_are_roots(stand: Stand) -> None:
+    assert stand(uid=0)["problem"].startswith("no guest could be tried on this host (uid")
+
+
 def test_no_descriptors_left(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     def scarce(name: str, flags: int) -> int:
         raise OSError(24, "Too many open files")
