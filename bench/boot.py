@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench.figures import Row, Terminal, broker, compared, installed, place, skipped, spread
+from tests.fakes.serial import relays_side
 from tests.guests import disk_image, echo_image
 from tests.images import install_images
 from tests.session import Session
+from vmshell.broker import serial
 from vmshell.launch.argv import qemu_argv
 from vmshell.launch.devices import DiskPlan, NicPlan
 from vmshell.launch.plan import LaunchPlan
@@ -54,7 +56,9 @@ class ByHand:
                 base = opened(str(files / "disk.raw"), os.O_RDONLY)
                 disks = (DiskPlan(layers=((own, "qcow2"), (base, "raw")), bootindex=1),)
             boot = _boot_section(files / "image.toml")
-            sockets = {name: stack.enter_context(self._listen(name)) for name in ("console", "qmp")}
+            qmp = stack.enter_context(self._listen("qmp"))
+            stdin, stdout = serial.make(str(self._folder), stack)
+            self._console = relays_side(str(self._folder))
             plan = LaunchPlan(
                 number=1,
                 machine="q35",
@@ -66,8 +70,7 @@ class ByHand:
                 cmdline=boot.get("cmdline", ""),
                 disks=disks,
                 nics=(NicPlan(mac="06:00:00:00:00:01"),),
-                console_fd=sockets["console"].fileno(),
-                qmp_fd=sockets["qmp"].fileno(),
+                qmp_fd=qmp.fileno(),
                 info_fd=opened(os.devnull, os.O_WRONLY),  # the jail's, and here nobody's
                 seccomp_fd=opened(os.devnull, os.O_RDONLY),
                 file_size_max=1 << 30,
@@ -75,7 +78,7 @@ class ByHand:
             )
             self.began = time.perf_counter()
             self._process = subprocess.Popen(
-                qemu_argv(plan), pass_fds=plan.all_fds(), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                qemu_argv(plan), pass_fds=plan.all_fds(), stdin=stdin, stdout=stdout, stderr=subprocess.DEVNULL
             )
 
     def __enter__(self) -> ByHand:
@@ -84,13 +87,13 @@ class ByHand:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait()
+        self._console.close()
         shutil.rmtree(self._folder)
 
     def first(self, name: str, complete: Callable[[bytes], bool]) -> tuple[bytes, float]:
-        """Read from the socket *name* until *complete*; returns what came and the seconds since the start."""
-        with socket.socket(socket.AF_UNIX) as sock:
+        """Read from `console` or `qmp` until *complete*; returns what came and the seconds since the start."""
+        with self._console if name == "console" else self._connected(name) as sock:
             sock.settimeout(120)
-            sock.connect(str(self._folder / name))
             got = b""
             while not complete(got):
                 data = sock.recv(1 << 16)
@@ -98,6 +101,11 @@ class ByHand:
                     raise RuntimeError(f"QEMU ended after {got!r}")
                 got += data
             return got, time.perf_counter() - self.began
+
+    def _connected(self, name: str) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(str(self._folder / name))
+        return sock
 
     def _listen(self, name: str) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX)

@@ -1,6 +1,6 @@
 """What the broker may ask of the launcher: four requests; and the one event that the launcher says by itself.
 
-    {"id": 7, "verb": "launch", "number": 5, "plan": {…}}    descriptors: as the plan numbers them, from 3; last: standard error
+    {"id": 7, "verb": "launch", "number": 5, "plan": {…}}       descriptors: as the plan numbers them, from 3; last: its 0, 1, 2
     {"id": 8, "verb": "job", "kind": "storage", "words": ["create", "1048576"]}      descriptors: from 3; last: standard output
     {"id": 9, "verb": "signal", "number": 5, "signal": "kill"}
     {"id": 10, "verb": "restart-names"}
@@ -42,7 +42,11 @@ class ToLauncher(Message):
 
 
 class Launch(ToLauncher):
-    """Start the QEMU of VM *number*; *plan* is a LaunchPlan less what the launcher sets itself (`launch/plan.py`)."""
+    """Start the QEMU of VM *number*; *plan* is a LaunchPlan less what the launcher sets itself (`launch/plan.py`).
+
+    QEMU's standard input and output, the guest's serial port, are FIFOs opened for reading and writing: so QEMU holds the other
+    end as well, and never sees it closed. Its standard error is the writing end of a pipe.
+    """
 
     verb = "launch"
     number: int = field(NUMBER)

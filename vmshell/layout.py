@@ -142,7 +142,7 @@ class Layout:
         return f"{self.run}/vms"
 
     def vm_run(self, number: int) -> str:
-        """A running VM's directory: `qmp.sock`, `console.sock` and `run.json`."""
+        """A running VM's directory: `qmp.sock`, the FIFOs `input` and `output`, and `run.json`."""
         return f"{self.run_vms}/{number}"
 
     def vm_log(self, number: int) -> str:

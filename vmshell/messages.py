@@ -433,10 +433,14 @@ class ToRelay(Message):
 
 
 class Watch(ToRelay):
-    """Take care of a VM: connect to its `console.sock` and `qmp.sock`. Brings QEMU's error pipe when it was just started."""
+    """Take care of a VM: read its serial port and connect to its `qmp.sock`.
+
+    Brings the serial port's two FIFOs, input and output (none if an earlier version started the VM: it has a `console.sock`), and
+    behind them, when QEMU was just started, its error pipe.
+    """
 
     verb = "watch"
-    fds = 1
+    fds = 3
     log_max: int = field(integer(4096, 1 << 30), default=1 << 20)
     log: bool = field(boolean, default=True)
 

@@ -25,9 +25,10 @@ _FIRST_SPARE_FD = 200
 
 
 def spawn(argv: Sequence[str], fds: Mapping[int, int], *, stdout: int = -1, stderr: int = -1) -> int:
-    """Start *argv* with exactly the descriptors *fds* (number there → number here), stdin closed off; return its pid.
+    """Start *argv* with exactly the descriptors *fds* (number there → number here); return its pid.
 
-    Everything else we hold is close-on-exec. Raises OSError when the program cannot be started.
+    Of 0, 1 and 2 those that are not among them are closed off, everything else that we hold is close-on-exec. Raises OSError when
+    the program cannot be started.
     """
     with contextlib.ExitStack() as stack:
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)

@@ -36,7 +36,7 @@ from tests.process.launchers import (
     uploads,
 )
 from vmshell import wire
-from vmshell.launch.plan import LAUNCHERS_OWN, LaunchPlan
+from vmshell.launch.plan import BARRIER, LAUNCHERS_OWN, LaunchPlan
 from vmshell.numbering import JOBS_MAX, NUMBER_MAX, tap_name
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be a launcher")]
@@ -198,7 +198,8 @@ def test_every_descriptor_of_every_kind_in_every_place(launcher: Launcher, lent:
     body, fds = lent.request(VM, table)
     kinds = descriptors_of_all_kinds(lent)
     plan = LaunchPlan(**table, number=VM, seccomp_fd=len(fds) + 2)
-    places = [*plan.lent(), ("stderr", len(fds) + 2, "stderr")]
+    standard = [("stdin", len(fds), BARRIER), ("stdout", len(fds) + 1, BARRIER), ("stderr", len(fds) + 2, "stderr")]
+    places = [*plan.lent(), *standard]
     assert {kind for _, _, kind in places} == {*GOOD, "stderr"}
     assert len(places) == len(fds)
     wrong: list[tuple[str, str, object]] = []
@@ -245,9 +246,9 @@ def test_descriptors_missing_extra_twice_and_far_too_many(launcher: Launcher, le
     more = lent.file(os.O_RDONLY)
     for lend in (fds[1:], fds[:-1], fds[:1], (*fds, fds[-1]), (*fds[:-1], more, fds[-1]), (*fds, *[more] * (128 - len(fds)))):
         assert "descriptor" in launcher.refused(body, lend)
-    assert "descriptors: there are none" in launcher.refused(body)
+    assert "descriptors: standard input, output and error" in launcher.refused(body)
     plan = body["plan"]
-    for number in (plan["console_fd"], 6, 7):  # used twice; standard error's; the filter's
+    for number in (plan["block_fd"], 5, 6):  # used twice; the filter's; nobody's
         text = launcher.refused({**body, "plan": {**plan, "qmp_fd": number}}, fds)
         assert "descriptor" in text, text
 

@@ -1,4 +1,4 @@
-"""Something in QEMU's place: listens at `console.sock` and `qmp.sock` and speaks as much QMP as the relay needs."""
+"""Something in QEMU's place: has a serial port, listens at `qmp.sock` and speaks as much QMP as the relay needs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from tests.fakes.serial import SerialPort, guests_side
 
 GREETING = b'{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}}\r\n'
 
@@ -24,11 +26,19 @@ class HangUp(Exception):
 class QmpSpeaker:
     """*script*, when given, is called with each monitor connection in place of the polite conversation.
 
+    Its serial port is a pair of FIFOs; with *old* it is a socket, as that of a QEMU that an earlier version started.
     `answers` has, by command, what returns its answer or raises one of the above. Descriptors that came are in `fds`, each with
     the command it came beside; they are closed at the end.
     """
 
-    def __init__(self, run_dir: str, status: str = "prelaunch", script: Callable[[socket.socket], None] | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: str,
+        status: str = "prelaunch",
+        script: Callable[[socket.socket], None] | None = None,
+        *,
+        old: bool = False,
+    ) -> None:
         os.makedirs(run_dir, exist_ok=True)
         self.status = status
         self.commands: list[dict[str, Any]] = []
@@ -37,15 +47,17 @@ class QmpSpeaker:
         self.connections = 0
         self._closed = False
         self._script = script
-        self._console_listener = _listen(f"{run_dir}/console.sock")
+        self._console_listener = _listen(f"{run_dir}/console.sock") if old else None
         self._monitor_listener = _listen(f"{run_dir}/qmp.sock")
         self._monitor: socket.socket | None = None
-        self._consoles: list[socket.socket] = []
+        self._consoles: list[socket.socket | SerialPort] = [] if old else [guests_side(run_dir)]
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
-    def console(self, timeout: float = 60) -> socket.socket:
-        """The guest's end of the next console connection."""
+    def console(self, timeout: float = 60) -> socket.socket | SerialPort:
+        """The guest's end of its serial port; of an old one, that of the next connection."""
+        if self._console_listener is None:
+            return self._consoles[0]
         self._console_listener.settimeout(timeout)
         sock, _ = self._console_listener.accept()
         sock.settimeout(timeout)
@@ -72,13 +84,14 @@ class QmpSpeaker:
         if self._closed:
             return
         self._closed = True
-        for sock in (self._console_listener, self._monitor_listener):
-            # shutdown wakes the accept in the thread; close alone would not.
-            sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
+        for listener in (self._console_listener, self._monitor_listener):
+            if listener is not None:
+                # shutdown wakes the accept in the thread; close alone would not.
+                listener.shutdown(socket.SHUT_RDWR)
+                listener.close()
         self.hang_up()
-        for sock in self._consoles:
-            sock.close()
+        for console in self._consoles:
+            console.close()
         for _, fd in self.fds:
             os.close(fd)
         self._thread.join(30)

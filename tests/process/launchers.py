@@ -21,6 +21,7 @@ from typing import Any
 
 from tests.process.relays import _STARTER as STARTER
 from vmshell import wire
+from vmshell.broker import serial
 from vmshell.launcher.uids import processes
 from vmshell.layout import PACKAGE_DIR, PYTHON_FLAGS, Layout
 from vmshell.numbering import JOBS_MAX, NUMBER_MAX, tap_name, uids_of_jobs
@@ -261,7 +262,7 @@ def tap(name: str, flags: int = TAP) -> int:
 
 
 class Lent:
-    """A plan and its descriptors, in the order of their numbers, the last one QEMU's standard error. All closes with `close`."""
+    """A plan and its descriptors, in the order of their numbers, the last three QEMU's 0, 1 and 2. All closes with `close`."""
 
     def __init__(self, folder: Path, owner: int = BROKER) -> None:
         self.folder = folder / f"lent{next(_COUNTER)}"
@@ -275,6 +276,7 @@ class Lent:
         self.said = reader
         self.stack.callback(os.close, reader)
         self.stack.callback(os.close, writer)
+        self.console = serial.make(str(self.folder), self.stack)
 
     def file(self, flags: int, *, mode: int = 0o600, owner: int = -1, size: int = 1 << 20) -> int:
         """A descriptor of a new file of *owner*'s, or of the broker's."""
@@ -314,7 +316,7 @@ class Lent:
         return len(self.fds) + 2
 
     def request(self, number: int, plan: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, ...]]:
-        return {"verb": "launch", "number": number, "plan": plan}, (*self.fds, self.errors)
+        return {"verb": "launch", "number": number, "plan": plan}, (*self.fds, *self.console, self.errors)
 
     def close(self) -> None:
         self.stack.close()
@@ -332,7 +334,6 @@ def small_plan(lent: Lent) -> dict[str, Any]:
         "accel": "tcg",
         "cpus": 1,
         "memory": 16,
-        "console_fd": lent.add(lent.listener()),
         "qmp_fd": lent.add(lent.listener()),
         "block_fd": lent.add(lent.barrier()),
         "file_size_max": 1 << 30,

@@ -15,8 +15,9 @@ from typing import Any
 
 from tests.consoles import Viewer
 from vmshell import wire
+from vmshell.broker import serial
 from vmshell.layout import PACKAGE_DIR, PYTHON_FLAGS, Layout
-from vmshell.messages import Attach, Event, ToRelay
+from vmshell.messages import Attach, Event, ToRelay, Watch
 
 PATIENCE = 60.0
 PYTHON = "/usr/bin/python3" if os.path.exists("/usr/bin/python3") else sys.executable
@@ -165,6 +166,12 @@ class RelayProcess:
         answer = self.ask(message, *fds)
         assert "ok" in answer, answer
 
+    def watch(self, number: int, *errors: int, **options: Any) -> None:
+        """Put a VM into the relay's care as the broker does: with its serial port, and with the error pipe of a new QEMU."""
+        with contextlib.ExitStack() as stack:
+            console = serial.open_both(self.layout.vm_run(number), stack)
+            self.tell(Watch(number=number, **options), *console, *errors)
+
     def attach(self, number: int, label: str = "alice", **options: Any) -> Viewer:
         """Attach a viewer."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -202,3 +209,29 @@ def rss(pid: int) -> int:
     """The resident memory of *pid* in bytes."""
     with open(f"/proc/{pid}/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def lost_in(log: bytes, said: bytes) -> list[int]:
+    """The sizes of the pieces of *said* (lines, no two alike) that *log* has not; all else must be there, once and in order."""
+    lost, at = [], 0
+    while log:
+        size = _common(log, said[at:])
+        log, at = log[size:], at + size
+        if log:
+            # A line that is whole says where the log goes on; the one before it may have been cut in two.
+            start = log.index(b"\n") + 1
+            again = said.find(log[start : log.index(b"\n", start) + 1], at) - start
+            assert again > at, f"something stands there twice: {log[:80]!r}"
+            lost.append(again - at)
+            at = again
+    assert at == len(said)
+    return lost
+
+
+def _common(one: bytes, other: bytes) -> int:
+    """How many bytes the two begin with alike."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
+    return low

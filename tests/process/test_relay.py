@@ -15,7 +15,8 @@ import pytest
 
 from tests.consoles import Viewer
 from tests.fakes.qmp_speaker import GREETING, HangUp, QmpSpeaker, Refusal
-from tests.process.relays import PATIENCE, RelayProcess, ServiceManager, rss, until
+from tests.fakes.serial import SerialPort
+from tests.process.relays import PATIENCE, RelayProcess, ServiceManager, lost_in, rss, until
 from vmshell import wire
 from vmshell.layout import Layout
 from vmshell.messages import Attach, Forget, Order, Watch
@@ -49,12 +50,13 @@ def qemus(layout: Layout) -> Iterator[Callable[..., QmpSpeaker]]:
 
 
 Qemus = Callable[..., QmpSpeaker]
+Guest = socket.socket | SerialPort
 
 
-def boot(relay: RelayProcess, qemus: Qemus, number: int = 1, **watch: Any) -> tuple[QmpSpeaker, socket.socket]:
+def boot(relay: RelayProcess, qemus: Qemus, number: int = 1, *, old: bool = False, **watch: Any) -> tuple[QmpSpeaker, Guest]:
     """A watched, running VM: its QEMU and the guest's end of its console."""
-    qemu = qemus(number)
-    relay.tell(Watch(number=number, **watch))
+    qemu = qemus(number, old=old)
+    relay.watch(number, **watch)
     guest = qemu.console()
     relay.wait_word(number, "ready")
     relay.tell(Order(number=number, what="cont"))
@@ -85,8 +87,12 @@ def wait_log(layout: Layout, text: bytes, number: int = 1) -> None:
 # --- the way of a VM --------------------------------------------------------------------------------------------------
 
 
-def test_a_vms_life(relay: RelayProcess, qemus: Qemus, layout: Layout) -> None:
-    qemu, guest = boot(relay, qemus)
+old_and_new = pytest.mark.parametrize("old", [False, True], ids=["FIFOs", "the socket of an earlier version"])
+
+
+@old_and_new
+def test_a_vms_life(relay: RelayProcess, qemus: Qemus, layout: Layout, old: bool) -> None:
+    qemu, guest = boot(relay, qemus, old=old)
     viewer = relay.attach(1)
     hello = viewer.wait_notice("hello")
     assert hello == {"notice": "hello", "pen": True, "holder": "alice", "viewers": 1, "quiet_s": None, "state": "running"}
@@ -121,8 +127,8 @@ def test_a_vms_life(relay: RelayProcess, qemus: Qemus, layout: Layout) -> None:
 
 def test_the_console_is_connected_before_the_monitor_is_asked(relay: RelayProcess, qemus: Qemus) -> None:
     """`ready` means: no byte of the guest can be missed."""
-    qemu = qemus()
-    relay.tell(Watch(number=1))
+    qemu = qemus(old=True)
+    relay.watch(1)
     relay.wait_word(1, "ready")
     qemu.console(timeout=0.5).close()
     assert [command["execute"] for command in qemu.commands] == ["qmp_capabilities", "query-status"]
@@ -137,7 +143,7 @@ def test_orders_reach_qemu(relay: RelayProcess, qemus: Qemus, what: str, command
 
 def test_an_order_that_nobody_takes_is_answered(relay: RelayProcess, qemus: Qemus) -> None:
     qemus(1, script=lambda sock: time.sleep(0.5))
-    relay.tell(Watch(number=1))
+    relay.watch(1)
     assert relay.ask(Order(number=1, what="cont"))["error"]["code"] == "qemu-silent"
 
 
@@ -175,7 +181,7 @@ def test_a_new_broker_hears_everything_again(relay: RelayProcess, qemus: Qemus) 
     old = relay.broker
     relay.broker = relay.connect()
     relay.words.clear()
-    relay.tell(Watch(number=1))
+    relay.watch(1)
     for word in ("ready", "running", "output"):
         relay.wait_word(1, word)
     relay.wait_word(1, "viewers", count=1)
@@ -200,7 +206,7 @@ def test_what_a_broker_cannot_have_said_harms_nothing(relay: RelayProcess, qemus
     relay.broker.send(b"\xff" * 100)
     relay.broker.close()
     relay.broker = relay.connect()
-    relay.tell(Watch(number=1))
+    relay.watch(1)
     relay.tell(Order(number=1, what="powerdown"))
 
 
@@ -222,7 +228,7 @@ def test_only_root_and_itself_may_command_the_relay(relay: RelayProcess, layout:
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    relay.tell(Watch(number=1))
+    relay.watch(1)
 
 
 # --- orders that bring something or take long -------------------------------------------------------------------------
@@ -299,7 +305,7 @@ def test_descriptors_belong_to_the_orders_that_bring_one(relay: RelayProcess, qe
         assert relay.ask(Order(number=1, what=what))["error"]["code"] == "protocol"
     assert relay.ask(Order(number=9, what="insert"), disc)["error"]["code"] == "not-watched"
     qemus(2, script=lambda sock: time.sleep(0.5))
-    relay.tell(Watch(number=2))
+    relay.watch(2)
     assert relay.ask(Order(number=2, what="insert"), disc)["error"]["code"] == "qemu-silent"
     relay.tell(Forget(number=2))
     until(lambda: descriptors(relay) == before, "all descriptors to be closed")
@@ -367,7 +373,7 @@ def test_without_a_log_the_replay_goes_on(relay: RelayProcess, qemus: Qemus, lay
     relay.tell(Order(number=1, what="log-off"))
     guest.sendall(b"another;")
     viewer.wait_output("another;")
-    relay.tell(Watch(number=1, log=True))
+    relay.watch(1, log=True)
     guest.sendall(b"and none")
     wait_log(layout, b"no secret;and none")
     assert log_of(layout) == b"no secret;and none"
@@ -383,7 +389,7 @@ def test_without_a_log_nothing_is_remembered(relay: RelayProcess, qemus: Qemus, 
     relay.tell(Order(number=1, what="log-off"))
     relay.end(signal.SIGKILL)
     relay.start()
-    relay.tell(Watch(number=1, log=False))
+    relay.watch(1, log=False)
     guest = qemu.console()
     relay.wait_word(1, "ready")
     viewer = relay.attach(1)
@@ -400,7 +406,7 @@ def test_a_kept_console_stays_without_a_log(layout: Layout, qemus: Qemus, short_
         with RelayProcess(layout, manager) as relay:
             _, guest = boot(relay, qemus)
             relay.tell(Order(number=1, what="log-off"))
-            until(lambda: manager.names() == ["console-1-unlogged"], "the console's new name in the store")
+            until(lambda: manager.names() == ["input-1", "output-1-unlogged"], "the console's new name in the store")
             viewer = relay.attach(1)
             viewer.wait_notice("hello")
             relay.end()
@@ -408,8 +414,8 @@ def test_a_kept_console_stays_without_a_log(layout: Layout, qemus: Qemus, short_
             guest.sendall(b"a secret;")
             viewer.wait_output("a secret;")
             assert not Path(layout.vm_log(1), "console.log").exists()
-            relay.tell(Watch(number=1, log=True))
-            until(lambda: "console-1" in manager.names() and len(manager.names()) == 2, "the console's old name")
+            relay.watch(1, log=True)
+            until(lambda: sorted(manager.names())[:2] == ["input-1", "output-1"], "the console's old name")
             guest.sendall(b"no secret;")
             wait_log(layout, b"no secret;")
             assert log_of(layout) == b"no secret;"
@@ -423,8 +429,9 @@ def test_a_kept_console_stays_without_a_log(layout: Layout, qemus: Qemus, short_
 # --- restarts ---------------------------------------------------------------------------------------------------------
 
 
-def test_killed_and_started_again(relay: RelayProcess, qemus: Qemus, layout: Layout) -> None:
-    qemu, guest = boot(relay, qemus)
+@old_and_new
+def test_killed_and_started_again(relay: RelayProcess, qemus: Qemus, layout: Layout, old: bool) -> None:
+    qemu, guest = boot(relay, qemus, old=old)
     viewer = relay.attach(1)
     guest.sendall(b"before the kill\r\n")
     viewer.wait_output("before the kill")
@@ -433,7 +440,7 @@ def test_killed_and_started_again(relay: RelayProcess, qemus: Qemus, layout: Lay
     wait_closed(viewer)
     relay.words.clear()
     relay.start()
-    relay.tell(Watch(number=1))
+    relay.watch(1)
     guest = qemu.console()
     for word in ("ready", "running", "output"):
         relay.wait_word(1, word)
@@ -446,32 +453,134 @@ def test_killed_and_started_again(relay: RelayProcess, qemus: Qemus, layout: Lay
     again.close()
 
 
+def numbered(first: int, count: int) -> bytes:
+    return b"".join(b"%07d\n" % number for number in range(first, first + count))
+
+
 @pytest.mark.slow
-def test_twenty_kills_mid_stream_leave_a_working_console(relay: RelayProcess, qemus: Qemus, layout: Layout) -> None:
-    qemu, guest = boot(relay, qemus)
-    for turn in range(20):
-        stop = threading.Event()
+@pytest.mark.parametrize("kept", [True, False], ids=["with a descriptor store", "without one"])
+def test_twenty_kills_mid_stream_lose_no_more_than_one_read_each(
+    layout: Layout, qemus: Qemus, short_tmp: Path, kept: bool
+) -> None:
+    """What lay in the FIFO is read after the kill, once; what had been read and not yet written down is all that can be lost."""
+    manager = ServiceManager(str(short_tmp)) if kept else None
+    said = 0
+    stop = threading.Event()
+    try:
+        with RelayProcess(layout, manager) as relay:
+            _, guest = boot(relay, qemus, log_max=64 * MIB)
 
-        def chatter(sock: socket.socket, stop: threading.Event = stop) -> None:
-            try:
+            def talk() -> None:
+                nonlocal said
                 while not stop.is_set():
-                    sock.sendall(b"chatter " * 500)
-            except OSError:
-                pass
+                    guest.sendall(numbered(said, 300))
+                    said += 300
 
-        thread = threading.Thread(target=chatter, args=(guest,))
-        thread.start()
-        time.sleep(0.02 * (turn % 5))
-        relay.end(signal.SIGKILL)
+            thread = threading.Thread(target=talk)
+            thread.start()
+            for _ in range(20):
+                size = len(log_of(layout))
+                until(lambda size=size: len(log_of(layout)) > size, "more of it in the log")  # type: ignore[misc]
+                relay.end(signal.SIGKILL)
+                relay.start()
+                if not kept:
+                    relay.watch(1, log_max=64 * MIB)
+            stop.set()
+            thread.join()
+            guest.sendall(b"the end\n")
+            wait_log(layout, b"the end\n")
+            lost = lost_in(log_of(layout), numbered(0, said) + b"the end\n")
+            print(f"of {8 * said} bytes were lost: {lost}")
+            assert len(lost) <= 20 and all(size <= 64 * KIB for size in lost)
+    finally:
         stop.set()
-        thread.join()
-        relay.start()
-        relay.tell(Watch(number=1))
-        guest = qemu.console()
+        if manager is not None:
+            manager.close()
+
+
+def test_a_vm_of_an_earlier_version_keeps_its_socket_over_an_upgrade(layout: Layout, qemus: Qemus, short_tmp: Path) -> None:
+    """What its relay has left in the store is `console-1`; a VM started meanwhile under its number has FIFOs."""
+    manager = ServiceManager(str(short_tmp))
+    reader, writer = os.pipe()
+    try:
+        with RelayProcess(layout, manager) as relay:
+            qemu, guest = boot(relay, qemus, old=True)
+            until(lambda: manager.names() == ["console-1"], "the socket in the store")
+            relay.end(signal.SIGKILL)
+            guest.sendall(b"said to nobody;")
+            relay.start()
+            wait_log(layout, b"said to nobody;")
+            relay.watch(1)
+            viewer = relay.attach(1)
+            viewer.type("x")
+            assert guest.recv(10) == b"x"
+            # Lost without a store, it is connected anew.
+            guest.close()
+            guest = qemu.console()
+            guest.sendall(b"on a new connection;")
+            viewer.wait_output("on a new connection;")
+            qemu.close()
+            qemu = qemus()
+            relay.watch(1, reader)
+            viewer.wait_notice("end")
+            viewer.close()
+            relay.wait_word(1, "ready")
+            viewer = relay.attach(1)
+            qemu.console().sendall(b"new")
+            viewer.wait_output("new")
+            assert viewer.output == b"new"
+            until(lambda: sorted(manager.names())[:2] == ["input-1", "output-1"], "the FIFOs in the store")
+            assert not any(name.startswith("console") for name in manager.names())
+            viewer.close()
+    finally:
+        os.close(reader)
+        os.close(writer)
+        manager.close()
+
+
+def test_what_the_store_kept_of_an_earlier_run_is_not_taken_for_this_one(layout: Layout, qemus: Qemus, short_tmp: Path) -> None:
+    """While the relay was away a VM ended and was started again; no end shows on a FIFO, so it must be told from the next one."""
+    manager = ServiceManager(str(short_tmp))
+    try:
+        with RelayProcess(layout, manager) as relay:
+            first, _ = boot(relay, qemus)
+            viewer = relay.attach(1)
+            viewer.wait_notice("hello")
+            until(lambda: len(manager.names()) == 3, "three descriptors")
+            relay.end(signal.SIGKILL)
+            first.close()
+            guest = qemus().console()
+            relay.start()
+            relay.watch(1)
+            assert viewer.wait_notice("end")["reason"] == "the VM was started anew"
+            viewer.close()
+            relay.wait_word(1, "ready")
+            viewer = relay.attach(1)
+            guest.sendall(b"of the second run")
+            viewer.wait_output("of the second run")
+            viewer.type("x")
+            assert guest.recv(10) == b"x"
+            viewer.close()
+    finally:
+        manager.close()
+
+
+def test_what_is_no_serial_port_is_refused_and_closed(relay: RelayProcess, qemus: Qemus) -> None:
+    _, guest = boot(relay, qemus)
+    before = descriptors(relay)
+    reader, writer = os.pipe()
+    for fds in ((reader, writer), (reader, writer, reader), (relay.broker.fileno(), reader)):
+        error = relay.ask(Watch(number=1), *fds)["error"]
+        assert error["code"] == "protocol" and "serial port" in error["text"]
+    until(lambda: descriptors(relay) == before, "all of them to be closed")
+    relay.watch(1)
+    until(lambda: descriptors(relay) == before, "those to be closed that it has already")
     viewer = relay.attach(1)
     guest.sendall(b"still here")
     viewer.wait_output("still here")
     viewer.close()
+    os.close(reader)
+    os.close(writer)
 
 
 def test_with_a_descriptor_store_a_restart_loses_no_byte(layout: Layout, qemus: Qemus, short_tmp: Path) -> None:
@@ -481,12 +590,12 @@ def test_with_a_descriptor_store_a_restart_loses_no_byte(layout: Layout, qemus: 
         with RelayProcess(layout, manager) as relay:
             until(lambda: "READY=1" in manager.messages, "READY")
             qemu = qemus()
-            relay.tell(Watch(number=1, log_max=64 * MIB), reader)
+            relay.watch(1, reader, log_max=64 * MIB)
             os.close(reader)
             guest = qemu.console()
             relay.wait_word(1, "ready")
             viewer = relay.attach(1, "älice")
-            until(lambda: len(manager.names()) == 3, "three descriptors")
+            until(lambda: len(manager.names()) == 4, "four descriptors")
             said = 0
 
             def talk(stop: threading.Event) -> None:
@@ -507,12 +616,12 @@ def test_with_a_descriptor_store_a_restart_loses_no_byte(layout: Layout, qemus: 
                 stop.set()
                 thread.join()
             wait_log(layout, b"%07d\n" % (said - 1))
-            # Killed while all is quiet: what the guest says meanwhile waits in the socket.
+            # Killed while all is quiet: what the guest says meanwhile waits in the FIFO.
             relay.end(signal.SIGKILL)
             guest.sendall(b"said to nobody\n")
             os.write(writer, b"a warning\n")
             relay.start()
-            relay.tell(Watch(number=1, log_max=64 * MIB))
+            relay.watch(1, log_max=64 * MIB)
             relay.wait_word(1, "ready")
             wait_log(layout, b"said to nobody\n")
             expected = b"".join(b"%07d\n" % number * 100 for number in range(said)) + b"said to nobody\n"
@@ -546,11 +655,11 @@ def test_sigterm_says_goodbye_and_sighup_nothing(relay: RelayProcess, qemus: Qem
 
 @pytest.mark.slow
 def test_a_vm_that_cannot_be_reached_is_reported_and_found_again(relay: RelayProcess, qemus: Qemus) -> None:
-    relay.tell(Watch(number=1))
+    relay.watch(1)
     began = time.monotonic()
     relay.wait_word(1, "unreachable", 30)
     assert time.monotonic() - began > 4.5
-    qemus(1, status="running")
+    qemus(1, status="running", old=True)
     relay.wait_word(1, "running", 30)
 
 
@@ -559,7 +668,7 @@ def test_embedded_it_ends_when_nobody_needs_it(short_tmp: Path, qemus: Qemus) ->
     paths = {name: f"{short_tmp}/{name}" for name in ("etc", "state", "run", "log")}
     relay = RelayProcess(Layout(**paths, embedded=True))
     qemus()
-    relay.tell(Watch(number=1))
+    relay.watch(1)
     relay.broker.close()
     time.sleep(6.5)
     assert relay.process.poll() is None, "it has a VM"
@@ -770,7 +879,7 @@ def test_a_hostile_qemu_disturbs_nobody(relay: RelayProcess, qemus: Qemus, scrip
     viewer = relay.attach(1)
     before = rss(relay.pid)
     qemus(2, script=script)
-    relay.tell(Watch(number=2))
+    relay.watch(2)
     waits = []
     for _ in range(40):
         began = time.monotonic()
@@ -824,7 +933,7 @@ def test_qemus_own_words_are_bounded_and_never_block_it(relay: RelayProcess, qem
     """B47."""
     qemus()
     reader, writer = os.pipe()
-    relay.tell(Watch(number=1), reader)
+    relay.watch(1, reader)
     os.close(reader)
     for _ in range(1000):
         os.write(writer, b"warning: guest did something\n" * 500)
@@ -854,7 +963,7 @@ def test_a_qemu_started_anew_replaces_the_old_one(relay: RelayProcess, qemus: Qe
     qemu = qemus()
     reader, writer = os.pipe()
     relay.words.clear()
-    relay.tell(Watch(number=1), reader)
+    relay.watch(1, reader)
     viewer.wait_notice("end")
     viewer.close()
     guest = qemu.console()

@@ -23,6 +23,7 @@ from vmshell.refusals import NoSuchVm
 pytestmark = pytest.mark.slow
 RUNNING = r"web1 +(\x1b\[32m)?running"
 
+
 @pytest.fixture
 def broker(layout: Layout) -> Iterator[FakeBroker]:
     with FakeBroker(layout) as fake:

@@ -217,7 +217,7 @@ class Bench:
         self.sent: list[Any] = []
         self.again: list[tuple[Vm, list[Any]]] = []
         self.killed: list[int] = []
-        relay = SimpleNamespace(send=lambda message, done, fd=-1: self.sent.append(message))
+        relay = SimpleNamespace(send=lambda message, done, fds=(): self.sent.append(message))
         admission = Admission(loop, 1, lambda vm: 0)
         networks = SimpleNamespace(ended=lambda vm: None)
         parts = {"registry": registry, "loop": loop, "relay": relay, "admission": admission, "networks": networks}
@@ -371,7 +371,7 @@ def test_rm_makes_room_on_a_full_disk(context: Context, monkeypatch: pytest.Monk
         raise StorageFailed(problem="the disk is full")
 
     sent: list[Any] = []
-    monkeypatch.setattr(context.relay, "send", lambda message, done, fd=-1: sent.append(message))
+    monkeypatch.setattr(context.relay, "send", lambda message, done, fds=(): sent.append(message))
     monkeypatch.setattr(context_module, "DELETE_AGAIN", 0.3)
     vm = defined(context, "web1")
     context.addresses.host("users", context.addresses.segment("users", (1000, "alice"), subnet=True), vm.number, 0)

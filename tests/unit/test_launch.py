@@ -33,7 +33,6 @@ def plan(**changes: Any) -> LaunchPlan:
         "accel": "tcg",
         "cpus": 1,
         "memory": 256,
-        "console_fd": 7,
         "qmp_fd": 8,
         "info_fd": 11,
         "seccomp_fd": 12,
@@ -99,7 +98,7 @@ PLANS = {
         disks=(DiskPlan(layers=((3, "qcow2"),)), DiskPlan(layers=((4, "raw"),), readonly=True)),
     ),
     "pinned": plan(machine="pc-i440fx-10.0", video="cirrus"),
-    "nothing": plan(paused=False),
+    "nothing": plan(paused=False, qmp_fd=None),
     "kvm": plan(accel="kvm", kvm_gid=106, cpus=4, memory=4096, kernel_fd=5),
     "unprivileged": plan(uid=None, gid=None, kernel_fd=5, initrd_fd=6, cmdline="console=ttyS0"),
     "unprivileged-kvm": plan(uid=None, gid=None, accel="kvm", kernel_fd=5),
@@ -192,9 +191,8 @@ def plans(draw: st.DrawFn) -> LaunchPlan:
         cpu_model=draw(st.none() | cpu_models),
         memory=draw(st.integers(1, 1 << 24)),
         serial=serial,
-        console_fd=next(numbers),
         agent_fd=next(numbers) if draw(some) else None,
-        qmp_fd=next(numbers),
+        qmp_fd=next(numbers) if draw(some) else None,
         info_fd=next(numbers),
         seccomp_fd=next(numbers),
         kernel_fd=next(numbers) if kernel else None,
@@ -458,10 +456,13 @@ def test_b32_a_line_reads_back_as_the_plan_and_nothing_else(any_plan: LaunchPlan
     assert line.single == wanted_single(any_plan, q35)
     assert line.devices == wanted_devices(any_plan, q35)
     assert line.objects == {"rng0": {"type": "rng-builtin"}}
-    sockets = {"qmp0": any_plan.qmp_fd, "ser0": any_plan.console_fd, "agent0": any_plan.agent_fd}
+    sockets = {"qmp0": any_plan.qmp_fd, "agent0": any_plan.agent_fd}
     listening = {"backend": "socket", "server": "on", "wait": "off"}
-    assert line.chardevs == {name: {**listening, "fd": str(fd)} for name, fd in sockets.items() if fd is not None}
-    assert line.lists["-mon"] == ["chardev=qmp0,mode=control,pretty=off"]
+    assert line.chardevs == {
+        "ser0": {"backend": "stdio", "signal": "off"},
+        **{name: {**listening, "fd": str(fd)} for name, fd in sockets.items() if fd is not None},
+    }
+    assert line.lists["-mon"] == ["chardev=qmp0,mode=control,pretty=off"] * (any_plan.qmp_fd is not None)
     assert line.lists["-option-rom"] == [f"/proc/self/fd/{fd}" for fd in any_plan.option_rom_fds]
     orders = [disk.bootindex for disk in any_plan.disks if disk.kind == "floppy"]
     on_pc = [] if q35 else [f"isa-fdc.bootindex{letter}={n}" for letter, n in zip("AB", orders, strict=False) if n is not None]
@@ -631,13 +632,11 @@ BAD: list[dict[str, Any]] = [
     {"firmware": (3, 3)},
     {"firmware": (3, 2)},
     {"boot_menu": "on"},
-    {"console_fd": 2},
-    {"console_fd": 8},
-    {"console_fd": None},
+    {"qmp_fd": 2},
+    {"qmp_fd": 12},
     {"serial": 0},
-    {"agent_fd": 7},
+    {"agent_fd": 8},
     {"agent_fd": 65536},
-    {"qmp_fd": None},
     {"uid": 0, "gid": 0},
     {"uid": 61234, "gid": 0},
     {"uid": 61234, "gid": None},

@@ -36,8 +36,8 @@ class Relay:
     def __init__(self) -> None:
         self.waiting: list[tuple[Any, Done]] = []
 
-    def send(self, message: Any, done: Done, fd: int = -1) -> None:
-        assert fd < 0 or os.fstat(fd)
+    def send(self, message: Any, done: Done, fds: tuple[int, ...] = ()) -> None:
+        assert all(os.fstat(fd) for fd in fds)
         self.waiting.append((message, done))
 
     def orders(self) -> list[tuple[str, int]]:

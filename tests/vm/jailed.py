@@ -1,7 +1,8 @@
-"""Start a launch plan by hand, as the broker does: sockets, descriptors, filter; nothing of it is left afterwards."""
+"""Start a launch plan by hand, as broker and launcher do: FIFOs, sockets, filter; nothing of it is left afterwards."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.fakes.serial import SerialPort, relays_side
+from vmshell.broker import serial
 from vmshell.launch import jail, seccomp
 from vmshell.launch.devices import DiskPlan
 from vmshell.launch.plan import LaunchPlan
@@ -20,7 +23,7 @@ PATIENCE = 60.0
 
 
 class Jailed:
-    """One jailed QEMU (or what stands in its place), with its two sockets; a context manager that kills it."""
+    """One jailed QEMU (or what stands in its place), with its monitor and its console; a context manager that kills it."""
 
     def __init__(
         self,
@@ -49,7 +52,6 @@ class Jailed:
         try:
             values |= more(self) if more else {}
             values.setdefault("disks", tuple(disk(index, *words) for index, words in enumerate(disks)))
-            values["console_fd"] = self.listen("console")
             info, info_writer = os.pipe()
             self.info = info
             filter_fd = os.memfd_create("filter")
@@ -60,7 +62,6 @@ class Jailed:
                 accel="tcg",
                 cpus=values.pop("cpus", 1),
                 memory=values.pop("memory", 32),
-                console_fd=values.pop("console_fd", None),
                 qmp_fd=self.listen("qmp"),
                 info_fd=info_writer,
                 seccomp_fd=filter_fd,
@@ -72,14 +73,17 @@ class Jailed:
                 **values,
             )
             words = change(jail.command(self.plan, qemu=qemu))
-            self.process = subprocess.Popen(
-                [*prefix, *words],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                pass_fds=self.plan.all_fds(),
-                env={"SECRET": "of the broker", "PATH": os.environ["PATH"]},
-            )
+            with contextlib.ExitStack() as stack:
+                stdin, stdout = serial.make(str(folder), stack)
+                self.process = subprocess.Popen(
+                    [*prefix, *words],
+                    stdin=stdin,
+                    stdout=stdout,
+                    stderr=subprocess.PIPE,
+                    pass_fds=self.plan.all_fds(),
+                    env={"SECRET": "of the broker", "PATH": os.environ["PATH"]},
+                )
+            self.console = relays_side(str(folder))
             self._opened += [info_writer, filter_fd]
         finally:
             for fd in self._opened:
@@ -109,6 +113,7 @@ class Jailed:
         if self.process.poll() is None and not pid:
             self.process.kill()
         self.process.communicate(timeout=PATIENCE)
+        self.console.close()
         os.close(self.info)
         assert not pid or not os.path.exists(f"/proc/{pid}")
 
@@ -126,6 +131,9 @@ class Jailed:
                 text += data
             self._pid = int(json.loads(text)["child-pid"]) if text else 0
         return self._pid
+
+    def terminate(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
 
     def connect(self, name: str) -> socket.socket:
         client = socket.socket(socket.AF_UNIX)
@@ -167,7 +175,7 @@ class Qmp:
         self.sock.close()
 
 
-def read_until(sock: socket.socket, wanted: bytes, seconds: float = PATIENCE) -> bytes:
+def read_until(sock: socket.socket | SerialPort, wanted: bytes, seconds: float = PATIENCE) -> bytes:
     """What the console says until *wanted* is in it; what it said so far when that does not come."""
     said = b""
     deadline = time.monotonic() + seconds

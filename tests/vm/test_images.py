@@ -174,13 +174,13 @@ def test_through_the_launch_line(images: Path, short_tmp: Path, name: str) -> No
         with overlay.open("xb") as file:
             subprocess.run(empty, preexec_fn=lambda: os.dup2(file.fileno(), 3) and None, close_fds=False, check=True, timeout=60)
         values["disks"] = ((overlay, "qcow2", images / name / image.disk),)
-    with Jailed(short_tmp, uid=64000 if os.geteuid() == 0 else None, **values) as vm, vm.connect("console") as console:
-        said = read_until(console, f"{name} login: ".encode(), PATIENCE)
+    with Jailed(short_tmp, uid=64000 if os.geteuid() == 0 else None, **values) as vm:
+        said = read_until(vm.console, f"{name} login: ".encode(), PATIENCE)
         assert f"{name} login: ".encode() in said, vm.process.stderr
         qmp = vm.qmp()
         begun = time.monotonic()
         qmp.ask("system_powerdown")
-        said = read_until(console, b"Power down", 60)
+        said = read_until(vm.console, b"Power down", 60)
         assert b"Power down" in said
         vm.process.wait(20)
         assert time.monotonic() - begun < 20

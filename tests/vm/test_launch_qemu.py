@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.vm.jailed import Jailed, Qmp, read_until
+from vmshell.broker import serial
 from vmshell.launch.devices import DiskPlan, NicPlan
 
 # As root the VM has a uid of its own, and files are root's, mode 0600; otherwise all is the user's.
@@ -317,9 +318,7 @@ def test_boot_order(short_tmp: Path, boot: str) -> None:
         return {"disks": (other, DiskPlan(kind=kind, bus=bus, layers=layers, bootindex=1))}
 
     with Jailed(short_tmp, uid=UID, machine=machine, more=more, paused=False) as vm:
-        console = vm.connect("console")
-        assert read_until(console, b"y") == b"y"
-        console.close()
+        assert read_until(vm.console, b"y") == b"y"
 
 
 def test_an_option_rom_runs_by_descriptor(short_tmp: Path) -> None:
@@ -333,9 +332,7 @@ def test_an_option_rom_runs_by_descriptor(short_tmp: Path) -> None:
         return {"option_rom_fds": (vm.open(rom, os.O_RDONLY),)}
 
     with Jailed(short_tmp, uid=UID, more=more, paused=False) as vm:
-        console = vm.connect("console")
-        assert read_until(console, b"r") == b"r"
-        console.close()
+        assert read_until(vm.console, b"r") == b"r"
 
 
 @pytest.mark.parametrize("code", ["/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_CODE_4M.fd"])
@@ -352,9 +349,7 @@ def test_uefi_comes_up(short_tmp: Path, code: str) -> None:
         return {"firmware": (vm.open(Path(code), os.O_RDONLY), vm.open(variables))}
 
     with Jailed(short_tmp, uid=UID, memory=128, more=more, paused=False) as vm:
-        console = vm.connect("console")
-        assert b"BdsDxe" in read_until(console, b"BdsDxe", 240)
-        console.close()
+        assert b"BdsDxe" in read_until(vm.console, b"BdsDxe", 240)
     assert variables.read_bytes() != before
 
 
@@ -386,10 +381,9 @@ def test_loadvm_goes_on_from_a_saved_state(short_tmp: Path) -> None:
         return {**loaded, "disks": (DiskPlan(layers=layers, bootindex=1), DiskPlan(kind="cdrom", bus="sata", layers=()))}
 
     with Jailed(short_tmp, uid=UID, machine="pc-q35-7.2", more=start) as vm:
-        console = vm.connect("console")
         qmp = vm.qmp()
         qmp.ask("cont")
-        assert read_until(console, b"y") == b"y"
+        assert read_until(vm.console, b"y") == b"y"
         qmp.ask("stop")
         save = {"job-id": "save", "tag": "s5", "vmstate": "disk0", "devices": ["disk0"]}
         qmp.ask("snapshot-save", **save)
@@ -397,10 +391,9 @@ def test_loadvm_goes_on_from_a_saved_state(short_tmp: Path) -> None:
         while (job := qmp.ask("query-jobs")[0])["status"] != "concluded" and time.monotonic() < deadline:
             time.sleep(0.05)
         assert (job["status"], job.get("error")) == ("concluded", None)
-        console.close()
         leave(vm, qmp)
-    for name in ("console", "qmp"):
-        (short_tmp / f"{name}.sock").unlink()
+    for name in ("qmp.sock", *serial.NAMES):
+        (short_tmp / name).unlink()
     with Jailed(short_tmp, uid=UID, machine="pc-q35-7.2", more=again, loadvm=5) as vm:
         qmp = vm.qmp()
         assert qmp.ask("query-status")["running"] is False

@@ -1,11 +1,13 @@
 """The relay with a real QEMU: boot sectors that echo, flood or count, on the serial port of machine `pc`.
 
-QEMU runs by itself here, without the jail (see test_jail.py for that), but as the launch line has it: listening sockets
-inherited, CPUs stopped, its names for devices and nodes. Where a test must see what an order did, QEMU has a second monitor.
+QEMU runs by itself here, without the jail (see test_jail.py for that), but as the launch line has it: its serial port on the
+broker's FIFOs, a listening socket inherited, CPUs stopped, its names for devices and nodes. Where a test must see what an order
+did, QEMU has a second monitor.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -13,6 +15,7 @@ import signal
 import socket
 import struct
 import subprocess
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,14 +24,17 @@ from typing import Any
 
 import pytest
 
-from tests.process.relays import RelayProcess, until
+from tests.guest_programs.machine_code import CODE
+from tests.process.relays import RelayProcess, ServiceManager, lost_in, until
+from vmshell.broker import serial
 from vmshell.layout import Layout
-from vmshell.messages import Forget, Order, Watch
+from vmshell.messages import Forget, Order
 from vmshell.numbering import tap_name
 
 pytestmark = pytest.mark.vm
 
 GREETING = b"the guest speaks\r\n"
+LINES = CODE["lines"].ljust(510, b"\0") + b"\x55\xaa"
 _ORIGIN = 0x7C00
 _START = bytes.fromhex("fa31c08ed88ed0bc007cfc")  # cli; DS = SS = 0; SP = 7c00; cld
 _PUT = bytes.fromhex("88c4bafd03eca82074fbb2f888e0eec3")  # AH = AL; until COM1 can send: wait; send AH; return
@@ -70,39 +76,40 @@ def _jump(code: bytes, target: int) -> bytes:
 
 
 class Qemu:
-    """QEMU as the launch line starts it, less the jail. *more* are further arguments; without a *sector* they bring the disk."""
+    """QEMU as the launch line starts it, less the jail. *more* are further arguments; without a *sector* they bring the disk.
 
-    def __init__(self, layout: Layout, number: int, *, sector: bytes = b"", more: tuple[str, ...] = ()) -> None:
+    With *old* its serial port is on a socket, as an earlier version had it.
+    """
+
+    def __init__(
+        self, layout: Layout, number: int, *, sector: bytes = b"", more: tuple[str, ...] = (), old: bool = False
+    ) -> None:
         run_dir = Path(layout.vm_run(number))
         run_dir.mkdir(parents=True, exist_ok=True)
         if sector:
             disk = run_dir / "disk"
             disk.write_bytes(sector)
             more = (*more, "-drive", f"file={disk},format=raw,if=ide,snapshot=on")
-        sockets = []
-        for name in ("console", "qmp"):
-            sock = socket.socket(socket.AF_UNIX)
-            path = Path(f"{run_dir}/{name}.sock")
-            path.unlink(missing_ok=True)
-            sock.bind(str(path))
-            sock.listen(1)
-            sockets.append(sock)
-        console, qmp = (sock.fileno() for sock in sockets)
+        console, qmp = (_listening(run_dir / f"{name}.sock") for name in ("console", "qmp"))
+        for name in serial.NAMES:
+            (run_dir / name).unlink(missing_ok=True)
+        backend = f"socket,fd={console.fileno()},server=on,wait=off" if old else "stdio,signal=off"
         ours, theirs = socket.socketpair()
         self._second = ours
         self._answers = ours.makefile("rb")
         self.stderr, errors = os.pipe()
         command = (
             "qemu-system-x86_64 -nodefaults -no-user-config -display none -vga none -machine pc,accel=tcg -m 8 -S "
-            "-device isa-serial,chardev=ser0 "
-            f"-chardev socket,id=ser0,fd={console},server=on,wait=off "
-            f"-chardev socket,id=qmp0,fd={qmp},server=on,wait=off -mon chardev=qmp0,mode=control,pretty=off "
+            f"-chardev {backend},id=ser0 -device isa-serial,chardev=ser0 "
+            f"-chardev socket,id=qmp0,fd={qmp.fileno()},server=on,wait=off -mon chardev=qmp0,mode=control,pretty=off "
             f"-chardev socket,id=qmp1,fd={theirs.fileno()} -mon chardev=qmp1,mode=control"
         )
-        fds = (console, qmp, theirs.fileno())
-        self.process = subprocess.Popen([*command.split(), *more], pass_fds=fds, stdin=subprocess.DEVNULL, stderr=errors)
+        with contextlib.ExitStack() as stack:
+            stdin, stdout = (subprocess.DEVNULL, subprocess.DEVNULL) if old else serial.make(str(run_dir), stack)
+            fds = tuple(sock.fileno() for sock in (console, qmp, theirs))
+            self.process = subprocess.Popen([*command.split(), *more], pass_fds=fds, stdin=stdin, stdout=stdout, stderr=errors)
         os.close(errors)
-        for sock in (*sockets, theirs):
+        for sock in (console, qmp, theirs):
             sock.close()
 
     def ask(self, command: str, **arguments: object) -> Any:
@@ -127,6 +134,14 @@ class Qemu:
         os.close(self.stderr)
 
 
+def _listening(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    path.unlink(missing_ok=True)
+    sock.bind(str(path))
+    sock.listen(1)
+    return sock
+
+
 @pytest.fixture
 def layout(short_tmp: Path) -> Layout:
     return Layout(**{name: f"{short_tmp}/{name}" for name in ("etc", "state", "run", "log")}, embedded=False)
@@ -146,7 +161,7 @@ def qemu(layout: Layout) -> Iterator[Qemu]:
 
 
 def boot(relay: RelayProcess, qemu: Qemu, number: int = 1) -> None:
-    relay.tell(Watch(number=number, log_max=64 << 20), qemu.stderr)
+    relay.watch(number, qemu.stderr, log_max=64 << 20)
     relay.wait_word(number, "ready")
     relay.tell(Order(number=number, what="cont"))
     relay.wait_word(number, "running")
@@ -178,26 +193,111 @@ def test_no_byte_of_the_guest_is_missed_and_keys_come_back(relay: RelayProcess, 
     viewer.close()
 
 
-def test_the_guest_runs_on_while_the_relay_is_killed(relay: RelayProcess, qemu: Qemu, layout: Layout) -> None:
-    boot(relay, qemu)
-    for turn in range(5):
+@pytest.mark.parametrize("old", [False, True], ids=["FIFOs", "the socket of an earlier version"])
+def test_the_guest_runs_on_while_the_relay_is_killed(relay: RelayProcess, layout: Layout, old: bool) -> None:
+    qemu = Qemu(layout, 1, sector=boot_sector(), old=old)
+    try:
+        boot(relay, qemu)
+        for turn in range(5):
+            viewer = relay.attach(1)
+            viewer.type(f"turn {turn};")
+            viewer.wait_output(f"turn {turn};")
+            wait_log(layout, f"turn {turn};".encode())
+            relay.end(signal.SIGKILL)
+            viewer.close()
+            relay.words.clear()
+            relay.start()
+            relay.watch(1, log_max=64 << 20)
+            relay.wait_word(1, "ready")
+            relay.wait_word(1, "running")
         viewer = relay.attach(1)
-        viewer.type(f"turn {turn};")
-        viewer.wait_output(f"turn {turn};")
-        wait_log(layout, f"turn {turn};".encode())
-        relay.end(signal.SIGKILL)
+        viewer.wait_output(GREETING.decode() + "".join(f"turn {turn};" for turn in range(5)))
+        viewer.type("the end")
+        viewer.wait_output("the end")
+        assert qemu.process.poll() is None
         viewer.close()
-        relay.words.clear()
-        relay.start()
-        relay.tell(Watch(number=1, log_max=64 << 20))
-        relay.wait_word(1, "ready")
-        relay.wait_word(1, "running")
-    viewer = relay.attach(1)
-    viewer.wait_output(GREETING.decode() + "".join(f"turn {turn};" for turn in range(5)))
-    viewer.type("the end")
-    viewer.wait_output("the end")
-    assert qemu.process.poll() is None
-    viewer.close()
+    finally:
+        qemu.close()
+
+
+@pytest.mark.slow
+def test_ten_mebibytes_while_the_relay_is_killed(layout: Layout, short_tmp: Path) -> None:
+    """The guest waits for a relay that is away and QEMU answers; then all goes on: what lay in the FIFO is neither lost nor
+    doubled, and of what was read no more is missing than the one read that had not been written down."""
+    manager = ServiceManager(str(short_tmp))
+    qemu = Qemu(layout, 1, sector=LINES)
+    try:
+        with RelayProcess(layout, manager) as relay:
+            boot(relay, qemu)
+            for kill in range(5):
+                until(lambda kill=kill: _said(layout) > (kill + 1) << 20, "more of it in the log")  # type: ignore[misc]
+                relay.end(signal.SIGKILL)
+                assert _lying(layout) <= 64 << 10
+                assert qemu.ask("query-status")["status"] == "running"
+                relay.start()
+            relay.watch(1, log_max=64 << 20)
+            until(lambda: _tail(layout).endswith(b"lines end\r\n"), "the end of it", 300)
+            text = Path(layout.vm_log(1), "console.log").read_bytes()
+            lost = lost_in(text[text.index(b"00000000") :], lines())
+            print(f"lost: {lost}")
+            assert len(lost) <= 5 and all(size <= 64 << 10 for size in lost)
+            qemu.process.kill()
+            qemu.process.wait(60)
+            relay.tell(Forget(number=1))
+            until(lambda: manager.names() == [], "the store to be empty")
+    finally:
+        qemu.close()
+        manager.close()
+
+
+def lines() -> bytes:
+    """What the guest program `lines` says."""
+    return b"".join(b"%08x\r\n" % number for number in range(1 << 20)) + b"lines end\r\n"
+
+
+def _lying(layout: Layout) -> int:
+    """How many bytes lie in the FIFO, once it is full and the guest waits."""
+    with open(f"{layout.vm_run(1)}/{serial.NAMES[1]}", "r+b", buffering=0) as fifo:
+
+        def count() -> int:
+            return int(struct.unpack("i", fcntl.ioctl(fifo, termios.FIONREAD, bytes(4)))[0])
+
+        until(lambda: count() >= 60 << 10, "the FIFO to be full")
+        before = 0
+        while (now := count()) != before:
+            before = now
+            time.sleep(0.3)
+        return now
+
+
+def _tail(layout: Layout) -> bytes:
+    with open(f"{layout.vm_log(1)}/console.log", "rb") as log:
+        log.seek(-11, os.SEEK_END)
+        return log.read()
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["FIFOs", "the socket of an earlier version"])
+def test_what_a_guest_said_last_is_read_after_its_end(relay: RelayProcess, layout: Layout, old: bool) -> None:
+    """No end shows on a FIFO: that QEMU is gone is the broker's to say, and then the relay takes what lies there."""
+    qemu = Qemu(layout, 1, sector=LINES, old=old)
+    try:
+        boot(relay, qemu)
+        viewer = relay.attach(1)
+        until(lambda: _said(layout) > 100_000, "some of it in the log")
+        os.kill(relay.pid, signal.SIGSTOP)
+        size = _said(layout) + (0 if old else _lying(layout))
+        qemu.process.kill()
+        qemu.process.wait(60)
+        os.kill(relay.pid, signal.SIGCONT)
+        relay.tell(Forget(number=1, reason="it was killed"))
+        text = Path(layout.vm_log(1), "console.log").read_bytes()
+        before = text.index(b"00000000")  # the BIOS may say something first
+        assert len(text) >= size and text[before:] == lines()[: len(text) - before]
+        assert viewer.wait_notice("end")["reason"] == "it was killed"
+        assert text.endswith(viewer.output[-1000:])
+        viewer.close()
+    finally:
+        qemu.close()
 
 
 def test_orders_and_the_end(relay: RelayProcess, qemu: Qemu, layout: Layout) -> None:
@@ -243,7 +343,8 @@ def test_a_flooding_guest_costs_the_relay_little(relay: RelayProcess, layout: La
 
 
 def _said(layout: Layout) -> int:
-    return Path(layout.vm_log(1), "console.log").stat().st_size
+    log = Path(layout.vm_log(1), "console.log")
+    return log.stat().st_size if log.exists() else 0
 
 
 # --- orders with something to them ------------------------------------------------------------------------------------
@@ -361,7 +462,7 @@ def test_the_guest_finds_the_disc_that_was_inserted(relay: RelayProcess, fitted:
     viewer.close()
     relay.words.clear()
     relay.start()
-    relay.tell(Watch(number=1))
+    relay.watch(1)
     relay.wait_word(1, "ready")
     fd = bootable_disc(short_tmp / "third.iso", b"the third disc\r\n")
     relay.tell(Order(number=1, what="insert", value=0), fd)

@@ -5,17 +5,14 @@ Runs in: the broker (the probe itself is a process of its own, without rights).
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable
 
 from ..launcher_messages import PROBE
 from ..layout import Layout
 from ..model.policy import HostPolicy
-from ..spawn import FIRST_FD
 from .jobs import Jobs
 from .journal import note
 from .vms import boot_id
@@ -57,23 +54,14 @@ class Facts:
             self._believe(cached)
             return
         self._probing = True
-        folder = f"{self._layout.broker_run}/probe"
         try:
-            with contextlib.ExitStack() as stack:
-                # The probe has a uid of its own, and its guests' sockets need a place: a folder that only who holds it comes to.
-                shutil.rmtree(folder, ignore_errors=True)
-                os.mkdir(folder)
-                os.chmod(folder, 0o777)  # noqa: S103 - the folder around it lets nobody in
-                fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                stack.callback(os.close, fd)
-                self._jobs.start(PROBE, [self._policy.accel], {FIRST_FD: fd}, self._probed)
+            self._jobs.start(PROBE, [self._policy.accel], {}, self._probed)
         except OSError as exc:
             self._probing = False
             self._believe({"problem": f"the host cannot be looked at ({exc.strerror})"})
 
     def _probed(self, status: int, answer: dict[str, object]) -> None:
         self._probing = False
-        shutil.rmtree(f"{self._layout.broker_run}/probe", ignore_errors=True)
         if status:
             self._believe({"problem": "the look at this host failed; the journal of vmshell-launcher may say why"})
             return

@@ -103,7 +103,7 @@ class Host:
         os.chmod(path, mode)
 
     def listen_for_qemu(self, path: str) -> socket.socket:
-        """The listening socket that QEMU inherits as its serial port or its QMP monitor."""
+        """The listening socket that QEMU inherits as its QMP monitor or for its guest's agent."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             sock.bind(path)

@@ -163,7 +163,7 @@ class Machines:
 
         with relay:
             message = Attach(number=vm.number, label=call.peer.label, readonly=readonly, replay=replay)
-            self._context.relay.send(message, answered, fd=relay.fileno())
+            self._context.relay.send(message, answered, (relay.fileno(),))
 
     # --- after our own restart ----------------------------------------------------------------------------------------
 

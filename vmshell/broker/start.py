@@ -24,7 +24,7 @@ from ..names import MIB
 from ..numbering import mac_address
 from ..refusals import LauncherDown, StartFailed
 from ..spawn import FIRST_FD
-from . import leftjails, opening
+from . import leftjails, opening, serial
 from .cards import WITH_TAP, cards_of
 from .objects import mebibytes
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _FILE_SLACK = 64 << 20  # a qcow2 file's own tables, beside its contents
 LAUNCHER_TIMEOUT, LAUNCHER_AGAIN = 30.0, 0.2  # seconds for which a launcher that is away is asked again, and between two tries
 SPARE_NICS = 2  # cards that may come while a VM runs
-_SOCKETS = ("console", "qmp", "agent")
+_SOCKETS = ("qmp", "agent")
 
 Images = Mapping[str, "Image"]
 Scratch = Mapping[int, int]  # by the disk's place in the definition: the empty overlay that takes what the guest writes
@@ -110,12 +110,13 @@ class Start:
             fds = _Descriptors(stack)
             sockets = {name: _listen(context, f"{folder}/{name}.sock", stack) for name in _SOCKETS}
             self._barrier = stack.enter_context(_barrier(f"{folder}/{leftjails.BARRIER}"))
+            console = serial.make(folder, stack)
             self._plan = _plan(context, live.vm, definition, images, scratch, cables, fds, sockets, self._barrier)
             self._errors, write_end = os.pipe2(os.O_CLOEXEC)
             stack.callback(os.close, self._errors)
             stack.callback(os.close, write_end)
             os.set_blocking(self._errors, False)
-            self._fds = (*fds.lent, write_end)
+            self._fds = (*fds.lent, *console, write_end)
             self._opened = stack.pop_all()
         self._ask()
 
@@ -215,7 +216,6 @@ def _plan(
         "keymap": definition.keymap or None,
         "tablet": definition.tablet and definition.display == "vnc",
         "serial": definition.serial,
-        "console_fd": fds.add(os.dup(sockets["console"])),
         "qmp_fd": fds.add(os.dup(sockets["qmp"])),
         "agent_fd": fds.add(os.dup(sockets["agent"])) if definition.agent else None,
         "block_fd": fds.add(os.dup(barrier)),

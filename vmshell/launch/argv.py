@@ -4,7 +4,7 @@ What is left out on purpose: every option that was removed after 7.2, `-nographi
 guest's user), `-drive` (it probes formats), `-daemonize`, `-runas`, `-chroot`, and any option that names a host file.
 
 What others call things by, over QMP: the format node of disk i is `disk<i>` and the file under it `disk<i>-file`; its device is
-`dev<i>`, of the k-th CD-ROM drive `cd<k>`; `nic<k>` on `n<k>`; `balloon0`; the sockets `ser0`, `agent0` and `qmp0`.
+`dev<i>`, of the k-th CD-ROM drive `cd<k>`; `nic<k>` on `n<k>`; `balloon0`; the character devices `ser0`, `agent0` and `qmp0`.
 Used by: launcher, broker, probe. Touches nothing.
 """
 
@@ -75,7 +75,8 @@ def qemu_argv(plan: LaunchPlan) -> list[str]:
         *("-rtc", f"base={plan.clock},clock=host,driftfix=slew", "-msg", "timestamp=on"),
         *("-action", f"reboot={'shutdown' if plan.reboot_stops else 'reset'},shutdown=poweroff,panic=shutdown"),
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
-        *_sockets(plan),
+        *_monitor(plan),
+        *_serial(plan),
         # PCI slots follow the order here: interfaces come before what may come and go, because guests name them by slot.
         *("-object", "rng-builtin,id=rng0", "-device", "virtio-rng-pci,id=rngdev0,rng=rng0,max-bytes=1024,period=1000"),
         *_nics(plan.nics),
@@ -101,11 +102,17 @@ def _machine(plan: LaunchPlan) -> list[str]:
     ]
 
 
-def _sockets(plan: LaunchPlan) -> list[str]:
-    # Without a serial port the socket stays, silent: whoever watches the VM need not know the difference.
-    port = ["-device", "isa-serial,id=serial0,chardev=ser0"] if plan.serial else []
-    qmp = [*_socket("qmp0", plan.qmp_fd), "-mon", "chardev=qmp0,mode=control,pretty=off"]
-    return [*qmp, *_socket("ser0", plan.console_fd), *port]
+def _monitor(plan: LaunchPlan) -> list[str]:
+    if plan.qmp_fd is None:
+        return []
+    return [*_socket("qmp0", plan.qmp_fd), "-mon", "chardev=qmp0,mode=control,pretty=off"]
+
+
+def _serial(plan: LaunchPlan) -> list[str]:
+    # Not a socket: a serial port writes byte by byte, and a socket would hold 278 such packets where a pipe holds 64 KiB.
+    chardev = ["-chardev", "stdio,id=ser0,signal=off"]
+    # Without a serial port it stays, silent: whoever watches the VM need not know the difference.
+    return [*chardev, *(["-device", "isa-serial,id=serial0,chardev=ser0"] if plan.serial else [])]
 
 
 def _socket(name: str, fd: int) -> list[str]:

@@ -6,6 +6,8 @@
     prlimit               no core files, no locked memory, a cap on every file
     bwrap                 every namespace of its own; our seccomp filter; then QEMU, which adds its own filter
 
+Standard input and output are the guest's serial port, so none of them may read the one or write to the other: what they have to
+say goes to standard error.
 Used by: launcher, broker, probe. Touches nothing.
 """
 

@@ -71,7 +71,10 @@ def unit(value: object, name: str) -> str:
 
 
 class LaunchPlan(Message):
-    """All of one start. Descriptors are the numbers that the started process sees; *uid* None means: stay who we are."""
+    """All of one start. Descriptors are the numbers that the started process sees; *uid* None means: stay who we are.
+
+    The serial port is on QEMU's standard input and output (0 and 1), its own words go to 2. Without *qmp_fd* it has no monitor.
+    """
 
     verb = "plan"
 
@@ -79,10 +82,9 @@ class LaunchPlan(Message):
     accel: str = field(choice("kvm", "tcg"))
     cpus: int = field(integer(1, 255))
     memory: int = field(integer(1, 1 << 24))
-    console_fd: int = field(FD)
-    qmp_fd: int = field(FD)
     seccomp_fd: int = field(FD)
     file_size_max: int = field(integer(0, 1 << 53))
+    qmp_fd: int | None = field(optional(FD), default=None)
     info_fd: int | None = field(optional(FD), default=None)
     block_fd: int | None = field(optional(FD), default=None)
     machine: str = field(machine, default="q35")
@@ -131,7 +133,7 @@ class LaunchPlan(Message):
 
         A tap's kind is `tap` and its name, which follows from the VM's number.
         """
-        single = {"kernel_fd": READ, "initrd_fd": READ, "console_fd": LISTENER, "agent_fd": LISTENER, "qmp_fd": LISTENER}
+        single = {"kernel_fd": READ, "initrd_fd": READ, "agent_fd": LISTENER, "qmp_fd": LISTENER}
         for name, kind in {**single, "block_fd": BARRIER}.items():
             if (fd := getattr(self, name)) is not None:
                 yield name, fd, kind
@@ -149,7 +151,7 @@ class LaunchPlan(Message):
                     yield f"nics[{index}].{name}", fd, kind
 
     def all_fds(self) -> tuple[int, ...]:
-        """Every descriptor that must be open, and inheritable, when the command starts."""
+        """Every descriptor beside the standard three that must be open, and inheritable, when the command starts."""
         own = (fd for fd in (self.info_fd, self.seccomp_fd) if fd is not None)
         return (*own, *(fd for _, fd, _ in self.lent()))
 

@@ -62,16 +62,17 @@ class Runs:
         # The broker may have seen the end before we did.
         if starter is not None and starter is connection and not all(wait_for_end(pid, 0) for pid in pids):
             raise LaunchRefused(problem=f"number: VM {message.number} runs already")
-        if not fds:
-            raise LaunchRefused(problem="descriptors: there are none")
-        *lent, errors = fds
+        if len(fds) < FIRST_FD:
+            raise LaunchRefused(problem="descriptors: standard input, output and error must be there")
+        lent, standard = fds[:-FIRST_FD], fds[-FIRST_FD:]
         try:
             plan = self._plan(message, FIRST_FD + len(lent))
-            self._check(plan, lent, errors)
+            self._check(plan, lent)
+            _check_standard(standard)
         except (VmshellError, ValueError, OSError) as exc:
             raise LaunchRefused(problem=exc) from exc
         self._end_leftovers(message.number)
-        pid = _start(plan, lent, errors)
+        pid = _start(plan, lent, standard)
         self._running[message.number] = (connection, {pid})
         return pid
 
@@ -114,7 +115,7 @@ class Runs:
             raise ValueError("cpu_model must be one of the policy's")
         return plan
 
-    def _check(self, plan: LaunchPlan, lent: Sequence[int], errors: int) -> None:
+    def _check(self, plan: LaunchPlan, lent: Sequence[int]) -> None:
         """Raise ValueError unless each descriptor is of its kind, and none is left over or missing."""
         wanted = {number: (name, kind) for name, number, kind in plan.lent()}
         numbers = range(FIRST_FD, FIRST_FD + len(lent))
@@ -128,10 +129,6 @@ class Runs:
                 self._check_one(kind, fd)
             except ValueError as exc:
                 raise ValueError(f"{name}: {exc}") from exc
-        try:
-            descriptors.check_pipe(errors, os.O_WRONLY)
-        except ValueError as exc:
-            raise ValueError(f"stderr: {exc}") from exc
 
     def _check_one(self, kind: str, fd: int) -> None:
         name, _, tap = kind.partition(" ")
@@ -152,6 +149,15 @@ class Runs:
         self.signal(Signal(number=number, signal=KILL))
         if not all(wait_for_end(pid) for pid in self._running[number][1]):
             raise LaunchRefused(problem=f"number: the last run of VM {number} does not end")
+
+
+def _check_standard(fds: Sequence[int]) -> None:
+    """Raise ValueError unless *fds* are what QEMU's 0, 1 and 2 have to be."""
+    for name, fd, mode in zip(("stdin", "stdout", "stderr"), fds, (os.O_RDWR, os.O_RDWR, os.O_WRONLY), strict=True):
+        try:
+            descriptors.check_pipe(fd, mode)
+        except ValueError as exc:
+            raise ValueError(f"{name}: {exc}") from exc
 
 
 def kvm_group() -> int | None:
@@ -175,11 +181,10 @@ def wait_for_end(pid: int, seconds: float = 2.0) -> bool:
         os.close(fd)
 
 
-def _start(plan: LaunchPlan, lent: Sequence[int], errors: int) -> int:
+def _start(plan: LaunchPlan, lent: Sequence[int], standard: Sequence[int]) -> int:
     with contextlib.ExitStack() as stack:
         filter_fd = os.memfd_create("seccomp", os.MFD_CLOEXEC)
         stack.callback(os.close, filter_fd)
         os.write(filter_fd, program())
         os.lseek(filter_fd, 0, os.SEEK_SET)
-        fds = dict(enumerate([*lent, filter_fd], FIRST_FD))
-        return spawn(command(plan), fds, stdout=errors, stderr=errors)
+        return spawn(command(plan), dict(enumerate([*standard, *lent, filter_fd])))

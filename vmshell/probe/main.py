@@ -5,9 +5,9 @@
 
 `reason` says why `accel` is what it is; `problem`, when not empty, is the one sentence why no VM can run here at all.
 It takes under 4 seconds whatever happens, and leaves no process behind.
-Descriptor 3 is a folder in which it may make sockets. Its guests run as whom it runs itself; as UID only in root's own session.
+Its guests run as whom it runs itself; as UID only in root's own session.
 Runs in: a process of its own, under a job's uid and with the group that may open KVM's device. It reads a few bytes from guests
-that are ours. Touches: its folder, for a moment; /dev/kvm by the guest.
+that are ours. Touches: /dev/kvm by the guest.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import stat
 import sys
 import time
 
+from ..errors import VmshellError
 from ..launch import argv, jail
 from . import verdict
 from .trial import STOPPING, Tools, Trial, spawn, wait, watch
@@ -27,7 +28,6 @@ from .trial import STOPPING, Tools, Trial, spawn, wait, watch
 VERSION_TIMEOUT = 1.0
 GUEST_TIMEOUT = 2.4
 ACCELS = ("auto", "kvm", "tcg")
-FOLDER_FD = 3
 
 
 def main(args: list[str], tools: Tools | None = None) -> int:
@@ -43,11 +43,11 @@ def main(args: list[str], tools: Tools | None = None) -> int:
     for number in STOPPING:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     os.umask(0o077)
-    print(json.dumps(answer(FOLDER_FD, wanted, uid, tools or Tools(qemu=argv.QEMU, bwrap=jail.BWRAP))), flush=True)
+    print(json.dumps(answer(wanted, uid, tools or Tools(qemu=argv.QEMU, bwrap=jail.BWRAP))), flush=True)
     return 0
 
 
-def answer(folder: int, wanted: str, uid: int | None, tools: Tools) -> dict[str, object]:
+def answer(wanted: str, uid: int | None, tools: Tools) -> dict[str, object]:
     """What there is to know, as `main` prints it."""
     found: dict[str, object] = {"qemu": "", "accel": "tcg", "reason": "", "problem": ""}
     found["problem"] = _missing(tools)
@@ -56,9 +56,11 @@ def answer(folder: int, wanted: str, uid: int | None, tools: Tools) -> dict[str,
     if not found["problem"]:
         found["machines"], found["versions"] = machines(tools)
         try:
-            found["accel"], found["reason"], found["problem"] = _try_guests(folder, wanted, uid, tools)
+            found["accel"], found["reason"], found["problem"] = _try_guests(wanted, uid, tools)
         except OSError as exc:
             found["problem"] = f"no guest could be tried on this host ({exc.strerror})"
+        except VmshellError as exc:
+            found["problem"] = f"no guest could be tried on this host ({exc})"  # by the uid that we were told to use
     return found
 
 
@@ -91,7 +93,7 @@ def _ask_qemu(tools: Tools, *question: str) -> bytes:
     reader, writer = os.pipe2(os.O_CLOEXEC)
     try:
         try:
-            pid = spawn([tools.qemu, *question], writer, ())
+            pid = spawn([tools.qemu, *question], writer, writer, ())
         finally:
             os.close(writer)
         try:
@@ -137,15 +139,15 @@ def kvm_closed(path: str, uid: int | None) -> tuple[str, int | None]:
     return f"{path} is closed to VMs (mode {mode:04o}, group {status.st_gid}); the usual is 0660 and group kvm", None
 
 
-def _try_guests(folder: int, wanted: str, uid: int | None, tools: Tools) -> tuple[str, str, str]:
+def _try_guests(wanted: str, uid: int | None, tools: Tools) -> tuple[str, str, str]:
     """Run the guest under TCG and under KVM at the same time; return accel, reason, problem."""
     trials: list[Trial] = []
     try:
-        tcg = Trial("tcg", tools, folder, uid)
+        tcg = Trial("tcg", tools, uid)
         trials.append(tcg)
         refusal, group = ("the policy says so", None) if wanted == "tcg" else kvm_closed(tools.kvm, uid)
         if not refusal:
-            trials.append(Trial("kvm", tools, folder, uid, group))
+            trials.append(Trial("kvm", tools, uid, group))
         watch(trials, time.monotonic() + GUEST_TIMEOUT)
     finally:
         for trial in trials:

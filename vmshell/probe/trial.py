@@ -1,6 +1,6 @@
 """One probe guest: started in the jail that VMs get, listened to until it has said enough, and always killed.
 
-Runs in: the probe. Touches: two socket names in its folder, for a moment; the processes it started.
+Runs in: the probe. Touches: the processes it started.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import json
 import os
 import select
 import signal
-import socket
 import time
 
 from ..launch.devices import DiskPlan
@@ -44,7 +43,7 @@ class Trial:
     for that; in the few milliseconds before, ten seconds of CPU time are its limit (`brief`).
     """
 
-    def __init__(self, accel: str, tools: Tools, folder: int, uid: int | None, kvm_gid: int | None = None) -> None:
+    def __init__(self, accel: str, tools: Tools, uid: int | None, kvm_gid: int | None = None) -> None:
         self.accel = accel
         self.console = b""
         self.errors = b""
@@ -58,26 +57,23 @@ class Trial:
         try:
             disk = _memfd("probe-disk", guest.SECTOR, guest.DISK_SIZE, lent)
             seccomp = _memfd("probe-seccomp", program(), 0, lent)
-            console, qmp = (self._listen(folder, name, lent) for name in ("console", "qmp"))
-            errors, info = (self._pipe(name, lent) for name in ("errors", "info"))
+            console, errors, info = (self._pipe(name, lent) for name in ("console", "errors", "info"))
             plan = LaunchPlan(
                 number=0,
                 accel=accel,
                 cpus=1,
                 memory=_MEMORY,
                 disks=(DiskPlan(layers=((disk, "raw"),), bootindex=1),),
-                console_fd=console,
-                qmp_fd=qmp,
                 info_fd=info,
                 seccomp_fd=seccomp,
                 uid=uid,
                 gid=uid,
                 kvm_gid=kvm_gid,
                 file_size_max=guest.DISK_SIZE,
-                paused=False,  # nobody speaks QMP to this one
+                paused=False,  # it has no monitor
             )
             words = command(plan, qemu=tools.qemu, bwrap=tools.bwrap, brief=True)
-            self._pid = spawn(words, errors, plan.all_fds())
+            self._pid = spawn(words, console, errors, plan.all_fds())
         except BaseException:
             self.end()
             raise
@@ -156,24 +152,6 @@ class Trial:
             return 0
         return pid if parent == self._pid else 0
 
-    def _listen(self, folder: int, name: str, lent: list[int]) -> int:
-        """A listening socket for QEMU; its name is gone again before QEMU starts, so nobody else connects."""
-        # By descriptor: a socket's path has only 107 bytes, and nobody but who holds the folder may be able to enter it.
-        path = f"/proc/self/fd/{folder}/{self.accel}-{name}"
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
-            listener.bind(path)
-            try:
-                listener.listen(1)
-                if name == "console":
-                    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-                    client.connect(path)
-                    client.setblocking(False)
-                    self._fds[client.detach()] = name
-            finally:
-                os.unlink(path)
-            lent.append(listener.detach())
-        return lent[-1]
-
     def _pipe(self, name: str, lent: list[int]) -> int:
         reader, writer = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(reader, False)
@@ -192,12 +170,12 @@ def _memfd(name: str, content: bytes, size: int, lent: list[int]) -> int:
     return fd
 
 
-def spawn(words: list[str], output: int, fds: tuple[int, ...]) -> int:
-    """Start *words* in a process group of its own with just these descriptors, both outputs to *output*; return the pid."""
+def spawn(words: list[str], output: int, errors: int, fds: tuple[int, ...]) -> int:
+    """Start *words* in a process group of its own with just these descriptors and nothing to read; return the pid."""
     actions: list[tuple[int, int, str, int, int] | tuple[int, int, int]] = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
         (os.POSIX_SPAWN_DUP2, output, 1),
-        (os.POSIX_SPAWN_DUP2, output, 2),
+        (os.POSIX_SPAWN_DUP2, errors, 2),
         # Onto itself: that only takes close-on-exec away, in the child.
         *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in fds),
     ]

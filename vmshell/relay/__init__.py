@@ -6,6 +6,7 @@ words of `messages.WORDS`. It can be killed and started again at any moment; no 
     main       starts it: sockets from the service manager or its own, signals
     control    the broker's connection and its four verbs
     vm         one VM: connecting to QEMU, its state, the words about it
+    port       the descriptors of its serial port: FIFOs, or a socket of an earlier version's
     console    the guest's bytes: reading, back-pressure, keys
     viewers    who is attached, who may type, how long the VM waits for them; `viewer` is one of them
     ring       the last 64 KiB, which are the replay and every viewer's queue in one

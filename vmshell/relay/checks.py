@@ -30,6 +30,11 @@ def check_stderr(fd: int) -> None:
     _check("stderr", check_pipe, fd)
 
 
+def check_fifo(fd: int) -> None:
+    """Raise BadDescriptor unless *fd* can be one direction of a serial port."""
+    _check("serial port", check_pipe, fd, os.O_RDWR)
+
+
 def check_viewer(fd: int) -> None:
     """Raise BadDescriptor unless *fd* can be a viewer's end of a pair of sockets."""
     _check("viewer", _packets, fd)

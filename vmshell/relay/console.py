@@ -3,7 +3,7 @@
 Per round at most one read of at most 64 KiB, so that a flooding guest delays another one's echo by one read and no more.
 Reading waits only for viewers with patience (see `viewers.py`); keys wait for the guest in a bounded place, and the one
 who types waits with them, never anybody else.
-Runs in: the relay. Touches one `console.sock` and the VM's log.
+Runs in: the relay. Touches the two descriptors of one serial port (see `port.py`) and the VM's log.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .viewers import Audience
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
     from typing import Protocol
 
     from .logfile import Log, NoLog
     from .loop import Loop, Timer
+    from .port import Port
     from .service import Service
 
     class Machine(Protocol):
@@ -39,12 +39,14 @@ MIN_ROOM = 16 * 1024  # below this, waiting is cheaper than reading in crumbs
 KEYS_MAX = 128 * 1024
 DRAIN_ROUNDS = 16  # 1 MiB of last words
 
-# A serial port under emulation speaks byte by byte. Many such reads in a row that no key has asked for are gathered:
-# the guest does not notice, the host saves most of the work, and a viewer sees the text a millisecond later.
-CRUMB = 2048
+# A serial port under emulation speaks byte by byte. Many small reads in a row that no key has asked for are gathered: they
+# lie in the FIFO meanwhile, the host saves most of the work, and a viewer sees the text a few milliseconds later.
+CRUMB = 16 * 1024
 CRUMBS = 16
-CRUMB_GAP = 0.001
-NAP = 0.002
+CRUMB_GAP = 0.005
+NAP = 0.005
+SOCKET_NAP = 0.002  # a socket is full with 278 single bytes, and then the guest waits
+NAP_FOR_OTHERS = 0.02  # while somebody types on another console; at 1.4 MB/s half of a FIFO
 AFTER_KEYS = 0.1
 
 # While somebody types, on whichever console, a flood gives way: 64 KiB a millisecond is still more than a guest can say.
@@ -53,7 +55,7 @@ BULK_NAP = 0.001
 
 
 class Console:
-    """Outlives its connection: after a loss the VM brings a new one with `connect`."""
+    """Outlives its port: after a loss the VM brings a new one with `connect`. The port's descriptors stay the VM's to close."""
 
     def __init__(self, loop: Loop, log: Log | NoLog, machine: Machine, service: Service, number: int) -> None:
         self.ring = Ring()
@@ -62,8 +64,7 @@ class Console:
         self.log = log
         self._loop = loop
         self._machine = machine
-        self._sock: socket.socket | None = None
-        self._fd = -1
+        self._port: Port | None = None
         self._keys = bytearray()
         self._held = False
         self._timer: Timer | None = None
@@ -72,21 +73,18 @@ class Console:
         self._crumbs = 0
         self._crumb_until = 0.0
 
-    # --- the connection ---
+    # --- the port ---
 
     @property
     def connected(self) -> bool:
-        return self._fd >= 0
+        return self._port is not None
 
-    def fileno(self) -> int:
-        return self._fd
-
-    def connect(self, sock: socket.socket) -> None:
-        """Take over the connection to QEMU's serial port."""
-        self._sock = sock
-        self._fd = sock.fileno()
+    def connect(self, port: Port) -> None:
+        """Read and write *port* from now on."""
+        self._port = port
         self._held = False
-        self._loop.add(self._fd, IN, self._on_event, self)
+        self._loop.add(port.output_fd, IN, self._on_output, self)
+        self._loop.add(port.input_fd, 0, self._on_room, self)
 
     def remember(self, since: float) -> None:
         """After a restart: refill the ring from the log; *since* (seconds since the epoch) is when the VM was started."""
@@ -97,11 +95,11 @@ class Console:
             self._heard_at = self._loop.now - max(0.0, time.time() - changed)
 
     def disconnect(self) -> None:
-        if self._sock is None:
+        if self._port is None:
             return
-        self._loop.drop(self._fd)
-        self._sock.close()
-        self._sock, self._fd = None, -1
+        self._loop.drop(self._port.output_fd)
+        self._loop.drop(self._port.input_fd)
+        self._port = None
         self._wake()
         self._held = False
         self.audience.release()
@@ -112,39 +110,35 @@ class Console:
         """The VM is gone: take its last words, waiting for nobody, and disconnect."""
         self._wake()
         for _ in range(DRAIN_ROUNDS):
-            if self._fd < 0 or not self._read(self.ring.size):
+            if not self._read(self.ring.size):
                 break
         self.disconnect()
 
     def broken(self, exc: Exception) -> None:
         self._machine.broken(exc)
 
-    def _on_event(self, events: int) -> None:
-        if events & OUT and self._keys:
-            self._send_keys()
-        if events & ~OUT:
-            if self._held:
-                # Only keys were waited for and QEMU has gone; what it left is read when the viewers are ready for it.
-                self._keys.clear()
-                self._listen()
-                return
-            room = self.audience.room() if self.audience.blocked else self.ring.size
-            if room < MIN_ROOM:
-                self._hold()
-            else:
-                self._read(room)
+    def _on_output(self, events: int) -> None:
+        room = self.audience.room() if self.audience.blocked else self.ring.size
+        if room < MIN_ROOM:
+            self._hold()
+        else:
+            self._read(room)
 
     def _listen(self) -> None:
-        if self._fd >= 0:
-            self._loop.want(self._fd, (0 if self._held or self._timer is not None else IN) | (OUT if self._keys else 0))
+        if self._port is not None:
+            self._loop.want(self._port.output_fd, 0 if self._held or self._timer is not None else IN)
+            self._loop.want(self._port.input_fd, OUT if self._keys else 0)
 
     # --- from the guest ---
 
     def _read(self, room: int) -> bool:
         """Read once and hand it round; False when there was nothing."""
+        if self._port is None:
+            return False
         try:
-            size = os.readv(self._fd, self.ring.space(room))
+            size = os.readv(self._port.output_fd, self.ring.space(room))
         except BlockingIOError:
+            self._pace(0)  # a QEMU that reads its own words could else keep us busy for nothing
             return False
         except OSError:
             size = 0
@@ -154,23 +148,34 @@ class Console:
             return False
         parts = self.ring.advance(size)
         self.audience.deliver(parts, size)
-        self._heard_at = now = self._loop.now
-        self.log.write(parts, size, now)
+        self._heard_at = self._loop.now
+        self.log.write(parts, size, self._heard_at)
         if not self.seen:
             self.seen = True
             self._machine.first_output()
+        self._pace(size)
+        return True
+
+    def _pace(self, size: int) -> None:
+        """After a read of *size* bytes: is it to be a while until the next?"""
+        now = self._loop.now
         if size < CRUMB and now < self._crumb_until:
             self._crumbs += 1
             if self._crumbs > CRUMBS and now > self._typed_until:
-                self._crumb_until = now + 3 * NAP
-                self._nap(NAP)
-                return True
+                nap = self._nap_time(now)
+                self._crumb_until = now + nap + CRUMB_GAP
+                self._nap(nap)
+                return
         elif size >= BULK and now < self._loop.typing_until:
             self._nap(BULK_NAP)
         elif self._crumbs:
             self._crumbs = 0
         self._crumb_until = now + CRUMB_GAP
-        return True
+
+    def _nap_time(self, now: float) -> float:
+        if self._port is None or not self._port.lasting:
+            return SOCKET_NAP
+        return NAP_FOR_OTHERS if now < self._loop.typing_until else NAP
 
     def _nap(self, seconds: float) -> None:
         """Read no more for so long."""
@@ -206,12 +211,12 @@ class Console:
 
     def type(self, keys: bytes) -> bool:
         """Send *keys*; False when the guest does not take them all just now (they are kept, up to a limit)."""
-        if self._fd < 0:
+        if self._port is None:
             return True
         self._typed_until = self._loop.typing_until = self._loop.now + AFTER_KEYS
         if not self._keys:
             try:
-                sent = os.write(self._fd, keys)
+                sent = os.write(self._port.input_fd, keys)
             except BlockingIOError:
                 sent = 0
             except OSError:
@@ -224,9 +229,12 @@ class Console:
         self._listen()
         return False
 
-    def _send_keys(self) -> None:
+    def _on_room(self, events: int) -> None:
+        """The guest takes keys again."""
+        if self._port is None or not self._keys:
+            return
         try:
-            sent = os.write(self._fd, self._keys)
+            sent = os.write(self._port.input_fd, self._keys)
         except BlockingIOError:
             return
         except OSError:

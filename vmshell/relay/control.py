@@ -17,9 +17,10 @@ from .. import brokeraccount, messages, wire
 from ..errors import Internal, ProtocolError, VmshellError
 from ..fields import request_id
 from ..refusals import NotWatched, QemuSilent
-from .checks import BadDescriptor, check_order, check_stderr, check_viewer
+from .checks import BadDescriptor, check_fifo, check_order, check_stderr, check_viewer
 from .loop import GONE, IN, OUT
 from .orders import brings_fd
+from .port import Port
 from .vm import Kept, Vm
 
 TYPE_CHECKING = False
@@ -88,7 +89,7 @@ class Link:
             self._flush()
         if self.open and events & (IN | GONE):
             try:
-                packet = wire.recv(self.sock, fds_allowed=1)
+                packet = wire.recv(self.sock, fds_allowed=messages.Watch.fds)
             except BlockingIOError:
                 return
             except (OSError, ProtocolError):
@@ -196,21 +197,24 @@ class Control:
     # --- the verbs ---
 
     def _on_watch(self, watch: messages.Watch, packet: wire.Packet, reply: _Reply) -> None:
-        if packet.fds:
-            check_stderr(packet.fds[0])
+        fresh, piped = len(packet.fds) % 2 == 1, len(packet.fds) > 1
+        for fd in packet.fds[:2] if piped else ():
+            check_fifo(fd)
+        if fresh:
+            check_stderr(packet.fds[-1])
         vm = self.vms.get(watch.number)
-        if vm is not None and packet.fds:
-            # The error pipe comes with a QEMU just started: what we know is about one that has ended.
+        if vm is not None and (fresh or (piped and vm.is_another(packet.fds[1]))):
+            # What we know is about a QEMU that has ended.
             self._drop(vm, "the VM was started anew", False)
             vm = None
+        port = Port(packet.take_fd(), packet.take_fd(), lasting=True) if piped else None
         if vm is None:
             vm = self._add(watch.number, watch.log_max)
             vm.claimed = True
             vm.keep_log(watch.log)
-            if packet.fds:
-                vm.start(fresh=True, stderr=packet.take_fd())
-            else:
-                vm.start(fresh=False)
+            vm.start(fresh=fresh, port=port, stderr=packet.take_fd() if fresh else -1)
+        elif port is not None:
+            vm.offer(port)
         vm.claimed = True
         vm.log.limit = watch.log_max
         vm.keep_log(watch.log)

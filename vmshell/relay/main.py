@@ -18,8 +18,9 @@ from ..layout import Layout
 from ..numbering import NUMBER_MAX
 from .control import Control
 from .loop import IN, Loop
+from .port import KINDS, UNLOGGED
 from .service import Service
-from .vm import UNLOGGED, Kept
+from .vm import Kept
 
 _LISTEN = "--listen-fd="
 RESTARTING = "the console service is restarting; attach again"
@@ -49,8 +50,8 @@ class _Signals:
 def main(argv: list[str]) -> int:
     """Serve; *argv* is the layout as one argument, and perhaps the number of the listening socket."""
     layout = Layout.from_args(argv[0])
-    service = Service(os.environ.pop("NOTIFY_SOCKET", ""))
     passed = servicemanager.passed()
+    service = Service(os.environ.pop("NOTIFY_SOCKET", ""), [name for name, _ in passed])
     os.umask(0o027)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -80,7 +81,10 @@ def main(argv: list[str]) -> int:
 
 
 def _restore(control: Control, passed: list[tuple[str, int]]) -> None:
-    """Sort `console-<n>`, `stderr-<n>` and `viewer-<n>-…` from the descriptor store to their VMs; close whatever is neither."""
+    """Sort what the descriptor store kept to its VMs, and close whatever is of none.
+
+    There are `input-<n>` and `output-<n>`, or `console-<n>` (see `port.py`), `stderr-<n>` and `viewer-<n>-…`.
+    """
     table: dict[int, Kept] = {}
     for name, fd in passed:
         kind, _, rest = name.partition("-")
@@ -88,16 +92,15 @@ def _restore(control: Control, passed: list[tuple[str, int]]) -> None:
         number = int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= 8 else 0
         if name == "relay":
             continue
-        if kind not in ("console", "stderr", "viewer") or not 1 <= number <= NUMBER_MAX:
+        if kind not in (*KINDS, "stderr", "viewer") or not 1 <= number <= NUMBER_MAX:
             os.close(fd)
             continue
         kept = table.setdefault(number, Kept())
         if kind == "viewer":
             kept.viewers.append((name, socket.socket(fileno=fd)))
-        elif kind == "console" and kept.console is None:
-            kept.console = socket.socket(fileno=fd)
-            kept.console.setblocking(False)
-            kept.logged = not rest.endswith(UNLOGGED)
+        elif kind in KINDS and kind not in kept.port:
+            kept.port[kind] = fd
+            kept.logged = kept.logged and not rest.endswith(UNLOGGED)
         elif kind == "stderr" and kept.stderr < 0:
             kept.stderr = fd
         else:

@@ -1,7 +1,7 @@
-"""One VM as the relay knows it: two connections to its QEMU, its state, and the words about it.
+"""One VM as the relay knows it: its serial port and its monitor, its state, and the words about it.
 
-One `Vm` is one run of one QEMU. It connects to `console.sock` first and to `qmp.sock` second, so that `ready` means that no byte
-of the guest can be missed; it connects again by itself whenever a connection is lost, until the broker says Forget.
+One `Vm` is one run of one QEMU. It reads the serial port first and connects to `qmp.sock` second, so that `ready` means that no
+byte of the guest can be missed; it connects again by itself whenever a connection is lost, until the broker says Forget.
 Runs in: the relay. Touches the VM's run directory (connecting only) and its log directory.
 """
 
@@ -13,6 +13,7 @@ from .. import messages
 from .console import Console
 from .logfile import Log, NoLog, purge
 from .orders import Orders
+from .port import Port, dial, every_name, from_store
 from .qmp import Monitor, connect
 from .stderr import Stderr
 from .words import Words
@@ -32,7 +33,6 @@ LAST_RETRY = 1.0
 UNREACHABLE_AFTER = 5.0
 
 UNREACHABLE = "unreachable"
-UNLOGGED = "-unlogged"  # what the service manager keeps a console under whose output is not to be written down
 
 # QEMU's run states in our terms; any other one means that the CPUs stand still.
 STATES = {
@@ -54,12 +54,12 @@ STATE_WORDS: dict[str, tuple[str, ...]] = {
 
 
 class Kept:
-    """What the service manager kept of one VM's connections while we were away."""
+    """What the service manager kept of one VM's connections while we were away; `port` by the kinds of the names."""
 
-    __slots__ = ("console", "logged", "stderr", "viewers")
+    __slots__ = ("logged", "port", "stderr", "viewers")
 
     def __init__(self) -> None:
-        self.console: socket.socket | None = None
+        self.port: dict[str, int] = {}
         self.logged = True
         self.stderr = -1
         self.viewers: list[tuple[str, socket.socket]] = []
@@ -91,6 +91,7 @@ class Vm:
         self._run_dir = layout.vm_run(number)
         self._log_dir = layout.vm_log(number)
         self._logged = True
+        self._port: Port | None = None
         self._monitor: Monitor | None = None
         self._orders: Orders | None = None
         self._stderr: Stderr | None = None
@@ -103,12 +104,14 @@ class Vm:
 
     # --- for the broker's connection ---
 
-    def start(self, *, fresh: bool, stderr: int = -1) -> None:
-        """Begin: *fresh* for a QEMU just started, else the log holds what was said before."""
+    def start(self, *, fresh: bool, port: Port | None = None, stderr: int = -1) -> None:
+        """Begin: *fresh* for a QEMU just started, else the log holds what was said before. Without *port* it is on a socket."""
         if not fresh:
             self.console.remember(self._started_at())
         if stderr >= 0:
             self._take_stderr(stderr)
+        if port is not None:
+            self._take_port(port)
         self._connect()
 
     def resume(self, kept: Kept) -> None:
@@ -120,8 +123,19 @@ class Vm:
         if kept.stderr >= 0:
             self._take_stderr(kept.stderr)
         self.console.audience.restore(kept.viewers)
-        if kept.console is not None:
-            self.console.connect(kept.console)
+        self._port = from_store(kept.port)
+        self._connect()
+
+    def is_another(self, output_fd: int) -> bool:
+        """Does *output_fd* belong to another run than the one that we know?"""
+        return self._port is not None and not self._port.leads_to(output_fd)
+
+    def offer(self, port: Port) -> None:
+        """Take *port*, or close it if we have it already."""
+        if self._port is not None:
+            port.close()
+            return
+        self._take_port(port)
         self._connect()
 
     def repeat(self) -> None:
@@ -156,23 +170,20 @@ class Vm:
         """Write the guest's output down from now on, or no more; what is in memory is replayed either way."""
         if on == self._logged:
             return
-        if self.console.connected:
-            self._service.remove(self._console_name)
+        self._unstore_port()
         self._logged = on
-        if self.console.connected:
-            self._service.store(self._console_name, self.console.fileno())
+        self._store_port()
         self.console.log = self.log if on else NoLog()
         self.log.rest()
 
     def forget(self, reason: str, purge_log: bool) -> None:
         """The VM has ended: last words, goodbye, close; nothing of it stays in the relay."""
         self._gone = True
-        if self._timer is not None:
-            self._timer.cancel()
+        self._cancel_timer()
         if self._monitor is not None:
             self._monitor.finish()
         self.console.finish()
-        self._service.remove(self._console_name)
+        self._close_port()
         self.console.audience.end("the guest switched itself off" if self._ended_itself else reason)
         if self._monitor is not None:
             self._monitor.close()
@@ -195,12 +206,12 @@ class Vm:
     # --- connecting ---
 
     def _connect(self) -> None:
-        self._timer = None
+        self._cancel_timer()
         try:
-            if not self.console.connected:
-                sock = connect(f"{self._run_dir}/console.sock")
-                self._service.store(self._console_name, sock.fileno())
-                self.console.connect(sock)
+            if self._port is None:
+                self._take_port(dial(self._run_dir))
+            if self._port is not None and not self.console.connected:
+                self.console.connect(self._port)
             if self._monitor is None:
                 self._monitor = Monitor(self._loop, self, connect(f"{self._run_dir}/qmp.sock"))
                 self._orders = Orders(self._loop, self._monitor)
@@ -233,30 +244,50 @@ class Vm:
         self._retry = FIRST_RETRY
         self.words.say("ready")
 
-    @property
-    def _console_name(self) -> str:
-        return f"console-{self.number}{'' if self._logged else UNLOGGED}"
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _started_at(self) -> float:
         # The broker makes the socket anew for each start, so its age is the run's.
         try:
-            return os.stat(f"{self._run_dir}/console.sock").st_mtime
+            return os.stat(f"{self._run_dir}/qmp.sock").st_mtime
         except OSError:
             return 0.0
 
     def broken(self, exc: Exception) -> None:
-        """Something of ours raised: begin anew with both connections."""
+        """Something of ours raised: begin anew with both, after a moment."""
         if self._gone:
             return
         if self._monitor is not None:
             self._monitor.close()
             self._monitor = None
-        if self.console.connected:
-            self.console.disconnect()
-            self._service.remove(self._console_name)
+        self.console.disconnect()
+        if self._port is not None and not self._port.lasting:
+            self._close_port()
         self._lost()
 
-    # --- QEMU's error pipe ---
+    # --- the descriptors of its serial port, and QEMU's error pipe ---
+
+    def _take_port(self, port: Port) -> None:
+        self._port = port
+        self._store_port()
+
+    def _store_port(self) -> None:
+        if self._port is not None:
+            for name, fd in self._port.names(self.number, logged=self._logged).items():
+                self._service.store(name, fd)
+
+    def _unstore_port(self) -> None:
+        for name in every_name(self.number):
+            self._service.remove(name)
+
+    def _close_port(self) -> None:
+        self._unstore_port()
+        if self._port is not None:
+            self._port.close()
+            self._port = None
 
     def _take_stderr(self, fd: int) -> None:
         name = f"stderr-{self.number}"
@@ -266,7 +297,7 @@ class Vm:
     # --- what the console says ---
 
     def console_lost(self) -> None:
-        self._service.remove(self._console_name)
+        self._close_port()
         self._lost()
 
     def first_output(self) -> None:
