@@ -141,7 +141,7 @@ class Message:
             else:
                 setattr(self, name, spec.default)
         if values:
-            raise BadValue(field=sorted(values)[0], value="not expected", rule=f"{self.verb} has no such field")
+            raise BadValue(field=safe(sorted(values)[0], 40), value="not expected", rule=f"{self.verb} has no such field")
         self.agree()
 
     def agree(self) -> None:

@@ -74,6 +74,7 @@ def somebody(uid: int, code: str = "import time; time.sleep(3600)", most: int = 
     ("file", "line", "said"),
     [
         ("passwd", "eve:x:{0}:7::/:/bin/sh", "eve in /etc/passwd has id {0}"),
+        ("passwd", "eve:x:7:{0}::/:/bin/sh", "eve in /etc/passwd has id {0}"),
         ("group", "eve:x:{0}:root", "eve in /etc/group has id {0}"),
         ("subuid", "eve:{0}:1", "eve in /etc/subuid has the ids from {0} to {0}"),
         ("subgid", "0:1:4294967295", "0 in /etc/subgid has the ids from 1 to 4294967295"),
