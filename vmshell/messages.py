@@ -11,8 +11,8 @@ Runs in: every process. Stdlib only, no I/O at import.
 
 from __future__ import annotations
 
-from .errors import ProtocolError, safe
-from .fields import Message, bad, boolean, choice, field, integer, table, text
+from .errors import safe
+from .fields import Message, bad, boolean, choice, field, integer, parsed, table, text
 from .names import INTERFACE_RULE, check_name, check_object, check_vm_ref, is_interface
 from .numbering import NUMBER_MAX
 from .refusals import UnknownVerb
@@ -510,11 +510,7 @@ class Event(Message):
 
 
 def parse_to_relay(body: dict[str, object]) -> ToRelay:
-    verb = body.get("verb")
-    kind = TO_RELAY.get(verb) if isinstance(verb, str) else None
-    if kind is None:
-        raise ProtocolError(problem="the relay has no such verb")
-    return kind.from_body(body)
+    return parsed(body, TO_RELAY, "the relay")
 
 
 # --- broker → tapnet --------------------------------------------------------------------------------------------------
@@ -631,11 +627,7 @@ TO_TAPNET: dict[str, type[ToTapnet]] = {
 
 
 def parse_to_tapnet(body: dict[str, object]) -> ToTapnet:
-    verb = body.get("verb")
-    kind = TO_TAPNET.get(verb) if isinstance(verb, str) else None
-    if kind is None:
-        raise ProtocolError(problem="tapnet has no such verb")
-    return kind.from_body(body)
+    return parsed(body, TO_TAPNET, "tapnet")
 
 
 # --- broker → accounts helper -----------------------------------------------------------------------------------------
@@ -702,8 +694,4 @@ TO_ACCOUNTS: dict[str, type[ToAccounts]] = {kind.verb: kind for kind in (AboutUi
 
 
 def parse_to_accounts(body: dict[str, object]) -> ToAccounts:
-    verb = body.get("verb")
-    kind = TO_ACCOUNTS.get(verb) if isinstance(verb, str) else None
-    if kind is None:
-        raise ProtocolError(problem="the accounts helper has no such verb")
-    return kind.from_body(body)
+    return parsed(body, TO_ACCOUNTS, "the accounts helper")

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.launchers import SOMEBODY, Launcher, Lent, processes_of, small_plan, status, until, uploads
+from tests.process.launchers import SOMEBODY, Launcher, Lent, processes_of, small_plan, status, uploads
+from tests.process.relays import until
 from vmshell.launcher.ending import signal_all
 from vmshell.launcher.uids import occupant, processes
 from vmshell.layout import PACKAGE_DIR
