@@ -29,6 +29,8 @@ from vmshell.errors import VmshellError
 from vmshell.messages import Order, ToTapnet
 from vmshell.refusals import NetworkFailed, RelayDown, StartFailed
 
+pytestmark = pytest.mark.slow
+
 CALLS = (
     *("open", "dup", "pipe2", "mkfifo", "set_blocking", "fstat", "stat", "fsync", "ftruncate", "unlink", "rename"),
     *("fchmod", "chmod", "makedirs", "listdir"),
