@@ -489,6 +489,12 @@ class Order(ToRelay):
     port: bool = field(boolean, default=False)
 
 
+class Drain(ToRelay):
+    """QEMU is gone: hand on what it said last. The answer comes after all that its monitor said."""
+
+    verb = "drain"
+
+
 class Forget(ToRelay):
     """The VM has ended: tell its viewers `reason`, close everything; with `purge` delete its log."""
 
@@ -497,7 +503,7 @@ class Forget(ToRelay):
     purge: bool = field(boolean, default=False)
 
 
-TO_RELAY: dict[str, type[ToRelay]] = {kind.verb: kind for kind in (Watch, Attach, Order, Forget)}
+TO_RELAY: dict[str, type[ToRelay]] = {kind.verb: kind for kind in (Watch, Attach, Order, Drain, Forget)}
 
 
 class Event(Message):
