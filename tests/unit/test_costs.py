@@ -5,10 +5,12 @@ The requests are made from the table of verbs and the table of keys, so a new ve
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,16 +44,21 @@ def memory_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def folders(tmp_path: Path) -> Iterator[Path]:
-    def numbered() -> Iterator[Path]:
-        number = 0
-        while True:
-            number += 1
+def folders(tmp_path: Path) -> Iterator[Generator[Path, None, None]]:
+    """Empty folders, one after the other, of which only the last is there."""
+
+    def numbered() -> Generator[Path, None, None]:
+        for number in itertools.count():
             folder = tmp_path / str(number)
             folder.mkdir()
-            yield folder
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder)
 
-    return numbered()
+    made = numbered()
+    yield made
+    made.close()
 
 
 # --- requests that grow -----------------------------------------------------------------------------------------------
