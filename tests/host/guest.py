@@ -42,7 +42,8 @@ class Guest:
 
     def ready(self, card: str = "eth0") -> Guest:
         """Wait until it has an address on *card*, and remember it."""
-        text = self.sh(f"for i in $(seq 60); do ip -4 addr show {card} | grep inet && break; sleep 1; done", timeout=PATIENCE)
+        look = f"ip -4 addr show {card} | grep inet"
+        text = self.sh(f"for i in $(seq {PATIENCE - 40}); do {look} && break; sleep 1; done", timeout=PATIENCE)
         assert "inet " in text, f"{self.name} got no address: {text}"
         self.address = text.split()[1].partition("/")[0]
         return self
