@@ -49,7 +49,7 @@ def short_tmp() -> Iterator[Path]:
 
 @pytest.fixture
 def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that write much: nothing has to outlive a power cut here, and a busy disk takes long. What is no file still fails."""
+    """For tests that write much: nothing has to outlive a power cut, and disks take long. What is no descriptor still fails."""
     monkeypatch.setattr(os, "fsync", lambda fd: os.fstat(fd) and None)
 
 
