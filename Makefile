@@ -5,7 +5,8 @@
 # make lint       ruff and mypy;  make bench: the figures;  make setup: what all of these need
 VENV := .venv
 PY := $(VENV)/bin/python
-PYTEST := $(PY) -m pytest
+# Without .pyc files each run would parse and rewrite every test anew, in each worker.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(PY) -m pytest
 
 # Indispensable for running a guest; and what only tests, images and system hosts want.
 PROGRAMS := qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils bwrap:bubblewrap setpriv:util-linux

@@ -48,6 +48,12 @@ def short_tmp() -> Iterator[Path]:
 
 
 @pytest.fixture
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that write much: nothing has to outlive a power cut, and disks take long. What is no descriptor still fails."""
+    monkeypatch.setattr(os, "fsync", lambda fd: os.fstat(fd) and None)
+
+
+@pytest.fixture
 def layout(short_tmp: Path) -> Layout:
     """A session-mode layout in a temporary folder; TCG is set, so that no test waits for the acceleration probe's KVM part."""
     made = Layout(

@@ -38,7 +38,7 @@ NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="the host's catalogue 
 
 
 @pytest.fixture
-def layout(short_tmp: Path) -> Layout:
+def layout(short_tmp: Path, unsynced: None) -> Layout:
     """An installed host's, as far as vmshell-admin can tell; with the images `demo`, a kernel, and `base`, a disk."""
     parts = {name: f"{short_tmp}/{name}" for name in ("etc", "state", "run", "log")}
     made = Layout(**parts, embedded=False)
@@ -174,7 +174,7 @@ PROGRESS = b'{"id":1,"progress":"soon"}'
 def test_a_conversation_ends(layout: Layout, packets: list[Packet], again: bytes) -> None:
     begun = time.monotonic()
     with HostileBroker(layout, packets, again=again), pytest.raises(BrokerDown, match="no answer in time"):
-        ask(layout, Whoami(), 1.0)
+        ask(layout, Whoami(), 0.3)
     assert time.monotonic() - begun < GENEROUS
 
 
@@ -190,8 +190,8 @@ def test_a_closed_connection_and_no_socket_are_a_broker_that_is_down(layout: Lay
 @NEEDS_ROOT
 def test_policy_test_ends_too(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shell asks there, which has all the patience of a person."""
-    monkeypatch.setattr(broker, "EXPLAIN_PATIENCE", 3.0)
-    with HostileBroker(layout, [], again=PROGRESS), pytest.raises(TimedOut, match="the VM service did not answer within 3 s"):
+    monkeypatch.setattr(broker, "EXPLAIN_PATIENCE", 1.0)
+    with HostileBroker(layout, [], again=PROGRESS), pytest.raises(TimedOut, match="the VM service did not answer within 1 s"):
         broker.test(Context(layout), arguments(USER="root", VERB="boot", WORD="web1"))
 
 

@@ -95,7 +95,7 @@ class FakeBroker:
         self.requests: list[dict[str, object]] = []
         self.consoles: list[ConsoleEnd] = []
         self.replays: list[bytes] = []
-        self._stop = threading.Event()
+        self._end, self._stop = socket.socketpair()  # a byte ends the thread
         os.makedirs(layout.run, exist_ok=True)
         self._listener = wire.listen(layout.broker_socket, 0o600)
         self._clients: list[socket.socket] = []
@@ -109,9 +109,9 @@ class FakeBroker:
         self.stop()
 
     def stop(self) -> None:
-        self._stop.set()
+        self._stop.send(b"x")
         self._thread.join()
-        for sock in [self._listener, *self._clients]:
+        for sock in [self._end, self._stop, self._listener, *self._clients]:
             sock.close()
         for console in self.consoles:
             console.close()
@@ -138,8 +138,10 @@ class FakeBroker:
             sock.shutdown(socket.SHUT_RDWR)
 
     def _serve(self) -> None:
-        while not self._stop.is_set():
-            readable, _, _ = select.select([self._listener, *self._clients], [], [], 0.05)
+        while True:
+            readable, _, _ = select.select([self._end, self._listener, *self._clients], [], [])
+            if self._end in readable:
+                return
             for sock in readable:
                 if sock is self._listener:
                     self._clients.append(self._listener.accept()[0])

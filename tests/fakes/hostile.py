@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import struct
 import threading
@@ -25,10 +26,9 @@ LINGER = 600  # seconds
 class HostileBroker:
     def __init__(self, layout: Layout, packets: Sequence[Packet] = (), *, again: bytes = b"", closes: bool = False) -> None:
         self._packets, self._again, self._closes = packets, again, closes
-        self._stop = threading.Event()
+        self._end, self._stop = socket.socketpair()  # a byte ends the thread
         os.makedirs(layout.run, exist_ok=True)
         self._listener = wire.listen(layout.broker_socket, 0o600)
-        self._listener.settimeout(0.05)
         self._thread = threading.Thread(target=self._serve, daemon=True)
 
     def __enter__(self) -> HostileBroker:
@@ -36,14 +36,16 @@ class HostileBroker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
+        self._stop.send(b"x")
         self._thread.join()
-        self._listener.close()
+        for sock in (self._end, self._stop, self._listener):
+            sock.close()
 
     def _serve(self) -> None:
         clients: list[socket.socket] = []
-        while not self._stop.is_set():
-            with contextlib.suppress(TimeoutError):
+        pause = 0.05 if self._again else None
+        while self._end not in (readable := select.select([self._end, self._listener], [], [], pause)[0]):
+            if readable:
                 clients.append(self._listener.accept()[0])
                 self._talk(clients[-1])
             for client in clients:

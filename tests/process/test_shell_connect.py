@@ -148,7 +148,7 @@ def test_a_slow_reader_holds_the_guest_up(broker: FakeBroker, short_tmp: Path) -
 
     def act(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
-        sock.settimeout(2)
+        sock.settimeout(1)
         view = memoryview(data)
         while view:
             try:

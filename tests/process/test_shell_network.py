@@ -104,6 +104,16 @@ def test_what_others_chose_is_escaped(broker: FakeBroker, short_tmp: Path) -> No
 # --- --follow -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def brisk(short_tmp: Path) -> None:
+    """The shell that is started draws ten lines a second."""
+    path = Path(starter(short_tmp))
+    main, pace = "os._exit(main(", "from vmshell.shell import networking\n\nnetworking.PACE = 0.1\n"
+    text = path.read_text()
+    assert main in text
+    path.write_text(text.replace(main, pace + main))
+
+
 def growing(broker: FakeBroker, ticks: int = 1000) -> None:
     """About a MiB more at every answer; after *ticks* the VM is off."""
     asked = [0]
@@ -116,7 +126,7 @@ def growing(broker: FakeBroker, ticks: int = 1000) -> None:
     broker.answers["net"] = answer
 
 
-def test_follow_ends_with_the_vm(broker: FakeBroker, short_tmp: Path) -> None:
+def test_follow_ends_with_the_vm(broker: FakeBroker, short_tmp: Path, brisk: None) -> None:
     growing(broker, 2)
     done = run(short_tmp, broker.layout, "net", "web1", "--follow")
     lines = done.stdout.decode().splitlines()
@@ -125,7 +135,7 @@ def test_follow_ends_with_the_vm(broker: FakeBroker, short_tmp: Path) -> None:
         assert line.startswith("net0: received ") and line.endswith("/s, sent 0/s") and "0/s, sent" not in line.partition(",")[0]
 
 
-def test_follow_as_json_is_a_document_a_line(broker: FakeBroker, short_tmp: Path) -> None:
+def test_follow_as_json_is_a_document_a_line(broker: FakeBroker, short_tmp: Path, brisk: None) -> None:
     growing(broker, 2)
     lines = run(short_tmp, broker.layout, "net", "web1", "-f", "--json").stdout.splitlines()
     assert [json.loads(line)["state"] for line in lines] == ["running", "off"]
@@ -141,7 +151,7 @@ def test_follow_until_ctrl_c(broker: FakeBroker, short_tmp: Path) -> None:
         assert shell.wait(LONG) == 0 and shell.stderr.read() == b""
 
 
-def test_follow_on_a_terminal_draws_over_its_line(broker: FakeBroker, short_tmp: Path) -> None:
+def test_follow_on_a_terminal_draws_over_its_line(broker: FakeBroker, short_tmp: Path, brisk: None) -> None:
     for term, start in (("xterm", "\rnet0: received"), ("dumb", "net0: received")):
         growing(broker)
         child = spawn(short_tmp, broker.layout, "net", "web1", "-f", term=term, size=(24, 40))
@@ -152,7 +162,7 @@ def test_follow_on_a_terminal_draws_over_its_line(broker: FakeBroker, short_tmp:
         assert leave(child) == 0
 
 
-def test_a_reader_that_leaves_ends_it(broker: FakeBroker, short_tmp: Path) -> None:
+def test_a_reader_that_leaves_ends_it(broker: FakeBroker, short_tmp: Path, brisk: None) -> None:
     growing(broker)
     done = subprocess.run(
         ["/bin/sh", "-c", '"$0" --layout "$1" net web1 -f | true', starter(short_tmp), broker.layout.to_args()],

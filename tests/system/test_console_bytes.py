@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.host.machine import CHECKOUT, Host
+
+pytestmark = [pytest.mark.system, pytest.mark.root, pytest.mark.slow]
 
 # As the launcher does: the plan's whole line with a scope, its 0 and 1 the FIFOs. What was said there and what was complained of.
 SCRIPT = f"""

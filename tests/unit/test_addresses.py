@@ -21,7 +21,7 @@ ALICE = (1001, "alice")
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> str:
+def path(tmp_path: Path, unsynced: None) -> str:
     return str(tmp_path / "net/addresses.json")
 
 

@@ -91,6 +91,7 @@ def test_no_source_reaches_the_text_as_it_is(source: str) -> None:
 
 
 @pytest.mark.skipif(bool(unable()), reason=unable() or "-")
+@pytest.mark.slow  # the kernel waits a moment at each of its changes
 def test_changes_lead_where_the_whole_would_have_led() -> None:
     """Ports and openings come and go a hundred times; then everything at once gives the same tables."""
     chance = random.Random(4)
