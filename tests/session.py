@@ -34,10 +34,10 @@ class Client:
         wire.send(self.sock, {"id": self._id, **request.to_body()})
         return self._id
 
-    def receive(self) -> tuple[dict[str, Any], int]:
-        """The next answer and its descriptor (-1: none); raises what the broker refused with."""
+    def receive(self) -> tuple[dict[str, Any], tuple[int, ...]]:
+        """The next answer and its descriptors; raises what the broker refused with."""
         while True:
-            packet = wire.recv(self.sock, fds_allowed=1)
+            packet = wire.recv(self.sock, fds_allowed=2)
             assert packet is not None, "the broker closed the connection"
             if "progress" in packet.body:
                 self.progress.append(str(packet.body["progress"]))
@@ -45,16 +45,16 @@ class Client:
             if "error" in packet.body:
                 raise from_wire(packet.body["error"])
             ok: Any = packet.body["ok"]
-            return ok, packet.take_fd() if packet.fds else -1
+            return ok, packet.take_fds()
 
     def ask(self, request: Request) -> dict[str, Any]:
         self.send(request)
-        ok, fd = self.receive()
-        if fd >= 0:
+        ok, fds = self.receive()
+        for fd in fds:
             os.close(fd)
         return ok
 
-    def ask_fd(self, request: Request) -> tuple[dict[str, Any], int]:
+    def ask_fds(self, request: Request) -> tuple[dict[str, Any], tuple[int, ...]]:
         self.send(request)
         return self.receive()
 

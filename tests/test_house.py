@@ -16,7 +16,7 @@ import pytest
 TREE = Path(__file__).resolve().parent.parent
 # A leaf may import the leaves before it in this order.
 LEAF_ORDER = [
-    *("descriptors", "errors", "layout", "names", "policyfile", "spawn", "wire", "fields"),
+    *("descriptors", "errors", "layout", "names", "policyfile", "spawn", "consoles", "wire", "fields"),
     *("launcher_messages", "messages"),
 ]
 LEAVES = set(LEAF_ORDER)

@@ -11,9 +11,13 @@ Runs in: every process. Stdlib only, no I/O at import.
 
 from __future__ import annotations
 
-from .errors import ProtocolError, UnknownVerb, safe
+from .errors import ProtocolError, UnknownVerb, Upgraded, safe
 from .fields import Message, bad, boolean, choice, field, integer, table, text
 from .names import INTERFACE_RULE, NUMBER_MAX, check_name, check_object, check_vm_ref, is_interface
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Self
 
 # --- states, as they stand in records, in `list` and on the wire ------------------------------------------------------
 
@@ -121,6 +125,7 @@ OPENINGS_MAX = 256
 NUMBERS_MAX = 4096
 SHELF = "shelf"  # where a VM is named: the objects that belong to no VM
 NUMBER = integer(1, NUMBER_MAX)
+PIPES = "pipes"  # what a console is, said by those who ask for one
 
 
 # --- shell → broker ---------------------------------------------------------------------------------------------------
@@ -134,6 +139,29 @@ class VmRequest(Request):
     """A request about one VM: `name`, or `owner/name` for those who may."""
 
     vm: str = field(vm_ref)
+
+
+class BringsConsole(Request):
+    """A request whose reply can bring a console: the pipe to read from, and the pipe for keys (see `consoles.py`).
+
+    Whoever asks for one says `"consoles": "pipes"`; a shell from before the pipes does not, and is told to log in again.
+    """
+
+    asks_by = ""  # the field that asks for the console; always, where there is none
+
+    @classmethod
+    def from_body(cls, body: dict[str, object]) -> Self:
+        request = super().from_body({key: value for key, value in body.items() if key != "consoles"})
+        if request.asks() and body.get("consoles") != PIPES:
+            raise Upgraded()
+        return request
+
+    def to_body(self) -> dict[str, object]:
+        return {**super().to_body(), **({"consoles": PIPES} if self.asks() else {})}
+
+    def asks(self) -> bool:
+        """Is a console wanted?"""
+        return not self.asks_by or bool(getattr(self, self.asks_by))
 
 
 class List(Request):
@@ -162,13 +190,14 @@ class New(Request):
     disk: int = field(integer(0, 1 << 24), default=0)
 
 
-class Define(Request):
+class Define(BringsConsole):
     """Make a VM from the text of a `vm.toml`, or give one that exists another definition (not with `new`).
 
     With `once` the VM is booted at once and is gone when it ends; `vm` is then the stem of its name. The reply brings a console.
     """
 
     verb = "define"
+    asks_by = "once"
     vm: str = field(vm_name)
     text: str = field(text(TEXT_MAX))
     new: bool = field(boolean, default=False)
@@ -183,13 +212,14 @@ class Change(VmRequest):
     unset: list[str] = field(word_list, default=[])
 
 
-class Boot(VmRequest):
+class Boot(VmRequest, BringsConsole):
     """Replies once the guest's CPUs run. With `console` the reply brings a console, attached before the first instruction.
 
     For this run only: `restore` goes on from a snapshot, `scratch` throws away what the guest writes.
     """
 
     verb = "boot"
+    asks_by = "console"
     console: bool = field(boolean, default=False)
     restore: str = field(text(63), default="")
     scratch: bool = field(boolean, default=False)
@@ -219,8 +249,8 @@ class Rm(VmRequest):
     verb = "rm"
 
 
-class Console(VmRequest):
-    """The reply brings one end of a console socket (see `relay/viewers.py` for what travels on it)."""
+class Console(VmRequest, BringsConsole):
+    """The reply brings a console of a VM that runs."""
 
     verb = "console"
     readonly: bool = field(boolean, default=False)
@@ -393,10 +423,10 @@ class Watch(ToRelay):
 
 
 class Attach(ToRelay):
-    """A viewer; brings its end of a socket pair. `label` is how `who` names it."""
+    """A viewer; brings the pipe its keys come from, and the pipe for the guest's output. `label` is how `who` names it."""
 
     verb = "attach"
-    fds = 1
+    fds = 2
     label: str = field(text(80))
     readonly: bool = field(boolean, default=False)
     replay: bool = field(boolean, default=True)

@@ -49,6 +49,12 @@ class Packet:
             raise ProtocolError(problem="it should bring a descriptor and brings none")
         return self.fds.pop(0)
 
+    def take_fds(self) -> tuple[int, ...]:
+        """All that came, to be closed by the caller from now on."""
+        fds = tuple(self.fds)
+        self.fds.clear()
+        return fds
+
     def close(self) -> None:
         """Close every descriptor not taken."""
         for fd in self.fds:

@@ -88,10 +88,10 @@ class FakeClient:
     def __init__(self) -> None:
         self.pending = 1
         self.peer = None
-        self.sent: list[tuple[dict[str, object], int]] = []
+        self.sent: list[tuple[dict[str, object], tuple[int, ...]]] = []
 
-    def send(self, body: dict[str, object], fd: int = -1) -> None:
-        self.sent.append((body, fd))
+    def send(self, body: dict[str, object], fds: tuple[int, ...] = ()) -> None:
+        self.sent.append((body, fds))
 
     def call(self) -> Call:
         return Call(cast(Any, self), 1)
@@ -107,9 +107,9 @@ def test_a_console_that_comes_after_the_reply_is_closed() -> None:
     client = FakeClient()
     call = Call(cast(Any, client), 1)
     before = open_fds()
-    call.keep_fd(os.open(os.devnull, os.O_RDONLY))
+    call.keep_fds(os.pipe())
     call.reply({})
-    call.keep_fd(os.open(os.devnull, os.O_RDONLY))
+    call.keep_fds(os.pipe())
     call.fail(TooManyRequests(count=1, what="x", limit=1))
     assert open_fds() == before
     assert [body for body, _ in client.sent] == [{"id": 1, "ok": {}}]

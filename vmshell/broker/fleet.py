@@ -190,7 +190,7 @@ class Fleet:
         if card:
             ported = (live.vm.booted or live.vm.definition).family == "q35"
             message = Order(number=live.vm.number, what=what, value=value, mac=card.mac, model=card.nic.model, port=ported)
-        self._context.relay.send(message, done or failed, fd=fd)
+        self._context.relay.send(message, done or failed, (fd,) if fd >= 0 else ())
 
     def watch(self, live: Live, errors: int = -1) -> None:
         """Put the VM into the relay's care; *errors* is QEMU's error pipe. A failed start's time-out bounds the wait for it."""
@@ -201,7 +201,7 @@ class Fleet:
 
         log = (live.vm.booted or live.vm.definition).log
         message = Watch(number=live.vm.number, log_max=self._context.policy.host.log_size_max, log=log)
-        self._context.relay.send(message, failed, fd=errors)
+        self._context.relay.send(message, failed, (errors,) if errors >= 0 else ())
 
     def watch_all(self) -> None:
         """A new relay connection: name every VM that has a QEMU."""

@@ -37,9 +37,9 @@ class RelayLink(Link):
         self._layout = layout
         self._on_event = on_event
 
-    def send(self, message: ToRelay, done: Done, fd: int = -1) -> None:
-        """Send *message*, with *fd* beside it (it stays open here). `done` is called with None or the error, perhaps at once."""
-        self.request(message, lambda error, packet: done(error), (fd,) if fd >= 0 else ())
+    def send(self, message: ToRelay, done: Done, fds: tuple[int, ...] = ()) -> None:
+        """Send *message* with *fds* beside it, which stay open here. `done` is called with None or the error, perhaps at once."""
+        self.request(message, lambda error, packet: done(error), fds)
 
     def _heard(self, body: dict[str, object]) -> bool:
         if body.get("verb") != "event":

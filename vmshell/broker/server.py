@@ -31,29 +31,28 @@ ACCEPT_AGAIN = 1.0  # seconds
 class Call:
     """One request that is being answered. Exactly one of reply/fail gets through; what comes later is ignored."""
 
-    __slots__ = ("_came", "_client", "_fd", "_id", "peer")
+    __slots__ = ("_came", "_client", "_fds", "_id", "peer")
 
     def __init__(self, client: Client, ident: int) -> None:
         self._client: Client | None = client
         self._id = ident
-        self._fd = -1
+        self._fds: tuple[int, ...] = ()
         self._came = -1
         self.peer = client.peer
 
-    def keep_fd(self, fd: int) -> None:
-        """Keep a descriptor that the reply will bring (ours to close from now on: at once, if it comes after the reply)."""
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = fd
+    def keep_fds(self, fds: tuple[int, ...]) -> None:
+        """Keep descriptors that the reply will bring (ours to close from now on: at once, if they come after the reply)."""
+        self._close_fds()
+        self._fds = fds
         if self._client is None:
-            self._close_fd()
+            self._close_fds()
 
-    def reply(self, ok: dict[str, object], fd: int = -1) -> None:
-        send_fd = fd if fd >= 0 else self._fd
-        self._finish({"id": self._id, "ok": ok}, send_fd)
+    def reply(self, ok: dict[str, object], fds: tuple[int, ...] = ()) -> None:
+        """Answer, with *fds* beside it, which stay open here, or with those that were kept."""
+        self._finish({"id": self._id, "ok": ok}, fds or self._fds)
 
     def fail(self, error: VmshellError) -> None:
-        self._finish({"id": self._id, "error": error.to_wire()}, -1)
+        self._finish({"id": self._id, "error": error.to_wire()})
 
     def bring(self, fd: int) -> None:
         self._came = fd
@@ -76,18 +75,20 @@ class Call:
         if self._client is not None:
             self._client.send({"id": self._id, "progress": sentence})
 
-    def _finish(self, body: dict[str, object], fd: int) -> None:
+    def _finish(self, body: dict[str, object], fds: tuple[int, ...] = ()) -> None:
         client, self._client = self._client, None
         if client is not None:
             client.pending -= 1
-            client.send(body, fd)
-        self._close_fd()
+            client.send(body, fds)
+        self._close_fds()
+        if self._came >= 0:
+            os.close(self._came)
+            self._came = -1
 
-    def _close_fd(self) -> None:
-        for fd in (self._fd, self._came):
-            if fd >= 0:
-                os.close(fd)
-        self._fd = self._came = -1
+    def _close_fds(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = ()
 
 
 class Client:
@@ -138,11 +139,11 @@ class Client:
 
         call.guard(answer)
 
-    def send(self, body: dict[str, object], fd: int = -1) -> None:
+    def send(self, body: dict[str, object], fds: tuple[int, ...] = ()) -> None:
         if not self.open:
             return
         try:
-            wire.send(self._sock, body, (fd,) if fd >= 0 else ())
+            wire.send(self._sock, body, fds)
         except (OSError, ProtocolError):
             # Gone, or it lets its answers pile up: either way it is not worth a byte of our memory.
             self.close()

@@ -153,7 +153,7 @@ class Console:
             self._machine.console_lost()
             return False
         parts = self.ring.advance(size)
-        self.audience.deliver(parts, size)
+        self.audience.deliver()
         self._heard_at = now = self._loop.now
         self.log.write(parts, size, now)
         if not self.seen:

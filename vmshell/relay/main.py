@@ -18,6 +18,7 @@ from ..layout import Layout
 from ..names import NUMBER_MAX
 from .control import Control
 from .loop import IN, Loop
+from .old_viewers import let_go
 from .service import Service, take_fds
 from .vm import UNLOGGED, Kept
 
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
     """Serve; *argv* is the layout as one argument, and perhaps the number of the listening socket."""
     layout = Layout.from_args(argv[0])
     service = Service(os.environ.pop("NOTIFY_SOCKET", ""))
-    passed = take_fds()
+    passed = let_go(service, take_fds())
     os.umask(0o027)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -93,7 +94,7 @@ def _restore(control: Control, passed: list[tuple[str, int]]) -> None:
             continue
         kept = table.setdefault(number, Kept())
         if kind == "viewer":
-            kept.viewers.append((name, socket.socket(fileno=fd)))
+            kept.viewers.append((name, fd))
         elif kind == "console" and kept.console is None:
             kept.console = socket.socket(fileno=fd)
             kept.console.setblocking(False)

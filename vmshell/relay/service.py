@@ -1,7 +1,7 @@
 """The service manager's side: readiness, sockets it listens on for us, and descriptors it keeps while we restart.
 
 Without a service manager everything here does nothing. Under systemd the unit needs `NotifyAccess=main` and a
-`FileDescriptorStoreMax=` of two per VM and one per attached console.
+`FileDescriptorStoreMax=` of two per VM and two per attached console.
 Runs in: the relay. Touches NOTIFY_SOCKET and the LISTEN_* variables.
 """
 
@@ -56,3 +56,7 @@ class Service:
 
     def remove(self, name: str) -> None:
         self.notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+    def barrier(self, fd: int) -> None:
+        """Have *fd* closed once all that was said before has been done."""
+        self.notify("BARRIER=1", fd)

@@ -62,7 +62,7 @@ class Kept:
         self.console: socket.socket | None = None
         self.logged = True
         self.stderr = -1
-        self.viewers: list[tuple[str, socket.socket]] = []
+        self.viewers: list[tuple[str, int]] = []  # their pipes, by the names they were kept under
 
 
 class Vm:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from ..messages import Request
     from .progress import Progress
 
+    Answer = tuple[dict[str, object], tuple[int, ...]]  # what was answered, and the descriptors beside it
+
+FDS_MAX = 2  # descriptors that an answer can bring
+
 # Verbs that change nothing: asked again when the broker went away before it answered.
 REPEATABLE = frozenset(("list", "info", "images", "whoami", "version", "console", "networks", "net"))
 RESTART_PATIENCE = 3.0  # seconds in which a broker that was just there may come back
@@ -35,12 +39,12 @@ class Pending:
     def fileno(self) -> int:
         return self.sock.fileno()
 
-    def receive(self) -> str | tuple[dict[str, object], int | None] | None:
-        """A progress sentence, or the answer and its descriptor, or None for a packet that is not for us.
+    def receive(self) -> str | Answer | None:
+        """A progress sentence, or the answer and its descriptors, or None for a packet that is not for us.
 
         Raises the error the broker answered with, or ConnectionResetError when it has gone.
         """
-        packet = wire.recv(self.sock, fds_allowed=1)
+        packet = wire.recv(self.sock, fds_allowed=FDS_MAX)
         if packet is None:
             raise ConnectionResetError("the broker closed the connection")
         try:
@@ -55,7 +59,7 @@ class Pending:
             answer = body.get("ok")
             if not isinstance(answer, dict):
                 raise ProtocolError(problem="the answer is neither a result nor an error")
-            return answer, packet.take_fd() if packet.fds else None
+            return answer, packet.take_fds()
         finally:
             packet.close()
 
@@ -73,15 +77,20 @@ class Broker:
         self._number = 0
         self._was_there = False
 
-    def call(self, request: Request, progress: Progress | None = None) -> tuple[dict[str, object], int | None]:
-        """Send *request* and return the answer and the descriptor beside it, if any. Raises VmshellError."""
+    def call(self, request: Request, progress: Progress | None = None, *, fds: int = 0) -> Answer:
+        """Send *request* and return the answer and the *fds* descriptors beside it. Raises VmshellError."""
         try:
-            return self._call(request, progress, again=True)
+            answer, came = self._call(request, progress, again=True)
         except VmshellError:
             raise
         except BaseException:
             self.close()  # interrupted in the middle: a late answer must not meet the next request
             raise
+        if len(came) != fds:
+            for fd in came:
+                os.close(fd)
+            raise ProtocolError(problem=f"it should bring {fds} descriptors and brings {len(came)}")
+        return answer, came
 
     def begin(self, request: Request, fd: int = -1) -> Pending:
         """Send *request* (and *fd*) on a connection of its own, for a caller that goes on doing other things."""
@@ -119,7 +128,7 @@ class Broker:
             self._sock.close()
             self._sock = None
 
-    def _call(self, request: Request, progress: Progress | None, *, again: bool) -> tuple[dict[str, object], int | None]:
+    def _call(self, request: Request, progress: Progress | None, *, again: bool) -> Answer:
         if self._sock is None:
             self._sock = self._connect()
         self._number += 1
@@ -140,7 +149,7 @@ class Broker:
                 raise BrokerDown(problem=what) from error
             return self._call(request, progress, again=False)
 
-    def wait(self, pending: Pending, progress: Progress | None) -> tuple[dict[str, object], int | None]:
+    def wait(self, pending: Pending, progress: Progress | None) -> Answer:
         """The answer to *pending*; raises VmshellError, or OSError when the broker has gone."""
         poll = select.poll()
         poll.register(pending, select.POLLIN)

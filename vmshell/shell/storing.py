@@ -6,7 +6,7 @@ Runs in: the shell. Touches standard input and output, and the descriptors that 
 from __future__ import annotations
 
 from .. import messages
-from ..errors import EX_DONE, EX_REFUSED, BadValue, Usage, VmshellError, safe
+from ..errors import EX_DONE, EX_REFUSED, BadValue, Usage, safe
 from .checks import split_object
 
 TYPE_CHECKING = False
@@ -161,9 +161,7 @@ def display(context: Context, values: Values) -> int:
             usage="socat TCP-LISTEN:5901,bind=127.0.0.1 EXEC:'ssh HOST display NAME', and a viewer on 127.0.0.1:5901",
         )
     must_own_stdin(context, "display")
-    _, fd = context.ask_fd(messages.Display(vm=values.text("vm")))
-    if fd is None:
-        raise VmshellError()
+    _, (fd,) = context.ask_fds(messages.Display(vm=values.text("vm")), 1)
     with socket.socket(fileno=fd) as stream:
         try:
             pump.run(context.terminal, stream)
