@@ -224,6 +224,15 @@ def test_starters_are_isolated() -> None:
         assert "ExecStart=/usr/bin/python3 -IS /usr/local/lib/vmshell/" in text
 
 
+def test_descriptors_go_one_way() -> None:
+    """N2: no request brings one, and where requests are read none is taken."""
+    from vmshell.messages import REQUESTS
+
+    assert [verb for verb, kind in REQUESTS.items() if kind.fds] == []
+    text = (TREE / "vmshell/broker/server.py").read_text(encoding="utf-8")
+    assert text.count("wire.recv(") == 1 and "fds_allowed" not in text
+
+
 def first_line(path: str) -> str:
     return (TREE / path).read_text(encoding="utf-8").splitlines()[0]
 

@@ -5,6 +5,13 @@
     reply     {"id": 7, "ok": {…}}          or
     error     {"id": 7, "error": {"code": "no-such-vm", "text": "…", "hint": "…"}}
 
+Descriptors go one way: no request brings one, some replies do. An upload, whose bytes go through a pipe that a reply brings:
+
+    request   {"id": 1, "verb": "put", "vm": "shelf", "object": "cd.iso", "format": "file"}
+    reply     {"id": 1, "ok": {"name": "shelf", "object": "cd.iso"}}       and the writing end of a pipe
+    request   {"id": 2, "verb": "done", "put": 1, "bytes": 3, "sha256": "ba78…"}
+    reply     {"id": 2, "ok": {"name": "shelf", "object": "cd.iso", "size": 3, "format": "file"}}
+
 The message has no field for who is asking: that is the socket's to say.
 Runs in: every process. Stdlib only, no I/O at import.
 """
@@ -14,6 +21,7 @@ from __future__ import annotations
 from .errors import ProtocolError, UnknownVerb, Upgraded, safe
 from .fields import Message, bad, boolean, choice, field, integer, table, text
 from .names import INTERFACE_RULE, NUMBER_MAX, check_name, check_object, check_vm_ref, is_interface
+from .wire import INT_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -93,6 +101,12 @@ def _not_a_table(name: str, value: object) -> dict[str, object]:
 def numbers(value: object, name: str) -> list[int]:
     if not isinstance(value, list) or len(value) > NUMBERS_MAX or not all(type(item) is int and item >= 0 for item in value):
         raise bad(name, value, f"a list of at most {NUMBERS_MAX} numbers")
+    return value
+
+
+def digest(value: object, name: str) -> str:
+    if not isinstance(value, str) or len(value) != 64 or value.strip("0123456789abcdef"):
+        raise bad(name, value, "a SHA-256 in hex")
     return value
 
 
@@ -290,12 +304,24 @@ class DiskAdd(StoreRequest):
 
 
 class Put(StoreRequest):
-    """Bring a file in: its bytes come on the socket beside this request, in frames (see `storage/upload.py`)."""
+    """Bring a file in: the reply brings the writing end of a pipe for its bytes; `done`, on the same connection, is to follow."""
 
     verb = "put"
-    fds = 1
     object: str = field(object_name)
     format: str = field(choice("raw", "qcow2", "file", "rom"))
+
+
+class Done(Request):
+    """All bytes of the file of request number `put` have been sent, so many and with this SHA-256.
+
+    Replies once the file is an object. A connection that ends without it, or that says something else than what came, is an
+    upload that broke off, and nothing is stored.
+    """
+
+    verb = "done"
+    put: int = field(integer(0, INT_MAX))
+    bytes: int = field(integer(0, INT_MAX))
+    sha256: str = field(digest)
 
 
 class Drop(StoreRequest):
@@ -391,7 +417,7 @@ REQUESTS: dict[str, type[Request]] = {
     kind.verb: kind
     for kind in (
         *(List, Info, New, Define, Change, Boot, Shutdown, Kill, Reset, Reboot, Rm, Console, Display, Snapshot),
-        *(Objects, DiskAdd, Put, Drop, Explain, LaunchLine, Reload, Images, Whoami, Version),
+        *(Objects, DiskAdd, Put, Done, Drop, Explain, LaunchLine, Reload, Images, Whoami, Version),
         *(Networks, Net, NetHealth, Connect, Publish, HostKey),
     )
 }

@@ -20,7 +20,7 @@ import os
 import struct
 from _json import encode_basestring, encode_basestring_ascii, make_encoder, make_scanner
 
-from .errors import ProtocolError
+from .errors import ProtocolError, StrayDescriptors
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def recv(sock: _socket.socket, fds_allowed: int = 0) -> Packet | None:
         if not data and not fds:
             return None
         if len(fds) > fds_allowed:
-            raise ProtocolError(problem="it brings descriptors that nobody asked for")
+            raise StrayDescriptors()
         packet.body = decode(data)
     except BaseException:
         packet.close()

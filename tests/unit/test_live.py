@@ -35,8 +35,8 @@ class Relay:
     def __init__(self) -> None:
         self.waiting: list[tuple[Any, Done]] = []
 
-    def send(self, message: Any, done: Done, fd: int = -1) -> None:
-        assert fd < 0 or os.fstat(fd)
+    def send(self, message: Any, done: Done, fds: tuple[int, ...] = ()) -> None:
+        assert all(os.fstat(fd) for fd in fds)
         self.waiting.append((message, done))
 
     def orders(self) -> list[tuple[str, int]]:
@@ -84,7 +84,7 @@ class Client:
         self.peer = None
         self.sent: list[dict[str, Any]] = []
 
-    def send(self, body: dict[str, Any], fd: int = -1) -> None:
+    def send(self, body: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
         self.sent.append(body)
 
 

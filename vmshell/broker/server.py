@@ -15,7 +15,7 @@ import socket
 from collections.abc import Callable
 
 from .. import wire
-from ..errors import Internal, NotAllowed, ProtocolError, TooManyRequests, VmshellError
+from ..errors import Internal, NotAllowed, ProtocolError, StrayDescriptors, TooManyRequests, Upgraded, VmshellError
 from ..fields import request_id
 from ..messages import parse_request
 from . import journal
@@ -31,13 +31,13 @@ ACCEPT_AGAIN = 1.0  # seconds
 class Call:
     """One request that is being answered. Exactly one of reply/fail gets through; what comes later is ignored."""
 
-    __slots__ = ("_came", "_client", "_fds", "_id", "peer")
+    __slots__ = ("_client", "_fds", "connection", "ident", "peer")
 
     def __init__(self, client: Client, ident: int) -> None:
         self._client: Client | None = client
-        self._id = ident
         self._fds: tuple[int, ...] = ()
-        self._came = -1
+        self.connection = client
+        self.ident = ident
         self.peer = client.peer
 
     def keep_fds(self, fds: tuple[int, ...]) -> None:
@@ -49,18 +49,10 @@ class Call:
 
     def reply(self, ok: dict[str, object], fds: tuple[int, ...] = ()) -> None:
         """Answer, with *fds* beside it, which stay open here, or with those that were kept."""
-        self._finish({"id": self._id, "ok": ok}, fds or self._fds)
+        self._finish({"id": self.ident, "ok": ok}, fds or self._fds)
 
     def fail(self, error: VmshellError) -> None:
-        self._finish({"id": self._id, "error": error.to_wire()})
-
-    def bring(self, fd: int) -> None:
-        self._came = fd
-
-    def take_fd(self) -> int:
-        """The descriptor that came beside the request; ours to close from now on."""
-        fd, self._came = self._came, -1
-        return fd
+        self._finish({"id": self.ident, "error": error.to_wire()})
 
     def guard(self, action: Callable[[], None]) -> None:
         """Do what had to wait; whatever it raises is the answer."""
@@ -73,7 +65,7 @@ class Call:
 
     def progress(self, sentence: str) -> None:
         if self._client is not None:
-            self._client.send({"id": self._id, "progress": sentence})
+            self._client.send({"id": self.ident, "progress": sentence})
 
     def _finish(self, body: dict[str, object], fds: tuple[int, ...] = ()) -> None:
         client, self._client = self._client, None
@@ -81,9 +73,6 @@ class Call:
             client.pending -= 1
             client.send(body, fds)
         self._close_fds()
-        if self._came >= 0:
-            os.close(self._came)
-            self._came = -1
 
     def _close_fds(self) -> None:
         for fd in self._fds:
@@ -103,13 +92,15 @@ class Client:
 
     def readable(self) -> None:
         try:
-            packet = wire.recv(self._sock, fds_allowed=1)
+            packet = wire.recv(self._sock)
         except BlockingIOError:
             return
+        except StrayDescriptors:
+            # No request brings one (N2); those of the shells before the pipes did.
+            self._refuse(Upgraded())
+            return
         except ProtocolError as exc:
-            journal.by_user(self.peer.uid, "bad-packet", problem=exc)
-            self.send({"id": 0, "error": exc.to_wire()})
-            self.close()
+            self._refuse(exc)
             return
         except OSError:
             self.close()
@@ -117,13 +108,15 @@ class Client:
         if packet is None:
             self.close()
             return
-        try:
-            self._take(packet)
-        finally:
-            packet.close()
+        self._take(packet.body)
 
-    def _take(self, packet: wire.Packet) -> None:
-        body = packet.body
+    def _refuse(self, error: VmshellError) -> None:
+        """Say what is wrong with the connection's packets, and close it."""
+        journal.by_user(self.peer.uid, "bad-packet", problem=error)
+        self.send({"id": 0, "error": error.to_wire()})
+        self.close()
+
+    def _take(self, body: dict[str, object]) -> None:
         try:
             ident = request_id(body)
         except VmshellError as exc:
@@ -135,7 +128,7 @@ class Client:
         def answer() -> None:
             if self.pending > PENDING_MAX:
                 raise TooManyRequests(count=self.pending, what="requests", limit=PENDING_MAX)
-            self._server.answer(call, packet)
+            self._server.answer(call, body)
 
         call.guard(answer)
 
@@ -171,14 +164,10 @@ class Server:
     def connected(self) -> int:
         return sum(len(clients) for clients in self._clients.values())
 
-    def answer(self, call: Call, packet: wire.Packet) -> None:
+    def answer(self, call: Call, body: dict[str, object]) -> None:
         """Check, authorise, act; raises what the peer is to be told."""
-        request = parse_request(packet.body)
-        if len(packet.fds) != request.fds:
-            raise ProtocolError(problem=f"{request.verb} comes with {request.fds} descriptors, not {len(packet.fds)}")
+        request = parse_request(body)
         vm = authorise(call.peer, request, self._context.registry)
-        if request.fds:
-            call.bring(packet.take_fd())
         handler = HANDLERS[type(request)]
         if vm is None:
             handler(self._context, call, request)
@@ -187,6 +176,7 @@ class Server:
 
     def dropped(self, client: Client, fd: int) -> None:
         self._context.loop.unwatch(fd)
+        self._context.uploads.left(client)
         clients = self._clients.get(client.peer.uid, set())
         clients.discard(client)
         if not clients:

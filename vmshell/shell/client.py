@@ -39,6 +39,18 @@ class Pending:
     def fileno(self) -> int:
         return self.sock.fileno()
 
+    def ask(self, request: Request) -> None:
+        """Send *request*, whose answer is waited for from now on. Raises BrokerDown."""
+        self.number += 1
+        try:
+            try:
+                wire.send(self.sock, {"id": self.number, **request.to_body()})
+            except BrokenPipeError:
+                self.receive()  # it may have said why it closed
+                raise
+        except OSError as error:
+            raise BrokerDown(problem=_reason(error)) from error
+
     def receive(self) -> str | Answer | None:
         """A progress sentence, or the answer and its descriptors, or None for a packet that is not for us.
 
@@ -80,27 +92,30 @@ class Broker:
     def call(self, request: Request, progress: Progress | None = None, *, fds: int = 0) -> Answer:
         """Send *request* and return the answer and the *fds* descriptors beside it. Raises VmshellError."""
         try:
-            answer, came = self._call(request, progress, again=True)
+            got = self._call(request, progress, again=True)
         except VmshellError:
             raise
         except BaseException:
             self.close()  # interrupted in the middle: a late answer must not meet the next request
             raise
-        if len(came) != fds:
-            for fd in came:
-                os.close(fd)
-            raise ProtocolError(problem=f"it should bring {fds} descriptors and brings {len(came)}")
-        return answer, came
+        return _with_fds(got, fds)
 
-    def begin(self, request: Request, fd: int = -1) -> Pending:
-        """Send *request* (and *fd*) on a connection of its own, for a caller that goes on doing other things."""
-        sock = self._connect()
+    def begin(self, request: Request) -> Pending:
+        """Send *request* on a connection of its own, for a caller that goes on doing other things."""
+        pending = Pending(self._connect(), 0)
         try:
-            wire.send(sock, {"id": 1, **request.to_body()}, (fd,) if fd >= 0 else ())
+            pending.ask(request)
+        except BrokerDown:
+            pending.close()
+            raise
+        return pending
+
+    def finish(self, pending: Pending, progress: Progress | None = None, *, fds: int = 0) -> Answer:
+        """The answer to *pending*, with *fds* descriptors. Raises VmshellError."""
+        try:
+            return _with_fds(self.wait(pending, progress), fds)
         except OSError as error:
-            sock.close()
-            raise BrokerDown(problem=_reason(error)) from error
-        return Pending(sock, 1)
+            raise BrokerDown(problem="it went away while at work on this; look with `list`") from error
 
     def answer_soon(self, request: Request, seconds: float) -> dict[str, object] | None:
         """The answer if the broker is there and gives it within *seconds*, else None. Nothing is started. Raises VmshellError."""
@@ -191,6 +206,16 @@ class Broker:
             raise PermissionError("somebody else listens in its place")
         self._was_there = True
         return sock
+
+
+def _with_fds(answer: Answer, count: int) -> Answer:
+    """*answer*, which must bring *count* descriptors."""
+    fds = answer[1]
+    if len(fds) != count:
+        for fd in fds:
+            os.close(fd)
+        raise ProtocolError(problem=f"it should bring {count} descriptors and brings {len(fds)}")
+    return answer
 
 
 def _reason(error: OSError) -> str:
