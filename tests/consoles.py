@@ -9,7 +9,7 @@ import select
 import time
 from typing import Any
 
-from vmshell.consoles import CONTROL, DATA, Frames, cells
+from vmshell.consoles import CONTROL, DATA, NOTICE, Frames, cells
 
 
 class Viewer:
@@ -32,11 +32,9 @@ class Viewer:
             return
         data = os.read(self.shown, 1 << 16)
         self.closed = not data
-        for tag, payload in self._frames.feed(data):
-            if tag == DATA:
-                self.output += payload
-            else:
-                self.notices.append(json.loads(payload))
+        frames = self._frames.feed(data)
+        self.output += b"".join(payload for tag, payload in frames if tag == DATA)
+        self.notices += [json.loads(payload) for tag, payload in frames if tag == NOTICE]
 
     def wait_output(self, text: str, seconds: float = 120) -> str:
         """Read until *text* has come; returns all output so far."""

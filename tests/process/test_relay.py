@@ -704,10 +704,10 @@ def test_a_viewer_that_does_not_read_loses_bytes_and_nobody_else_does(relay: Rel
     block = bytes(range(256)) * 256
     reader = Reader(awake, total)
     began = time.monotonic()
-    for _ in range(total // len(block)):
+    for sent in range(0, total, len(block)):
         guest.sendall(block)
         # Not so fast that a busy test machine makes the reader a slow one too.
-        time.sleep(0.01)
+        until(lambda sent=sent: len(awake.output) >= sent, "the reader")  # type: ignore[misc]
     took = time.monotonic() - began
     reader.join(PATIENCE)
     assert not reader.is_alive() and not any(notice["notice"] == "gap" for notice in awake.notices)

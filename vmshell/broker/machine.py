@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from ..errors import VmBusy, VmshellError, VmStopped, WrongState
+from ..errors import RelayDown, VmBusy, VmshellError, VmStopped, WrongState
 from ..messages import ALIVE, FAILED, OFF, PAUSED, QUEUED, RUNNING, STARTING, STOPPING, Attach, Event, Forget
 from . import start as starter
 from .boots import Boots
@@ -155,8 +155,13 @@ class Machines:
         From here on the broker is out of the path: no guest byte ever enters it.
         """
         with ExitStack() as relays, ExitStack() as viewers:
-            keys, typed = _pipe(relays, viewers)
-            shown, output = _pipe(viewers, relays)
+            try:
+                keys, typed = _pipe(relays, viewers)
+                shown, output = _pipe(viewers, relays)
+            except OSError as exc:
+                note("no-console", number=vm.number, problem=exc)
+                done(RelayDown())
+                return
             theirs = viewers.pop_all()
 
             def answered(error: VmshellError | None) -> None:
