@@ -16,8 +16,8 @@ import pytest
 TREE = Path(__file__).resolve().parent.parent
 # A leaf may import the leaves before it in this order.
 LEAF_ORDER = [
-    *("bpf", "brokeraccount", "confine", "descriptors", "errors", "refusals", "layout", "numbering", "hardware", "names"),
-    *("policyfile", "servicemanager", "spawn", "encoding", "wire", "fields", "launcher_messages", "messages"),
+    *("bpf", "brokeraccount", "confine", "consoles", "descriptors", "errors", "refusals", "layout", "numbering", "hardware"),
+    *("names", "policyfile", "servicemanager", "spawn", "encoding", "wire", "fields", "launcher_messages", "messages"),
 ]
 LEAVES = set(LEAF_ORDER)
 # One folder is one process, but for two pure libraries, which import leaves only: the launch line is for those who start QEMU,
@@ -259,6 +259,15 @@ def test_starters_are_isolated() -> None:
         text = (TREE / f"etc/systemd/vmshell-{unit}.service").read_text(encoding="utf-8")
         starter = "/usr/local/lib/vmshell/current/vmshell/__main__.py"
         assert text.count(starter) == text.count(f"/usr/bin/python3 -IS {starter}") == 1
+
+
+def test_descriptors_go_one_way() -> None:
+    """N2: no request brings one, and where requests are read none is taken."""
+    from vmshell.messages import REQUESTS
+
+    assert [verb for verb, kind in REQUESTS.items() if kind.fds] == []
+    text = (TREE / "vmshell/broker/server.py").read_text(encoding="utf-8")
+    assert text.count("wire.recv(") == 1 and "fds_allowed" not in text
 
 
 def first_line(path: str) -> str:

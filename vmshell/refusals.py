@@ -447,6 +447,15 @@ class QemuSilent(VmshellError):
     exit_status = EX_VM_FAILED
 
 
+class Upgraded(VmshellError):
+    """vmshell was upgraded: log in again"""
+
+    # Said to shells from before an upgrade that are still logged in; they know no code of it and end with 1.
+    code = "upgraded"
+    exit_status = EX_UNAVAILABLE
+    hint = "your VMs run on; a new login works"
+
+
 class AnswerTooLarge(VmshellError):
     """the answer does not fit into one message"""
 

@@ -20,7 +20,7 @@ import os
 import struct
 
 from .encoding import FRAME_MAX, decode, encode
-from .errors import ProtocolError
+from .errors import ProtocolError, StrayDescriptors
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,6 +45,12 @@ class Packet:
         if not self.fds:
             raise ProtocolError(problem="it should bring a descriptor and brings none")
         return self.fds.pop(0)
+
+    def take_fds(self) -> tuple[int, ...]:
+        """All that came, to be closed by the caller from now on."""
+        fds = tuple(self.fds)
+        self.fds.clear()
+        return fds
 
     def close(self) -> None:
         """Close every descriptor not taken."""
@@ -138,7 +144,7 @@ def recv(sock: _socket.socket, fds_allowed: int = 0) -> Packet | None:
         if not data and not fds:
             return None
         if len(fds) > fds_allowed:
-            raise ProtocolError(problem="it brings descriptors that nobody asked for")
+            raise StrayDescriptors()
         packet.body = decode(data)
     except BaseException:
         packet.close()

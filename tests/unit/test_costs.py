@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -146,12 +145,7 @@ def with_word(name: str, made: Callable[[int], str], size: int) -> dict[str, str
 
 def cost(bench: Bench, body: dict[str, object], peer: Any = ALICE) -> int:
     """The steps of a request, from its packet to where it is answered or waits for somebody."""
-    fds: tuple[int, ...] = ()
-    with socket.socketpair()[0] as stream:
-        kind = REQUESTS.get(str(body["verb"]))
-        if kind and kind.fds:
-            fds = (stream.fileno(),)
-        return steps(lambda: bench.ask(body, peer, fds))
+    return steps(lambda: bench.ask(body, peer))
 
 
 def must_be_linear(folders: Iterator[Path], what: str, make: Callable[[int], dict[str, object]], peer: Any = ALICE) -> None:

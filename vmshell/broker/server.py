@@ -12,10 +12,10 @@ import socket
 from collections.abc import Callable
 
 from .. import wire
-from ..errors import Internal, ProtocolError, VmshellError
+from ..errors import Internal, ProtocolError, StrayDescriptors, VmshellError
 from ..fields import request_id
 from ..messages import Request, parse_request
-from ..refusals import AnswerTooLarge, NotAllowed, TooManyRequests
+from ..refusals import AnswerTooLarge, NotAllowed, TooManyRequests, Upgraded
 from . import journal
 from .access import Peer, authorise
 from .accountslink import Question
@@ -30,37 +30,28 @@ ACCEPT_AGAIN = 1.0  # seconds
 class Call:
     """One request that is being answered. Exactly one of reply/fail gets through; what comes later is ignored."""
 
-    __slots__ = ("_came", "_client", "_fd", "_id", "peer")
+    __slots__ = ("_client", "_fds", "connection", "ident", "peer")
 
     def __init__(self, client: Client, ident: int) -> None:
         self._client: Client | None = client
-        self._id = ident
-        self._fd = -1
-        self._came = -1
+        self._fds: tuple[int, ...] = ()
+        self.connection = client
+        self.ident = ident
         self.peer = client.peer
 
-    def keep_fd(self, fd: int) -> None:
-        """Keep a descriptor that the reply will bring (ours to close from now on: at once, if it comes after the reply)."""
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = fd
+    def keep_fds(self, fds: tuple[int, ...]) -> None:
+        """Keep descriptors that the reply will bring (ours to close from now on: at once, if they come after the reply)."""
+        self._close_fds()
+        self._fds = fds
         if self._client is None:
-            self._close_fd()
+            self._close_fds()
 
-    def reply(self, ok: dict[str, object], fd: int = -1) -> None:
-        send_fd = fd if fd >= 0 else self._fd
-        self._finish({"id": self._id, "ok": ok}, send_fd)
+    def reply(self, ok: dict[str, object], fds: tuple[int, ...] = ()) -> None:
+        """Answer, with *fds* beside it, which stay open here, or with those that were kept."""
+        self._finish({"id": self.ident, "ok": ok}, fds or self._fds)
 
     def fail(self, error: VmshellError) -> None:
-        self._finish({"id": self._id, "error": error.to_wire()}, -1)
-
-    def bring(self, fd: int) -> None:
-        self._came = fd
-
-    def take_fd(self) -> int:
-        """The descriptor that came beside the request; ours to close from now on."""
-        fd, self._came = self._came, -1
-        return fd
+        self._finish({"id": self.ident, "error": error.to_wire()})
 
     def guard(self, action: Callable[[], None]) -> None:
         """Do what had to wait; whatever it raises is the answer."""
@@ -73,21 +64,19 @@ class Call:
 
     def progress(self, sentence: str) -> None:
         if self._client is not None:
-            self._client.send({"id": self._id, "progress": sentence})
+            self._client.send({"id": self.ident, "progress": sentence})
 
-    def _finish(self, body: dict[str, object], fd: int) -> None:
+    def _finish(self, body: dict[str, object], fds: tuple[int, ...] = ()) -> None:
         client, self._client = self._client, None
         if client is not None:
             client.pending -= 1
-            client.send(body, fd)
-        self._close_fd()
+            client.send(body, fds)
+        self._close_fds()
 
-    def _close_fd(self) -> None:
-        kept, came = self._fd, self._came
-        self._fd = self._came = -1
-        for fd in (kept, came):
-            if fd >= 0:
-                wire.close_fd(fd)
+    def _close_fds(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = ()
 
 
 class Client:
@@ -102,12 +91,15 @@ class Client:
 
     def readable(self) -> None:
         try:
-            packet = wire.recv(self._sock, fds_allowed=1)
+            packet = wire.recv(self._sock)
         except BlockingIOError:
             return
+        except StrayDescriptors:
+            # No request brings one (N2); those of the shells before the pipes did.
+            self._refuse_packet(Upgraded())
+            return
         except ProtocolError as exc:
-            journal.by_user(self.peer.uid, "bad-packet", problem=exc)
-            self.refuse(exc)
+            self._refuse_packet(exc)
             return
         except OSError:
             self.close()
@@ -115,13 +107,13 @@ class Client:
         if packet is None:
             self.close()
             return
-        try:
-            self._take(packet)
-        finally:
-            packet.close()
+        self._take(packet.body)
 
-    def _take(self, packet: wire.Packet) -> None:
-        body = packet.body
+    def _refuse_packet(self, error: VmshellError) -> None:
+        journal.by_user(self.peer.uid, "bad-packet", problem=error)
+        self.refuse(error)
+
+    def _take(self, body: dict[str, object]) -> None:
         try:
             ident = request_id(body)
         except VmshellError as exc:
@@ -133,16 +125,16 @@ class Client:
         def answer() -> None:
             if self.pending > PENDING_MAX:
                 raise TooManyRequests(count=self.pending, what="requests", limit=PENDING_MAX)
-            self._server.answer(call, packet)
+            self._server.answer(call, body)
 
         call.guard(answer)
 
-    def send(self, body: dict[str, object], fd: int = -1) -> None:
+    def send(self, body: dict[str, object], fds: tuple[int, ...] = ()) -> None:
         if not self.open:
             return
         try:
             try:
-                wire.send(self._sock, body, (fd,) if fd >= 0 else ())
+                wire.send(self._sock, body, fds)
             except ProtocolError as exc:
                 journal.by_user(self.peer.uid, "answer-too-large", problem=exc)
                 wire.send(self._sock, {"id": body.get("id", 0), "error": AnswerTooLarge().to_wire()})
@@ -180,14 +172,10 @@ class Server:
     def connected(self) -> int:
         return sum(len(clients) for clients in self._clients.values())
 
-    def answer(self, call: Call, packet: wire.Packet) -> None:
+    def answer(self, call: Call, body: dict[str, object]) -> None:
         """Check, authorise, act; raises what the peer is to be told."""
-        request = parse_request(packet.body)
-        if len(packet.fds) != request.fds:
-            raise ProtocolError(problem=f"{request.verb} comes with {request.fds} descriptors, not {len(packet.fds)}")
+        request = parse_request(body)
         vm = authorise(call.peer, request, self._context.registry)
-        if request.fds:
-            call.bring(packet.take_fd())
         peer = call.peer
         wanted = [Question("uid", peer.uid), Question("user", peer.user)]
         if vm is not None and vm.owner != peer.user:
@@ -208,6 +196,7 @@ class Server:
 
     def dropped(self, client: Client, fd: int) -> None:
         self._context.loop.unwatch(fd)
+        self._context.uploads.left(client)
         clients = self._clients.get(client.peer.uid, set())
         clients.discard(client)
         if not clients:
