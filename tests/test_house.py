@@ -16,7 +16,7 @@ import pytest
 TREE = Path(__file__).resolve().parent.parent
 # A leaf may import the leaves before it in this order.
 LEAF_ORDER = [
-    *("bpf", "brokeraccount", "confine", "consoles", "descriptors", "errors", "refusals", "layout", "numbering", "hardware"),
+    *("bpf", "brokeraccount", "confine", "descriptors", "errors", "refusals", "consoles", "layout", "numbering", "hardware"),
     *("names", "policyfile", "servicemanager", "spawn", "encoding", "wire", "fields", "launcher_messages", "messages"),
 ]
 LEAVES = set(LEAF_ORDER)

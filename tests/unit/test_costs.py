@@ -19,7 +19,7 @@ from tests.unit.test_bounds import SHAPES
 from vmshell import encoding, fields
 from vmshell.broker import networks
 from vmshell.errors import VmshellError
-from vmshell.messages import REQUESTS, TEXT_MAX, Request, StoreRequest, VmRequest
+from vmshell.messages import PIPES, REQUESTS, TEXT_MAX, BringsConsole, Request, StoreRequest, VmRequest
 from vmshell.model.definition import toml_value
 from vmshell.model.keys import ALIASES, DISK_KEYS, KEYS, NET_KEYS, SECTIONS
 
@@ -79,12 +79,17 @@ SHAPES_OF: dict[str, Callable[[int], object]] = {
     "whole number": lambda n: min(n, encoding.INT_MAX),
 }
 LIKELY: tuple[object, ...] = ("web1", "shelf", "demo", "o1.iso", "raw", "alice", [], {}, 64, 1, False)
-KNOWN: dict[str, object] = {"port": 7, "vm": "web1", "image": "demo", "text": 'name = "web1"\n', "request": {"verb": "list"}}
+KNOWN: dict[str, object] = {
+    **{"port": 7, "vm": "web1", "image": "demo", "text": 'name = "web1"\n', "request": {"verb": "list"}},
+    "sha256": "0" * 64,
+}
 
 
 def plain(kind: type[Request], **known: object) -> dict[str, object]:
     """A request of *kind* in which every field that must be there is let through: as it is *known*, or the first LIKELY one."""
     body: dict[str, object] = {"id": 1, "verb": kind.verb, **{name: known[name] for name in kind.fields if name in known}}
+    if issubclass(kind, BringsConsole):
+        body["consoles"] = PIPES
     for name, field in kind.fields.items():
         if name not in body and not has_default(kind, name):
             body[name] = next((value for value in (KNOWN.get(name), *LIKELY) if is_let_through(field, name, value)), None)

@@ -150,7 +150,7 @@ def test_unknown_verbs(verb: object) -> None:
 def test_requests_go_there_and_back() -> None:
     for kind in messages.REQUESTS.values():
         needed: dict[str, object] = {"vm": "web1", "image": "demo", "text": "x", "request": {}, "tag": "t", "object": "o"}
-        needed |= {"size": 1, "format": "raw", "port": 22}
+        needed |= {"size": 1, "format": "raw", "port": 22, "put": 1, "bytes": 5, "sha256": "0" * 64}
         request = kind(**{name: needed[name] for name, spec in kind.fields.items() if name in needed})
         assert repr(messages.parse_request({"id": 3, **request.to_body()})) == repr(request)
 
