@@ -28,8 +28,9 @@ def resident(pid: int) -> int:
 
 
 def answer(sock: wire.Socket) -> dict[str, object]:
-    packet = wire.recv(sock)
+    packet = wire.recv(sock, fds_allowed=1)
     assert packet is not None
+    packet.close()  # the pipe of an upload that nobody goes on with
     return packet.body
 
 
@@ -284,7 +285,7 @@ def test_ten_thousand_hostile_requests_of_every_kind_leave_nothing_open(session:
                         sock.close()
                         sock = raw(session)
                     else:
-                        assert code not in ("internal", "upgraded"), body
+                        assert code != "internal", body
         sock.close()
     for fd in {fd for fds in kinds for fd in fds} - {listener.fileno()}:
         os.close(fd)
