@@ -89,6 +89,7 @@ back() {
     systemctl -q disable --now vmshell-launcher.socket vmshell-launcher.service 2>/dev/null || true
     systemctl stop vmshell-broker.service
     systemctl kill -s KILL vmshell-broker.service 2>/dev/null || true # what it had started: nobody may write while root walks
+    systemctl stop vmshell-relay.service # what is kept for it goes with it: the older one takes viewers' pipes for sockets
     old_addresses
     folders take
     move root "$STATE/net/addresses.json" "$STATE/addresses.json"
