@@ -87,6 +87,8 @@ write_old_file(sys.argv[2])' "$CODE" "$STATE/net/addresses.json"
 back() {
     rm -f "$STATE/version" "$STATE/version.new"
     systemctl -q disable --now vmshell-launcher.socket vmshell-launcher.service 2>/dev/null || true
+    rm -f "$UNITDIR/vmshell-launcher.socket" "$UNITDIR/vmshell-launcher.service"
+    systemctl daemon-reload # or whoever asks for the broker from now on would have the launcher's socket made again
     systemctl stop vmshell-broker.service
     systemctl kill -s KILL vmshell-broker.service 2>/dev/null || true # what it had started: nobody may write while root walks
     systemctl stop vmshell-relay.service # what is kept for it goes with it: the older one takes viewers' pipes for sockets
@@ -97,7 +99,6 @@ back() {
     move root "$RUN/broker/autostarted" "$RUN/autostarted"
     rm -rf "$STATE/net" "$RUN/broker"
     sockets root
-    rm -f "$UNITDIR/vmshell-launcher.socket" "$UNITDIR/vmshell-launcher.service"
     say "the state in $STATE is as before version $OURS. Now run \`make install\` in the tree of the version that you had: until then"
     say "no broker runs. Who is logged in has the newer shell and should log in again."
 }
