@@ -1,6 +1,7 @@
 # make demo       boot a guest and type on it (root or not; sets itself up first)
 # make test       every test;  make check: the fast ones, under a minute
 # make install    on this host, for its users (root, systemd);  make uninstall
+# make soak       kill -9 of launcher and broker, 100 rounds, 50 VMs (ROUNDS=, SEED=, VMS=)
 # make lint       ruff and mypy;  make bench: the figures;  make setup: what all of these need
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -13,7 +14,7 @@ TEST_PROGRAMS := busybox:busybox-static cpio:cpio ssh:openssh-client rsync:rsync
 	mmdebstrap:mmdebstrap /usr/share/OVMF/OVMF_CODE_4M.fd:ovmf depmod:kmod man:man-db gcc:gcc /usr/include/stdio.h:libc6-dev \
 	ip:iproute2 nft:nftables dnsmasq:dnsmasq-base passt:passt git:git
 
-.PHONY: demo test check lint bench install uninstall setup clean
+.PHONY: demo test check soak lint bench install uninstall setup clean
 .DEFAULT_GOAL := demo
 
 demo: setup
@@ -25,6 +26,10 @@ test: setup-all
 
 check: setup
 	$(PYTEST) -m "not slow and not vm and not system" -q -n 2 --dist loadfile
+
+# The rounds of kill -9 of which `make test` runs five: another SEED, other moments.
+soak: setup
+	VMSHELL_ROUNDS=$(or $(ROUNDS),100) VMSHELL_SEED=$(or $(SEED),9) VMSHELL_VMS=$(or $(VMS),50) $(PYTEST) tests/vm/test_launcher_kills.py
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -29,7 +29,7 @@ THIRD_PARTY = {"shell": {"prompt_toolkit", "pexpect"}, "tapnet": {"pyroute2"}}
 PRIVILEGED_AIM = 1550
 PRIVILEGED = {
     "acting": (
-        950,
+        910,
         (
             *("vmshell/__main__.py", "vmshell/wire.py", "vmshell/descriptors.py", "vmshell/policyfile.py"),
             *("vmshell/brokeraccount.py", "vmshell/servicemanager.py", "vmshell/spawn.py", "vmshell/launcher/*.py"),
@@ -37,7 +37,7 @@ PRIVILEGED = {
         ),
     ),
     "deciding": (
-        1300,
+        950,
         (
             *("vmshell/layout.py", "vmshell/bpf.py", "vmshell/errors.py", "vmshell/encoding.py", "vmshell/fields.py"),
             *("vmshell/numbering.py", "vmshell/hardware.py", "vmshell/launcher_messages.py", "vmshell/launch/*.py"),

@@ -9,11 +9,11 @@ Runs in: every process. Stdlib only, no I/O at import.
 from __future__ import annotations
 
 from .encoding import INT_MAX
-from .errors import BadValue, safe
+from .errors import BadValue, ProtocolError, safe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import Any, Self, TypeVar, dataclass_transform
 
     T = TypeVar("T")
@@ -141,7 +141,7 @@ class Message:
             else:
                 setattr(self, name, spec.default)
         if values:
-            raise BadValue(field=sorted(values)[0], value="not expected", rule=f"{self.verb} has no such field")
+            raise BadValue(field=safe(sorted(values)[0], 40), value="not expected", rule=f"{self.verb} has no such field")
         self.agree()
 
     def agree(self) -> None:
@@ -163,6 +163,15 @@ class Message:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.fields)})"
+
+
+def parsed(body: dict[str, object], kinds: Mapping[str, type[M]], service: str) -> M:
+    """The message of one of *kinds*, which are known by their verbs; raises ProtocolError, BadValue or BadName."""
+    verb = body.get("verb")
+    kind = kinds.get(verb) if isinstance(verb, str) else None
+    if kind is None:
+        raise ProtocolError(problem=f"{service} has no such verb")
+    return kind.from_body(body)
 
 
 def request_id(body: dict[str, object]) -> int:

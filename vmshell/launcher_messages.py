@@ -11,8 +11,7 @@ Runs in: the launcher, the broker. Stdlib only, no I/O at import.
 
 from __future__ import annotations
 
-from .errors import ProtocolError
-from .fields import Message, bad, choice, field, integer, table
+from .fields import Message, bad, choice, field, integer, parsed, table
 from .numbering import NUMBER_MAX
 
 TYPE_CHECKING = False
@@ -88,8 +87,4 @@ TO_LAUNCHER: dict[str, type[ToLauncher]] = {kind.verb: kind for kind in (Launch,
 
 def parse_to_launcher(body: dict[str, object]) -> ToLauncher:
     """The typed request in *body*; raises ProtocolError, BadValue or BadName."""
-    verb = body.get("verb")
-    kind = TO_LAUNCHER.get(verb) if isinstance(verb, str) else None
-    if kind is None:
-        raise ProtocolError(problem="the launcher has no such verb")
-    return kind.from_body(body)
+    return parsed(body, TO_LAUNCHER, "the launcher")

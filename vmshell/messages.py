@@ -19,8 +19,8 @@ Runs in: every process. Stdlib only, no I/O at import.
 from __future__ import annotations
 
 from .encoding import INT_MAX
-from .errors import ProtocolError, safe
-from .fields import Message, bad, boolean, choice, field, integer, table, text
+from .errors import safe
+from .fields import Message, bad, boolean, choice, field, integer, parsed, table, text
 from .names import INTERFACE_RULE, check_name, check_object, check_vm_ref, is_interface
 from .numbering import NUMBER_MAX
 from .refusals import UnknownVerb, Upgraded
@@ -541,6 +541,12 @@ class Order(ToRelay):
     port: bool = field(boolean, default=False)
 
 
+class Drain(ToRelay):
+    """QEMU is gone: hand on what it said last. The answer comes after all that its monitor said."""
+
+    verb = "drain"
+
+
 class Forget(ToRelay):
     """The VM has ended: tell its viewers `reason`, close everything; with `purge` delete its log."""
 
@@ -549,7 +555,7 @@ class Forget(ToRelay):
     purge: bool = field(boolean, default=False)
 
 
-TO_RELAY: dict[str, type[ToRelay]] = {kind.verb: kind for kind in (Watch, Attach, Order, Forget)}
+TO_RELAY: dict[str, type[ToRelay]] = {kind.verb: kind for kind in (Watch, Attach, Order, Drain, Forget)}
 
 
 class Event(Message):
@@ -562,11 +568,7 @@ class Event(Message):
 
 
 def parse_to_relay(body: dict[str, object]) -> ToRelay:
-    verb = body.get("verb")
-    kind = TO_RELAY.get(verb) if isinstance(verb, str) else None
-    if kind is None:
-        raise ProtocolError(problem="the relay has no such verb")
-    return kind.from_body(body)
+    return parsed(body, TO_RELAY, "the relay")
 
 
 # --- broker → tapnet --------------------------------------------------------------------------------------------------
@@ -683,11 +685,7 @@ TO_TAPNET: dict[str, type[ToTapnet]] = {
 
 
 def parse_to_tapnet(body: dict[str, object]) -> ToTapnet:
-    verb = body.get("verb")
-    kind = TO_TAPNET.get(verb) if isinstance(verb, str) else None
-    if kind is None:
-        raise ProtocolError(problem="tapnet has no such verb")
-    return kind.from_body(body)
+    return parsed(body, TO_TAPNET, "tapnet")
 
 
 # --- broker → accounts helper -----------------------------------------------------------------------------------------
@@ -754,8 +752,4 @@ TO_ACCOUNTS: dict[str, type[ToAccounts]] = {kind.verb: kind for kind in (AboutUi
 
 
 def parse_to_accounts(body: dict[str, object]) -> ToAccounts:
-    verb = body.get("verb")
-    kind = TO_ACCOUNTS.get(verb) if isinstance(verb, str) else None
-    if kind is None:
-        raise ProtocolError(problem="the accounts helper has no such verb")
-    return kind.from_body(body)
+    return parsed(body, TO_ACCOUNTS, "the accounts helper")

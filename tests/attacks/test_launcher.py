@@ -32,9 +32,9 @@ from tests.process.launchers import (
     small_plan,
     status,
     tap,
-    until,
     uploads,
 )
+from tests.process.relays import until
 from vmshell import wire
 from vmshell.launch.plan import BARRIER, LAUNCHERS_OWN, LaunchPlan
 from vmshell.numbering import JOBS_MAX, NUMBER_MAX, tap_name

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.launchers import SOMEBODY, Launcher, Lent, processes_of, small_plan, status, until, uploads
+from tests.process.launchers import SOMEBODY, Launcher, Lent, processes_of, small_plan, status, uploads
+from tests.process.relays import until
 from vmshell.launcher.ending import signal_all
 from vmshell.launcher.uids import occupant, processes
 from vmshell.layout import PACKAGE_DIR
@@ -74,6 +75,7 @@ def somebody(uid: int, code: str = "import time; time.sleep(3600)", most: int = 
     ("file", "line", "said"),
     [
         ("passwd", "eve:x:{0}:7::/:/bin/sh", "eve in /etc/passwd has id {0}"),
+        ("passwd", "eve:x:7:{0}::/:/bin/sh", "eve in /etc/passwd has id {0}"),
         ("group", "eve:x:{0}:root", "eve in /etc/group has id {0}"),
         ("subuid", "eve:{0}:1", "eve in /etc/subuid has the ids from {0} to {0}"),
         ("subgid", "0:1:4294967295", "0 in /etc/subgid has the ids from 1 to 4294967295"),

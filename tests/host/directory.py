@@ -60,6 +60,7 @@ exec chroot "$2/root" sh /srv/start
 START = """\
 set -e
 mkdir -p /srv/ldap /run/slapd /run/nslcd
+install -d -m 0755 /run/vmshell
 chown nslcd /run/nslcd
 slapadd -q -f /srv/slapd.conf -l /srv/entries.ldif
 slapd -h ldapi:/// -f /srv/slapd.conf

@@ -14,19 +14,18 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tests.process.relays import _STARTER as STARTER
+from tests.process.relays import PATIENCE, until
 from vmshell import wire
 from vmshell.broker import serial
 from vmshell.launcher.uids import processes
 from vmshell.layout import PACKAGE_DIR, PYTHON_FLAGS, Layout
 from vmshell.numbering import JOBS_MAX, NUMBER_MAX, tap_name, uids_of_jobs
 
-PATIENCE = 60.0
 BROKER = 64_901  # the uid of the account `vmshell-broker` for those launchers
 SOMEBODY = 64_902
 BASES = range(100_000_000, 2_000_000_000, 20_000_000)  # away from the default, which this machine's own VMs may have
@@ -37,15 +36,6 @@ _MANAGED = f"mount -t tmpfs none /run && mkdir -p /run/systemd/system && {_ACCOU
 _COUNTER = itertools.count()
 
 Answer = dict[str, Any]
-
-
-def until(done: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
-    """Wait for *done()* to be true and return it."""
-    end = time.monotonic() + seconds
-    while not (value := done()):
-        assert time.monotonic() < end, f"waited {seconds} s for {what}"
-        time.sleep(0.01)
-    return value
 
 
 class Launcher:

@@ -23,6 +23,8 @@ from vmshell.messages import PIPES, REQUESTS, TEXT_MAX, BringsConsole, Request, 
 from vmshell.model.definition import toml_value
 from vmshell.model.keys import ALIASES, DISK_KEYS, KEYS, NET_KEYS, SECTIONS
 
+pytestmark = pytest.mark.slow  # half a minute of counting
+
 Make = Callable[[int], dict[str, object]]
 SIZE = 3000  # characters of what grows; twice as much fits into a packet whatever it is made of
 LINEAR, FIXED = 2.5, 3000  # twice the size is at most so much more work, beside so many steps that have nothing to do with it
@@ -178,19 +180,16 @@ def test_so_does_every_shape_of_a_definition(folders: Iterator[Path]) -> None:
         must_be_linear(folders, what, lambda size, make=make: {**plain(REQUESTS["define"]), "text": make(size)})  # type: ignore[misc]
 
 
-@pytest.mark.slow
 def test_so_does_every_value_of_every_key_of_a_definition(folders: Iterator[Path]) -> None:
     for what, make in texts():
         must_be_linear(folders, what, lambda size, make=make: {**plain(REQUESTS["define"]), "text": make(size)})  # type: ignore[misc]
 
 
-@pytest.mark.slow
 def test_so_does_every_key_that_is_set_to_every_kind_of_word(folders: Iterator[Path]) -> None:
     for what, make in words():
         must_be_linear(folders, what, lambda size, make=make: {**plain(REQUESTS["set"]), "set": make(size)})  # type: ignore[misc]
 
 
-@pytest.mark.slow
 def test_so_does_one_that_is_only_to_be_explained(folders: Iterator[Path]) -> None:
     base = {"id": 1, "verb": "explain"}
     for verb, kind in REQUESTS.items():

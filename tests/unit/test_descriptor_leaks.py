@@ -30,6 +30,8 @@ from vmshell.errors import VmshellError
 from vmshell.messages import PIPES, Order, ToTapnet
 from vmshell.refusals import NetworkFailed, RelayDown, StartFailed, Upgraded
 
+pytestmark = pytest.mark.slow
+
 CALLS = (
     *("open", "dup", "pipe2", "mkfifo", "set_blocking", "fstat", "stat", "fsync", "ftruncate", "unlink", "rename"),
     *("fchmod", "chmod", "makedirs", "listdir"),

@@ -1,6 +1,7 @@
 """kill -9 of a session's launcher and its broker, at every moment: no VM ends, nothing is left behind, the next request works.
 
-VMSHELL_ROUNDS (5) says how many random rounds there are, VMSHELL_SEED (9) which ones. Rows D23, C16, N8.
+VMSHELL_ROUNDS (5) says how many random rounds there are, VMSHELL_SEED (9) which ones,
+VMSHELL_VMS (12) how many VMs boot at once. Rows D23, C16, N8.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROUNDS = int(os.environ.get("VMSHELL_ROUNDS", "5"))
 SEED = int(os.environ.get("VMSHELL_SEED", "9"))
-MANY = 12
+MANY = int(os.environ.get("VMSHELL_VMS", "12"))
 VM = "web1"
 
 

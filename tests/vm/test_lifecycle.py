@@ -76,13 +76,29 @@ def test_a_life(echo: Session) -> None:
     assert [device["name"] for device in info["devices"]] == ["disk0", "net0"]
     second.type("\x04")
     assert second.wait_notice("end")["reason"]
-    echo.wait_for(lambda: row(echo)["state"] == "off", "the VM to be off")
+    assert row(echo)["state"] == "off"
     second.close()
     echo.ask(Rm(vm="web1"))
     assert echo.ask(List())["vms"] == []
     echo.wait_for(lambda: not list(Path(echo.layout.vms).glob("*/*")), "its files to be gone")
     assert not list(Path(echo.layout.run_vms).glob("*"))
     echo.wait_for(lambda: not list(Path(echo.layout.log).glob("[0-9]*")), "its log to be gone")
+
+
+def test_who_hears_at_a_console_that_a_vm_has_ended_finds_it_off(echo: Session) -> None:
+    """However late the broker learns the exit status (here: it does not), and whoever ends the VM."""
+    viewer = boot_with_console(echo)
+    viewer.wait_output(READY)
+    (launcher,) = echo.pids("launcher")
+    os.kill(launcher, signal.SIGSTOP)
+    try:
+        viewer.type("\x04")
+        viewer.wait_notice("end")
+        assert row(echo)["state"] == "off"
+    finally:
+        os.kill(launcher, signal.SIGCONT)
+    viewer.close()
+    assert echo.ask(Boot(vm="web1"))["state"] == "running"
 
 
 def test_every_wrong_state_is_refused_by_name(echo: Session) -> None:

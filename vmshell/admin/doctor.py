@@ -330,11 +330,12 @@ CHECKS = (
     ("jail", check_jail),
     ("code", check_code),
     ("units", check_units),
-    ("rights", check_rights),
     ("broker", check_sockets),
     ("acceleration", check_acceleration),
     ("network", check_network),
     ("names", check_names),
+    # After those that have just been started by being asked.
+    ("rights", check_rights),
     ("routing", check_routing),
     ("records", check_records),
     ("images", check_images),

@@ -19,7 +19,7 @@ from ..errors import VmshellError
 from ..messages import NetHealth
 from ..model import policy
 from .asking import ask
-from .findings import ANSWER_PATIENCE, ENV, FAIL, OK, WARN, Finding, output, problem_of, states
+from .findings import ANSWER_PATIENCE, ENV, FAIL, OK, WARN, Finding, before_long, output, problem_of, states
 from .policies import missing_interfaces
 from .verbs import Context
 
@@ -108,7 +108,7 @@ def check_names(context: Context) -> Iterator[Finding]:
         yield Finding(FAIL, f"{NAMES} does not run, so guests get no addresses", cure)
         return
     domain = _policy(context).host.dns_domain
-    if _resolver_answers(f"doctor.{domain}"):
+    if before_long(lambda: _resolver_answers(f"doctor.{domain}")):
         yield Finding(OK, f"VMs have names in {domain}; {RESOLVER[0]} answers this host")
     else:
         yield Finding(FAIL, f"{NAMES} runs, and {RESOLVER[0]} does not answer", cure)

@@ -6,12 +6,17 @@ Runs in: vmshell-admin.
 from __future__ import annotations
 
 import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 ENV = {"PATH": "/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 PROGRAM_PATIENCE = 30.0  # seconds
 ANSWER_PATIENCE = 10.0
+SETTLING = ("activating", "deactivating", "reloading")
+SETTLE = 5.0  # seconds for what is just being started, stopped or restarted
+SETTLE_POLL = 0.1
 
 
 @dataclass(frozen=True)
@@ -44,5 +49,22 @@ def _run(argv: tuple[str, ...], patience: float | None = None) -> subprocess.Com
 
 
 def states(*units: str) -> dict[str, str]:
-    """systemd's word for each unit: active, inactive, failed …"""
-    return dict(zip(units, output("systemctl", "is-active", *units).split(), strict=False))
+    """systemd's word for each unit: active, inactive, failed …; of one that is on its way, where it has arrived before long."""
+    found: dict[str, str] = {}
+
+    def settled() -> bool:
+        found.update(zip(units, output("systemctl", "is-active", *units).split(), strict=False))
+        return not any(word in SETTLING for word in found.values())
+
+    before_long(settled)
+    return found
+
+
+def before_long(done: Callable[[], bool]) -> bool:
+    """Whether *done* comes true within SETTLE seconds: what has only just been restarted is no fault."""
+    until = time.monotonic() + SETTLE
+    while not done():
+        if time.monotonic() >= until:
+            return False
+        time.sleep(SETTLE_POLL)
+    return True

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..errors import VmshellError
-from ..messages import ALIVE, FAILED, OFF, PAUSED, QUEUED, RUNNING, STOPPING, Forget
+from ..messages import ALIVE, FAILED, OFF, PAUSED, QUEUED, RUNNING, STOPPING, Drain, Forget
 from ..refusals import StartFailed, TimedOut, TooManyRequests, VmBusy, VmStopped
 from .journal import by_user
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .vms import Vm
 
 QUIT_TIMEOUT = 5.0  # seconds a QEMU gets to write its disks' last tables before it is killed
-FORGET_TIMEOUT = 2.0  # seconds the relay gets to deliver a guest's last bytes
+DRAIN_TIMEOUT = 2.0  # seconds the relay gets to deliver a guest's last bytes
 POWERDOWN_AGAIN = 10.0  # seconds; a guest that is still booting does not hear the power button
 REBOOT_TIMEOUT = 60  # seconds a guest gets to go down
 WAITERS_MAX = 64  # who may wait for one VM's end; those who have hung up count until their time is over
@@ -165,8 +165,8 @@ class Endings:
                 self._finish(live)
 
         live.on_status = lambda: heard("launcher")
-        self._context.loop.after(FORGET_TIMEOUT, lambda: self._finish(live))
-        self._context.relay.send(Forget(number=live.vm.number, reason=live.why_it_ends()), lambda error: heard("relay"))
+        self._context.loop.after(DRAIN_TIMEOUT, lambda: self._finish(live))
+        self._context.relay.send(Drain(number=live.vm.number), lambda error: heard("relay"))
 
     def _finish(self, live: Live) -> None:
         """Once for each run: whatever comes after that finds the VM off, or in its next run."""
@@ -186,6 +186,8 @@ class Endings:
         vm.note = error.sentence() if error is not None and failed else ""
         vm.booted = None
         self._context.registry.set_state(vm, FAILED if failed else OFF)
+        # Only now: who reads at a console that the VM has ended finds it off.
+        self._context.relay.send(Forget(number=vm.number, reason=live.why_it_ends()), lambda error: None)
         by_user(vm.uid, "ended", number=vm.number, owner=vm.owner, vm=vm.name, state=vm.state, why=live.why_it_ends())
         if error is not None:
             for call, _ in live.boots:

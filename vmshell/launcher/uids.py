@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 from ..numbering import JOBS_MAX, NUMBER_MAX, uids_of_jobs
 
-# Of the two files of accounts the third field counts; of the two of subordinate ids, which are ranges, the second and third.
-_ACCOUNTS = ("/etc/passwd", "/etc/group")
+# Behind the name and the password: of an account its uid and its group, of a group its gid. Subordinate ids are ranges.
+_ACCOUNTS = {"/etc/passwd": slice(1, 3), "/etc/group": slice(1, 2)}
 _RANGES = ("/etc/subuid", "/etc/subgid")
 
 
@@ -37,10 +37,11 @@ class Uids:
 
 def occupant(uids: range, root: str = "") -> str:
     """Who else has an id in *uids* by the files of accounts below *root*, as a clause; empty if nobody has."""
-    for path in _ACCOUNTS:
+    for path, columns in _ACCOUNTS.items():
         for name, row in _rows(root + path):
-            if len(row) > 1 and row[1].isdecimal() and int(row[1]) in uids:
-                return f"{name} in {path} has id {row[1]}"
+            for number in row[columns]:
+                if number.isdecimal() and int(number) in uids:
+                    return f"{name} in {path} has id {number}"
     for path in _RANGES:
         for name, row in _rows(root + path):
             if len(row) > 1 and row[0].isdecimal() and row[1].isdecimal():

@@ -121,6 +121,7 @@ class Control:
             messages.Watch: self._on_watch,
             messages.Attach: self._on_attach,
             messages.Order: self._on_order,
+            messages.Drain: self._on_drain,
             messages.Forget: self._on_forget,
         }
         listener.setblocking(False)
@@ -243,6 +244,10 @@ class Control:
                 reply.error(QemuSilent(vm=order.number, what=order.what))
 
         vm.order(order, fd, answer)
+
+    def _on_drain(self, drain: messages.Drain, packet: wire.Packet, reply: _Reply) -> None:
+        self._vm(drain.number).drain()
+        reply.ok()
 
     def _on_forget(self, forget: messages.Forget, packet: wire.Packet, reply: _Reply) -> None:
         vm = self.vms.get(forget.number)

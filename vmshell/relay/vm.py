@@ -175,13 +175,18 @@ class Vm:
         self.console.log = self.log if on else NoLog()
         self.log.rest()
 
-    def forget(self, reason: str, purge_log: bool) -> None:
-        """The VM has ended: last words, goodbye, close; nothing of it stays in the relay."""
+    def drain(self) -> None:
+        """QEMU is gone: take and hand on what it and the guest said last."""
         self._gone = True
         self._cancel_timer()
         if self._monitor is not None:
             self._monitor.finish()
         self.console.finish()
+        self.words.flush()
+
+    def forget(self, reason: str, purge_log: bool) -> None:
+        """The VM has ended: last words, goodbye, close; nothing of it stays in the relay."""
+        self.drain()
         self._close_port()
         self.console.audience.end("the guest switched itself off" if self._ended_itself else reason)
         if self._monitor is not None:
@@ -190,7 +195,6 @@ class Vm:
         if self._stderr is not None:
             self._stderr.finish()
             self._service.remove(f"stderr-{self.number}")
-        self.words.flush()
         self.log.close()
         if purge_log:
             purge(self._log_dir)
