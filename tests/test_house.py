@@ -22,7 +22,7 @@ LEAF_ORDER = [
 LEAVES = set(LEAF_ORDER)
 # One folder is one process, but for two pure libraries, which import leaves only: the launch line is for those who start QEMU,
 # the model (definition and policy) for those who read them.
-LIBRARIES = {"launch": {"broker", "launcher", "probe"}, "model": {"admin", "broker", "dnsmasq", "shell", "tapnet"}}
+LIBRARIES = {"launch": {"broker", "launcher", "probe"}, "model": {"admin", "broker", "dnsmasq", "front", "shell", "tapnet"}}
 THIRD_PARTY = {"shell": {"prompt_toolkit", "pexpect"}, "tapnet": {"pyroute2"}}
 # What runs as root, in two heaps: the code that acts, and pure code that only decides (what a message or a launch plan may be;
 # text in, value out, tested without a host). Shell counts where root runs it.
@@ -255,7 +255,7 @@ def test_starters_are_isolated() -> None:
     """A17: the kernel hands a `#!` line's options over as one word; `-I -S` would lock everybody out."""
     assert first_line("etc/bin/vmshell") == "#!/usr/bin/env -S --ignore-signal=INT,QUIT,TSTP /usr/bin/python3 -IS"
     assert first_line("etc/bin/vmshell-admin") == "#!/usr/bin/python3 -IS"
-    for unit in ("broker", "launcher", "relay", "tapnet", "names"):
+    for unit in ("broker", "front", "launcher", "relay", "tapnet", "names"):
         text = (TREE / f"etc/systemd/vmshell-{unit}.service").read_text(encoding="utf-8")
         starter = "/usr/local/lib/vmshell/current/vmshell/__main__.py"
         assert text.count(starter) == text.count(f"/usr/bin/python3 -IS {starter}") == 1

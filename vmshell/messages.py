@@ -173,6 +173,10 @@ PIPES = "pipes"  # what a console is, said by those who ask for one
 class Request(Message):
     """What a person's client may ask of the broker."""
 
+    def brings_fds(self) -> bool:
+        """Does the reply bring descriptors?"""
+        return False
+
 
 class VmRequest(Request):
     """A request about one VM: `name`, or `owner/name` for those who may."""
@@ -201,6 +205,9 @@ class BringsConsole(Request):
     def asks(self) -> bool:
         """Is a console wanted?"""
         return not self.asks_by or bool(getattr(self, self.asks_by))
+
+    def brings_fds(self) -> bool:
+        return self.asks()
 
 
 class List(Request):
@@ -301,6 +308,9 @@ class Display(VmRequest):
 
     verb = "display"
 
+    def brings_fds(self) -> bool:
+        return True
+
 
 class Snapshot(VmRequest):
     """Save memory and disks of a running VM as `tag`; with `delete` forget that snapshot."""
@@ -334,6 +344,9 @@ class Put(StoreRequest):
     verb = "put"
     object: str = field(object_name)
     format: str = field(choice("raw", "qcow2", "file", "rom"))
+
+    def brings_fds(self) -> bool:
+        return True
 
 
 class Done(Request):
@@ -475,6 +488,17 @@ def parse_request(body: dict[str, object]) -> Request:
     if kind is None:
         raise UnknownVerb(verb=safe(verb, 40))
     return kind.from_body(body)
+
+
+# --- front → broker -------------------------------------------------------------------------------------------------
+
+
+class Arrived(Message):
+    """A user has connected, as the kernel says it; brings the broker's end of the connection to the child that serves them."""
+
+    verb = "arrived"
+    fds = 1
+    uid: int = field(integer(0, UID_MAX))
 
 
 # --- broker → relay and back ------------------------------------------------------------------------------------------

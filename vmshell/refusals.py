@@ -360,6 +360,13 @@ class BrokerDown(VmshellError):
     hint = "running VMs go on; try again in a moment, then tell the administrator"
 
 
+class FrontDown(VmshellError):
+    """the service that takes users' connections does not answer just now"""
+
+    code = "front-down"
+    exit_status = EX_UNAVAILABLE
+
+
 class RelayDown(VmshellError):
     """the console service does not answer just now; your VM is not affected"""
 

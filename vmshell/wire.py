@@ -120,8 +120,13 @@ def peer_uid(sock: _socket.socket) -> int:
 
 def send(sock: _socket.socket, body: dict[str, object], fds: tuple[int, ...] = ()) -> None:
     """Send one packet; *fds* beside it stay open here. Raises OSError (BlockingIOError when the peer does not read)."""
+    send_bytes(sock, encode(body), fds)
+
+
+def send_bytes(sock: _socket.socket, data: bytes, fds: tuple[int, ...] = ()) -> None:
+    """Send *data* as one packet as it is, with *fds* beside it. Raises OSError."""
     ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
-    sock.sendmsg([encode(body)], ancillary, _socket.MSG_NOSIGNAL)
+    sock.sendmsg([data], ancillary, _socket.MSG_NOSIGNAL)
 
 
 def recv(sock: _socket.socket, fds_allowed: int = 0) -> Packet | None:

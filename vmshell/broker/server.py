@@ -1,7 +1,9 @@
-"""The broker's front: connections, who they are, one packet in, one authorised call, one packet back.
+"""Connections, who they are, one packet in, one authorised call, one packet back.
 
-A peer's bytes are hostile whatever program sent them (R12). A packet that is not understood is answered with an error and the
-connection stays; one that breaks the framing closes it. A peer that does not read its answers is closed, never waited for.
+On an installed host a child of the front is at the other end of each, and has checked what it hands on; in a session it is the
+person's own shell. Either way a peer's bytes are hostile whatever program sent them (R12). A packet that is not understood is
+answered with an error and the connection stays; one that breaks the framing closes it. A peer that does not read its answers is
+closed, never waited for.
 Runs in: the broker.
 """
 
@@ -157,16 +159,20 @@ class Client:
 
 
 class Server:
-    def __init__(self, context: Context, listener: socket.socket) -> None:
+    """*listener* is a session's own socket; on an installed host the front accepts, and says who has come (`admit`)."""
+
+    def __init__(self, context: Context, listener: socket.socket | None) -> None:
         self._context = context
         self._listener = listener
         self._clients: dict[int, set[Client]] = {}
         self.accepted = 0  # connections so far
         self._group = None if context.layout.embedded else context.policy.host.group
-        listener.setblocking(False)
-        self._listen()
+        if listener is not None:
+            listener.setblocking(False)
+            self._listen()
 
     def _listen(self) -> None:
+        assert self._listener is not None
         self._context.loop.watch(self._listener.fileno(), self._accept)
 
     def connected(self) -> int:
@@ -203,6 +209,7 @@ class Server:
             self._clients.pop(client.peer.uid, None)
 
     def _accept(self) -> None:
+        assert self._listener is not None
         try:
             sock, _ = self._listener.accept()
         except OSError as exc:
@@ -211,10 +218,13 @@ class Server:
             self._context.loop.unwatch(self._listener.fileno())
             self._context.loop.after(ACCEPT_AGAIN, self._listen)
             return
+        self.admit(wire.peer_uid(sock), sock)
+
+    def admit(self, uid: int, sock: socket.socket) -> None:
+        """Take over a connection of user *uid*."""
         self.accepted += 1
         sock.setblocking(False)
-        client = Client(self, sock, Peer(wire.peer_uid(sock), "", admin=False))
-        uid = client.peer.uid
+        client = Client(self, sock, Peer(uid, "", admin=False))
         count, limit = len(self._clients.get(uid, ())), self._context.policy.host.connections_max
         full = count >= limit or (self.connected() >= CONNECTIONS_IN_ALL and uid != 0)
         # It counts from now on, and is listened to when it is known who it is.
