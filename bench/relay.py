@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TypeVar
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -28,6 +29,7 @@ sys.path.insert(0, ROOT)
 
 from vmshell import wire  # noqa: E402
 from vmshell.broker import serial  # noqa: E402
+from vmshell.consoles import DATA, DATA_MAX, FRAME, cells  # noqa: E402
 from vmshell.layout import Layout  # noqa: E402
 from vmshell.messages import Attach, Forget, ToRelay, Watch  # noqa: E402
 
@@ -113,35 +115,39 @@ def _write(fd: int, data: bytes) -> None:
 
 
 class Hop:
-    """What stands between a guest and a viewer: `viewer` is the socket to read from, `tag` what a packet begins with."""
+    """What stands between guest and viewer: *read* takes what came, *press* types a key; *share* of what comes is the guest's."""
 
-    def __init__(self, viewer: socket.socket, tag: bytes) -> None:
-        self.viewer = viewer
-        self.tag = tag
+    def __init__(self, read: Callable[[], bytes], press: Callable[[], object], share: float = 1.0) -> None:
+        self.read = read
+        self._press = press
+        self._share = share
 
     def drain(self, total: int) -> float:
         """Read *total* bytes of the guest's and return the seconds it took."""
-        buffer = bytearray(CHUNK + 1)
-        got, skip = 0, len(self.tag)
+        got = 0
+        wanted = total / self._share
         began = time.perf_counter()
-        while got < total:
-            size = self.viewer.recv_into(buffer)
+        while got < wanted:
+            size = len(self.read())
             if not size:
-                raise RuntimeError(f"the hop closed after {got} of {total} bytes")
-            if skip and buffer[0] == 0x6E:
-                raise RuntimeError(f"a notice in the flood: {bytes(buffer[:size])!r}")
-            got += size - skip
+                raise RuntimeError(f"the hop closed after {got} of {wanted} bytes")
+            got += size
         return time.perf_counter() - began
 
     def echoes(self, count: int) -> list[float]:
         """Type *count* characters, each after the echo of the one before; seconds of each, sorted."""
-        key, seen = self.tag + b"x", []
+        seen = []
         for _ in range(count):
             began = time.perf_counter()
-            self.viewer.send(key)
-            self.viewer.recv(CHUNK)
+            self._press()
+            self.read()
             seen.append(time.perf_counter() - began)
         return sorted(seen)
+
+
+def console(shown: int, typed: int) -> Hop:
+    """The viewer's end of the relay, without taking frames apart: in a flood all but a few are full."""
+    return Hop(partial(os.read, shown, CHUNK), partial(os.write, typed, cells(DATA, b"x")), DATA_MAX / FRAME)
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -186,19 +192,19 @@ class Relay:
         monitor = socket.socket(socket.AF_UNIX)
         monitor.bind(f"{self.layout.vm_run(number)}/qmp.sock")
         monitor.listen(4)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        keys, typed = os.pipe()
+        shown, output = os.pipe()
         try:
             with ExitStack() as stack:
+                stack.callback(os.close, keys)
+                stack.callback(os.close, output)
                 self.call(Watch(number=number, log_max=LOG_MAX), serial.open_both(self.layout.vm_run(number), stack))
-            self.call(Attach(number=number, label="bench"), (theirs.fileno(),))
-            theirs.close()
-            ours.settimeout(60)
-            ours.recv(CHUNK)  # hello
-            # A time-out on a socket costs a poll() for each call: only socat's side would do without.
-            ours.settimeout(None)
-            yield guest, Hop(ours, b"d")
+                self.call(Attach(number=number, label="bench"), (keys, output))
+            os.read(shown, CHUNK)  # hello
+            yield guest, console(shown, typed)
         finally:
-            ours.close()
+            os.close(shown)
+            os.close(typed)
             guest.close()
             monitor.close()
             self.call(Forget(number=number, purge=True))
@@ -229,7 +235,7 @@ def socat(base: str, what: What, *options: str) -> Iterator[tuple[Guest, Hop]]:
     viewer: socket.socket | None = None
     try:
         viewer = _until(lambda: _connect(outer))
-        yield guest, Hop(viewer, b"")
+        yield guest, Hop(partial(viewer.recv, CHUNK), partial(viewer.send, b"x"))
     finally:
         if viewer is not None:
             viewer.close()
@@ -330,8 +336,7 @@ def _read_along(stack: ExitStack, loud: Guest, hop: Hop) -> None:
     if not reader:
         try:
             loud.go()
-            buffer = bytearray(CHUNK + 1)
-            while hop.viewer.recv_into(buffer):
+            while hop.read():
                 pass
         finally:
             os._exit(0)

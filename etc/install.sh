@@ -18,8 +18,9 @@ CODE=$LIBDIR/current
 UNITDIR=/usr/local/lib/systemd/system
 DISTDIR=/usr/lib/python3/dist-packages # where Debian's packages put Python modules; the shell's late imports come from there
 SSHD=/etc/ssh/sshd_config.d/50-vmshell.conf
-SOCKETS="vmshell-launcher.socket vmshell-relay.socket vmshell-tapnet.socket vmshell-broker.socket"
-SERVICES="vmshell-launcher.service vmshell-relay.service vmshell-tapnet.service vmshell-broker.service"
+SYSCTL=/usr/local/lib/sysctl.d/50-vmshell.conf
+SOCKETS="vmshell-launcher.socket vmshell-relay.socket vmshell-tapnet.socket vmshell-front.socket vmshell-broker.socket"
+SERVICES="vmshell-launcher.service vmshell-relay.service vmshell-tapnet.service vmshell-broker.service vmshell-front.service"
 NAMES=vmshell-names.service # the broker starts it
 ENABLED="$SOCKETS vmshell-broker.service" # the broker also by itself: VMs, published ports and names come back with the host
 UNITS="$SOCKETS $SERVICES $NAMES vmshell.slice"
@@ -136,6 +137,7 @@ put_files() {
     for unit in $UNITS; do put 0644 "etc/systemd/$unit" "$UNITDIR/$unit"; done
     for example in etc/examples/*; do put 0644 "$example" "/usr/local/share/vmshell/examples/${example##*/}"; done
     put 0644 etc/sysusers.d/vmshell.conf /usr/local/lib/sysusers.d/vmshell.conf
+    put 0644 etc/sysctl.d/50-vmshell.conf "$SYSCTL"
     put 0644 pam/vmshell /etc/pam.d/vmshell
     put_man
     mkdir -p "$DESTDIR/etc/ssh/vmshell-keys"
@@ -172,6 +174,7 @@ put_sshd() { # refused by sshd: everything as before, and said. A wrong file her
 
 activate() {
     systemd-sysusers /usr/local/lib/sysusers.d/vmshell.conf
+    /usr/lib/systemd/systemd-sysctl "$SYSCTL" || say "$SYSCTL cannot be put in force here (doctor says what that means)"
     systemctl daemon-reload
     sh etc/migrate.sh forward
     put_tmpfiles
@@ -209,7 +212,7 @@ uninstall() {
     rm -rf "$DESTDIR/usr/local/share/vmshell"
     if cmp -s etc/bin/kvm "$DESTDIR/usr/local/bin/kvm"; then rm -f "$DESTDIR/usr/local/bin/kvm"; fi
     for file in /usr/local/bin/vmshell /usr/local/sbin/vmshell-admin /usr/local/lib/sysusers.d/vmshell.conf \
-        /usr/local/lib/tmpfiles.d/vmshell.conf /etc/pam.d/vmshell "$SSHD"; do rm -f "$DESTDIR$file"; done
+        /usr/local/lib/tmpfiles.d/vmshell.conf "$SYSCTL" /etc/pam.d/vmshell "$SSHD"; do rm -f "$DESTDIR$file"; done
     for unit in $UNITS; do rm -f "$DESTDIR$UNITDIR/$unit"; done
     for page in etc/man/*.[1-8]; do rm -f "$DESTDIR/usr/local/share/man/man${page##*.}/${page##*/}"; done
     rm -f "$DESTDIR/etc/vmshell/policy.toml.shipped"
@@ -220,7 +223,7 @@ uninstall() {
     ! command -v sshd >/dev/null || systemctl try-reload-or-restart ssh.service || true
     say "removed. Kept: the users' VMs and images (/var/lib/vmshell), console logs (/var/log/vmshell), a changed policy.toml,"
     say "ssh keys (/etc/ssh/vmshell-keys), the group vmusers and the system users vmshell-broker (which owns the VMs),"
-    say "vmshell-relay (which owns the logs), vmshell-tapnet and vmshell-names."
+    say "vmshell-relay (which owns the logs), vmshell-front, vmshell-tapnet and vmshell-names."
     accounts=$(vmshell_accounts)
     [ -z "$accounts" ] || say "These accounts have vmshell as their shell and cannot log in until you give them another one" \
         "(usermod -s /bin/bash NAME) or delete them (userdel NAME):" $accounts

@@ -15,6 +15,7 @@ RUN=/run/vmshell
 BROKER=vmshell-broker
 CODE=/usr/local/lib/vmshell/current
 UNITDIR=/usr/local/lib/systemd/system
+LATER="vmshell-launcher.socket vmshell-launcher.service vmshell-front.socket vmshell-front.service" # units that state 1 knows nothing of
 OURS=$(sed -n 's/^STATE_VERSION = //p' vmshell/layout.py)
 RELEASE=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' vmshell/__init__.py)
 
@@ -86,9 +87,13 @@ write_old_file(sys.argv[2])' "$CODE" "$STATE/net/addresses.json"
 
 back() {
     rm -f "$STATE/version" "$STATE/version.new"
-    systemctl -q disable --now vmshell-launcher.socket vmshell-launcher.service 2>/dev/null || true
+    systemctl -q disable --now $LATER 2>/dev/null || true
+    for unit in $LATER; do rm -f "$UNITDIR/$unit"; done
+    sed -i '/^Service=/d' "$UNITDIR/vmshell-broker.socket" # the older broker is there for users itself
+    systemctl daemon-reload # or whoever asks for the broker from now on would have the later sockets made again
     systemctl stop vmshell-broker.service
     systemctl kill -s KILL vmshell-broker.service 2>/dev/null || true # what it had started: nobody may write while root walks
+    systemctl stop vmshell-relay.service # what is kept for it goes with it: the older one takes viewers' pipes for sockets
     old_addresses
     folders take
     move root "$STATE/net/addresses.json" "$STATE/addresses.json"
@@ -96,7 +101,6 @@ back() {
     move root "$RUN/broker/autostarted" "$RUN/autostarted"
     rm -rf "$STATE/net" "$RUN/broker"
     sockets root
-    rm -f "$UNITDIR/vmshell-launcher.socket" "$UNITDIR/vmshell-launcher.service"
     say "the state in $STATE is as before version $OURS. Now run \`make install\` in the tree of the version that you had: until then"
     say "no broker runs. Who is logged in has the newer shell and should log in again."
 }

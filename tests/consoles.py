@@ -1,41 +1,40 @@
-"""The viewer's end of a console socket, as a test holds it: keys in, guest bytes and notices out."""
+"""The viewer's ends of a console's two pipes, as a test holds them: keys in, guest bytes and notices out."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import socket
+import os
+import select
 import time
 from typing import Any
 
+from vmshell.consoles import CONTROL, DATA, NOTICE, Frames, cells
+
 
 class Viewer:
-    def __init__(self, fd: int) -> None:
-        self.sock = socket.socket(fileno=fd)
-        self.sock.settimeout(1.0)
+    def __init__(self, fds: tuple[int, ...]) -> None:
+        self.shown, self.typed = fds
         self.output = b""
         self.notices: list[dict[str, Any]] = []
         self.closed = False
+        self._frames = Frames()
 
     def type(self, keys: str) -> None:
-        self.sock.send(b"d" + keys.encode())
+        os.write(self.typed, cells(DATA, keys.encode()))
 
     def control(self, **what: object) -> None:
-        self.sock.send(b"c" + json.dumps(what).encode())
+        os.write(self.typed, cells(CONTROL, json.dumps(what).encode()))
 
-    def read_some(self) -> None:
-        """Take what comes within a second."""
-        try:
-            packet = self.sock.recv(1 << 17)
-        except TimeoutError:
+    def read_some(self, seconds: float = 1.0) -> None:
+        """Take what comes within *seconds*."""
+        if not select.select([self.shown], [], [], seconds)[0]:
             return
-        except ConnectionError:
-            packet = b""
-        if not packet:
-            self.closed = True
-        elif packet[:1] == b"d":
-            self.output += packet[1:]
-        else:
-            self.notices.append(json.loads(packet[1:]))
+        data = os.read(self.shown, 1 << 16)
+        self.closed = not data
+        frames = self._frames.feed(data)
+        self.output += b"".join(payload for tag, payload in frames if tag == DATA)
+        self.notices += [json.loads(payload) for tag, payload in frames if tag == NOTICE]
 
     def wait_output(self, text: str, seconds: float = 120) -> str:
         """Read until *text* has come; returns all output so far."""
@@ -54,4 +53,6 @@ class Viewer:
         return self.output.decode("utf-8", "replace")
 
     def close(self) -> None:
-        self.sock.close()
+        for fd in (self.shown, self.typed):
+            with contextlib.suppress(OSError):
+                os.close(fd)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +15,7 @@ from typing import Any
 
 from vmshell import wire
 from vmshell.layout import PACKAGE_DIR, Layout
-from vmshell.messages import Put, Request, Whoami
+from vmshell.messages import Done, Put, Request, Whoami
 from vmshell.refusals import from_wire
 
 PATIENCE = 120.0  # seconds; TCG guests on a shared machine
@@ -34,10 +34,10 @@ class Client:
         wire.send(self.sock, {"id": self._id, **request.to_body()})
         return self._id
 
-    def receive(self) -> tuple[dict[str, Any], int]:
-        """The next answer and its descriptor (-1: none); raises what the broker refused with."""
+    def receive(self) -> tuple[dict[str, Any], tuple[int, ...]]:
+        """The next answer and its descriptors; raises what the broker refused with."""
         while True:
-            packet = wire.recv(self.sock, fds_allowed=1)
+            packet = wire.recv(self.sock, fds_allowed=2)
             assert packet is not None, "the broker closed the connection"
             if "progress" in packet.body:
                 self.progress.append(str(packet.body["progress"]))
@@ -45,16 +45,16 @@ class Client:
             if "error" in packet.body:
                 raise from_wire(packet.body["error"])
             ok: Any = packet.body["ok"]
-            return ok, packet.take_fd() if packet.fds else -1
+            return ok, packet.take_fds()
 
     def ask(self, request: Request) -> dict[str, Any]:
         self.send(request)
-        ok, fd = self.receive()
-        if fd >= 0:
+        ok, fds = self.receive()
+        for fd in fds:
             os.close(fd)
         return ok
 
-    def ask_fd(self, request: Request) -> tuple[dict[str, Any], int]:
+    def ask_fds(self, request: Request) -> tuple[dict[str, Any], tuple[int, ...]]:
         self.send(request)
         return self.receive()
 
@@ -122,21 +122,18 @@ class Session:
         with self.client() as client:
             return client.ask(request)
 
-    def put(self, ref: str, data: bytes, format: str = "file", *, cut: bool = False) -> dict[str, Any]:
-        """Bring *data* in as the object *ref* (`web1.kernel`, `shelf.x`); with *cut* the connection breaks before the end."""
+    def put(self, ref: str, data: bytes, format: str = "file", **said: Any) -> dict[str, Any]:
+        """Bring *data* in as the object *ref* (`web1.kernel`, `shelf.x`); *said*: what `done` says otherwise than is so."""
         where, _, name = ref.partition(".")
-        ours, theirs = socket.socketpair()
-        with self.client() as client, ours:
-            with theirs:
-                wire.send(client.sock, {"id": 1, **Put(vm=where, object=name, format=format).to_body()}, (theirs.fileno(),))
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused before the end: the answer says why
-                for start in range(0, len(data), 1 << 16):
-                    part = data[start : start + (1 << 16)]
-                    ours.sendall(len(part).to_bytes(4, "big") + part)
-                if not cut:
-                    ours.sendall(bytes(4))
-            ours.shutdown(socket.SHUT_WR)
-            return client.receive()[0]
+        with self.client() as client:
+            _, (pipe,) = client.ask_fds(Put(vm=where, object=name, format=format))
+            with open(pipe, "wb", buffering=0) as stream, contextlib.suppress(BrokenPipeError):
+                # Refused before the end: the answer says why.
+                view = memoryview(data)
+                while view:
+                    view = view[stream.write(view) :]
+            truth = {"put": 1, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            return client.ask(Done(**{**truth, **said}))
 
     def kill_broker(self) -> None:
         assert self.broker is not None

@@ -16,13 +16,13 @@ import pytest
 TREE = Path(__file__).resolve().parent.parent
 # A leaf may import the leaves before it in this order.
 LEAF_ORDER = [
-    *("bpf", "brokeraccount", "confine", "descriptors", "errors", "refusals", "layout", "numbering", "hardware", "names"),
-    *("policyfile", "servicemanager", "spawn", "encoding", "wire", "fields", "launcher_messages", "messages"),
+    *("bpf", "brokeraccount", "confine", "descriptors", "errors", "refusals", "consoles", "layout", "numbering", "hardware"),
+    *("names", "policyfile", "servicemanager", "spawn", "encoding", "wire", "fields", "launcher_messages", "messages"),
 ]
 LEAVES = set(LEAF_ORDER)
 # One folder is one process, but for two pure libraries, which import leaves only: the launch line is for those who start QEMU,
 # the model (definition and policy) for those who read them.
-LIBRARIES = {"launch": {"broker", "launcher", "probe"}, "model": {"admin", "broker", "dnsmasq", "shell", "tapnet"}}
+LIBRARIES = {"launch": {"broker", "launcher", "probe"}, "model": {"admin", "broker", "dnsmasq", "front", "shell", "tapnet"}}
 THIRD_PARTY = {"shell": {"prompt_toolkit", "pexpect"}, "tapnet": {"pyroute2"}}
 # What runs as root, in two heaps: the code that acts, and pure code that only decides (what a message or a launch plan may be;
 # text in, value out, tested without a host). Shell counts where root runs it.
@@ -255,10 +255,19 @@ def test_starters_are_isolated() -> None:
     """A17: the kernel hands a `#!` line's options over as one word; `-I -S` would lock everybody out."""
     assert first_line("etc/bin/vmshell") == "#!/usr/bin/env -S --ignore-signal=INT,QUIT,TSTP /usr/bin/python3 -IS"
     assert first_line("etc/bin/vmshell-admin") == "#!/usr/bin/python3 -IS"
-    for unit in ("broker", "launcher", "relay", "tapnet", "names"):
+    for unit in ("broker", "front", "launcher", "relay", "tapnet", "names"):
         text = (TREE / f"etc/systemd/vmshell-{unit}.service").read_text(encoding="utf-8")
         starter = "/usr/local/lib/vmshell/current/vmshell/__main__.py"
         assert text.count(starter) == text.count(f"/usr/bin/python3 -IS {starter}") == 1
+
+
+def test_descriptors_go_one_way() -> None:
+    """N2: no request brings one, and where requests are read none is taken."""
+    from vmshell.messages import REQUESTS
+
+    assert [verb for verb, kind in REQUESTS.items() if kind.fds] == []
+    text = (TREE / "vmshell/broker/server.py").read_text(encoding="utf-8")
+    assert text.count("wire.recv(") == 1 and "fds_allowed" not in text
 
 
 def first_line(path: str) -> str:

@@ -36,6 +36,8 @@ def main(argv: list[str]) -> int:
         from vmshell.launcher.main import main as run
     elif process == "accounts":
         from vmshell.accounts.main import main as run
+    elif process == "front":
+        from vmshell.front.main import main as run
     elif process == "relay":
         from vmshell.relay.main import main as run
     elif process == "storage":

@@ -76,6 +76,11 @@ class Layout:
         return f"{self.run}/broker.sock"
 
     @property
+    def front_socket(self) -> str:
+        """Where the broker hears from the front who has come."""
+        return f"{self.run}/front.sock"
+
+    @property
     def launcher_socket(self) -> str:
         return f"{self.run}/launcher.sock"
 

@@ -5,22 +5,30 @@
     reply     {"id": 7, "ok": {…}}          or
     error     {"id": 7, "error": {"code": "no-such-vm", "text": "…", "hint": "…"}}
 
+Descriptors go one way: no request brings one, some replies do. An upload, whose bytes go through a pipe that a reply brings:
+
+    request   {"id": 1, "verb": "put", "vm": "shelf", "object": "cd.iso", "format": "file"}
+    reply     {"id": 1, "ok": {"name": "shelf", "object": "cd.iso"}}       and the writing end of a pipe
+    request   {"id": 2, "verb": "done", "put": 1, "bytes": 3, "sha256": "ba78…"}
+    reply     {"id": 2, "ok": {"name": "shelf", "object": "cd.iso", "size": 3, "format": "file"}}
+
 The message has no field for who is asking: that is the socket's to say.
 Runs in: every process. Stdlib only, no I/O at import.
 """
 
 from __future__ import annotations
 
+from .encoding import INT_MAX
 from .errors import safe
 from .fields import Message, bad, boolean, choice, field, integer, parsed, table, text
 from .names import INTERFACE_RULE, check_name, check_object, check_vm_ref, is_interface
 from .numbering import NUMBER_MAX
-from .refusals import UnknownVerb
+from .refusals import UnknownVerb, Upgraded
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import TypeVar
+    from typing import Self, TypeVar
 
     T = TypeVar("T")
 
@@ -118,6 +126,12 @@ def group_names(value: object, name: str) -> list[str]:
     return value
 
 
+def digest(value: object, name: str) -> str:
+    if not isinstance(value, str) or len(value) != 64 or value.strip("0123456789abcdef"):
+        raise bad(name, value, "a SHA-256 in hex")
+    return value
+
+
 def mac(value: object, name: str) -> str:
     """A unicast MAC in lower case, as `names.mac_address` writes it, or nothing."""
     octets = value.split(":") if isinstance(value, str) else []
@@ -150,6 +164,7 @@ UID_MAX = (1 << 32) - 2
 GROUPS_IN_PART = 20  # of the longest names there can be, escaped: a packet has 64 KiB
 SHELF = "shelf"  # where a VM is named: the objects that belong to no VM
 NUMBER = integer(1, NUMBER_MAX)
+PIPES = "pipes"  # what a console is, said by those who ask for one
 
 
 # --- shell → broker ---------------------------------------------------------------------------------------------------
@@ -158,11 +173,41 @@ NUMBER = integer(1, NUMBER_MAX)
 class Request(Message):
     """What a person's client may ask of the broker."""
 
+    def brings_fds(self) -> bool:
+        """Does the reply bring descriptors?"""
+        return False
+
 
 class VmRequest(Request):
     """A request about one VM: `name`, or `owner/name` for those who may."""
 
     vm: str = field(vm_ref)
+
+
+class BringsConsole(Request):
+    """A request whose reply can bring a console: the pipe to read from, and the pipe for keys (see `consoles.py`).
+
+    Whoever asks for one says `"consoles": "pipes"`; a shell from before the pipes does not, and is told to log in again.
+    """
+
+    asks_by = ""  # the field that asks for the console; always, where there is none
+
+    @classmethod
+    def from_body(cls, body: dict[str, object]) -> Self:
+        request = super().from_body({key: value for key, value in body.items() if key != "consoles"})
+        if request.asks() and body.get("consoles") != PIPES:
+            raise Upgraded()
+        return request
+
+    def to_body(self) -> dict[str, object]:
+        return {**super().to_body(), **({"consoles": PIPES} if self.asks() else {})}
+
+    def asks(self) -> bool:
+        """Is a console wanted?"""
+        return not self.asks_by or bool(getattr(self, self.asks_by))
+
+    def brings_fds(self) -> bool:
+        return self.asks()
 
 
 class List(Request):
@@ -191,13 +236,14 @@ class New(Request):
     disk: int = field(integer(0, 1 << 24), default=0)
 
 
-class Define(Request):
+class Define(BringsConsole):
     """Make a VM from the text of a `vm.toml`, or give one that exists another definition (not with `new`).
 
     With `once` the VM is booted at once and is gone when it ends; `vm` is then the stem of its name. The reply brings a console.
     """
 
     verb = "define"
+    asks_by = "once"
     vm: str = field(vm_name)
     text: str = field(text(TEXT_MAX))
     new: bool = field(boolean, default=False)
@@ -212,13 +258,14 @@ class Change(VmRequest):
     unset: list[str] = field(word_list, default=[])
 
 
-class Boot(VmRequest):
+class Boot(VmRequest, BringsConsole):
     """Replies once the guest's CPUs run. With `console` the reply brings a console, attached before the first instruction.
 
     For this run only: `restore` goes on from a snapshot, `scratch` throws away what the guest writes.
     """
 
     verb = "boot"
+    asks_by = "console"
     console: bool = field(boolean, default=False)
     restore: str = field(text(63), default="")
     scratch: bool = field(boolean, default=False)
@@ -248,8 +295,8 @@ class Rm(VmRequest):
     verb = "rm"
 
 
-class Console(VmRequest):
-    """The reply brings one end of a console socket (see `relay/viewers.py` for what travels on it)."""
+class Console(VmRequest, BringsConsole):
+    """The reply brings a console of a VM that runs."""
 
     verb = "console"
     readonly: bool = field(boolean, default=False)
@@ -260,6 +307,9 @@ class Display(VmRequest):
     """The reply brings one end of a byte stream on which the VM's screen speaks RFB (VNC)."""
 
     verb = "display"
+
+    def brings_fds(self) -> bool:
+        return True
 
 
 class Snapshot(VmRequest):
@@ -289,12 +339,27 @@ class DiskAdd(StoreRequest):
 
 
 class Put(StoreRequest):
-    """Bring a file in: its bytes come on the socket beside this request, in frames (see `storage/upload.py`)."""
+    """Bring a file in: the reply brings the writing end of a pipe for its bytes; `done`, on the same connection, is to follow."""
 
     verb = "put"
-    fds = 1
     object: str = field(object_name)
     format: str = field(choice("raw", "qcow2", "file", "rom"))
+
+    def brings_fds(self) -> bool:
+        return True
+
+
+class Done(Request):
+    """All bytes of the file of request number `put` have been sent, so many and with this SHA-256.
+
+    Replies once the file is an object. A connection that ends without it, or that says something else than what came, is an
+    upload that broke off, and nothing is stored.
+    """
+
+    verb = "done"
+    put: int = field(integer(0, INT_MAX))
+    bytes: int = field(integer(0, INT_MAX))
+    sha256: str = field(digest)
 
 
 class Drop(StoreRequest):
@@ -410,7 +475,7 @@ REQUESTS: dict[str, type[Request]] = {
     kind.verb: kind
     for kind in (
         *(List, Info, New, Define, Change, Boot, Shutdown, Kill, Reset, Reboot, Rm, Console, Display, Snapshot),
-        *(Objects, DiskAdd, Put, Drop, Explain, LaunchLine, Reload, ImageUsers, Owned, Unreadable, Images, Whoami, Version),
+        *(Objects, DiskAdd, Put, Done, Drop, Explain, LaunchLine, Reload, ImageUsers, Owned, Unreadable, Images, Whoami, Version),
         *(Networks, Net, NetHealth, Connect, Publish, HostKey),
     )
 }
@@ -423,6 +488,17 @@ def parse_request(body: dict[str, object]) -> Request:
     if kind is None:
         raise UnknownVerb(verb=safe(verb, 40))
     return kind.from_body(body)
+
+
+# --- front → broker -------------------------------------------------------------------------------------------------
+
+
+class Arrived(Message):
+    """A user has connected, as the kernel says it; brings the broker's end of the connection to the child that serves them."""
+
+    verb = "arrived"
+    fds = 1
+    uid: int = field(integer(0, UID_MAX))
 
 
 # --- broker → relay and back ------------------------------------------------------------------------------------------
@@ -446,10 +522,10 @@ class Watch(ToRelay):
 
 
 class Attach(ToRelay):
-    """A viewer; brings its end of a socket pair. `label` is how `who` names it."""
+    """A viewer; brings the pipe its keys come from, and the pipe for the guest's output. `label` is how `who` names it."""
 
     verb = "attach"
-    fds = 1
+    fds = 2
     label: str = field(text(80))
     readonly: bool = field(boolean, default=False)
     replay: bool = field(boolean, default=True)

@@ -360,6 +360,13 @@ class BrokerDown(VmshellError):
     hint = "running VMs go on; try again in a moment, then tell the administrator"
 
 
+class FrontDown(VmshellError):
+    """the service that takes users' connections does not answer just now"""
+
+    code = "front-down"
+    exit_status = EX_UNAVAILABLE
+
+
 class RelayDown(VmshellError):
     """the console service does not answer just now; your VM is not affected"""
 
@@ -445,6 +452,15 @@ class QemuSilent(VmshellError):
 
     code = "qemu-silent"
     exit_status = EX_VM_FAILED
+
+
+class Upgraded(VmshellError):
+    """vmshell was upgraded: log in again"""
+
+    # Said to shells from before an upgrade that are still logged in; they know no code of it and end with 1.
+    code = "upgraded"
+    exit_status = EX_UNAVAILABLE
+    hint = "your VMs run on; a new login works"
 
 
 class AnswerTooLarge(VmshellError):

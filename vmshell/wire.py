@@ -20,7 +20,7 @@ import os
 import struct
 
 from .encoding import FRAME_MAX, decode, encode
-from .errors import ProtocolError
+from .errors import ProtocolError, StrayDescriptors
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,6 +45,12 @@ class Packet:
         if not self.fds:
             raise ProtocolError(problem="it should bring a descriptor and brings none")
         return self.fds.pop(0)
+
+    def take_fds(self) -> tuple[int, ...]:
+        """All that came, to be closed by the caller from now on."""
+        fds = tuple(self.fds)
+        self.fds.clear()
+        return fds
 
     def close(self) -> None:
         """Close every descriptor not taken."""
@@ -114,8 +120,13 @@ def peer_uid(sock: _socket.socket) -> int:
 
 def send(sock: _socket.socket, body: dict[str, object], fds: tuple[int, ...] = ()) -> None:
     """Send one packet; *fds* beside it stay open here. Raises OSError (BlockingIOError when the peer does not read)."""
+    send_bytes(sock, encode(body), fds)
+
+
+def send_bytes(sock: _socket.socket, data: bytes, fds: tuple[int, ...] = ()) -> None:
+    """Send *data* as one packet as it is, with *fds* beside it. Raises OSError."""
     ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
-    sock.sendmsg([encode(body)], ancillary, _socket.MSG_NOSIGNAL)
+    sock.sendmsg([data], ancillary, _socket.MSG_NOSIGNAL)
 
 
 def recv(sock: _socket.socket, fds_allowed: int = 0) -> Packet | None:
@@ -138,7 +149,7 @@ def recv(sock: _socket.socket, fds_allowed: int = 0) -> Packet | None:
         if not data and not fds:
             return None
         if len(fds) > fds_allowed:
-            raise ProtocolError(problem="it brings descriptors that nobody asked for")
+            raise StrayDescriptors()
         packet.body = decode(data)
     except BaseException:
         packet.close()

@@ -12,7 +12,7 @@ import pytest
 
 from tests.fakes.qmp_speaker import QmpSpeaker
 from tests.process.networld import inside
-from tests.process.relays import RelayProcess, until
+from tests.process.relays import RelayProcess, console_pipes, until
 from tests.process.tapnets import Namespace, unable
 from tests.process.test_relay import Qemus, boot, descriptors, layout, qemus
 from tests.unit.test_descriptors import kinds
@@ -25,7 +25,6 @@ USES: dict[str, tuple[ToRelay, set[str]]] = {
     "insert": (Order(number=1, what="insert"), {"read", "theirs-public"}),
     "display": (Order(number=1, what="display"), {"stream", "stream-other"}),
     "nic-add": (Order(number=1, what="nic-add", value=2, mac="06:02:00:00:00:01"), set()),
-    "viewer": (Attach(number=1, label="alice"), {"packets", "packets-other"}),
 }
 
 
@@ -64,6 +63,24 @@ def test_n7_a_descriptor_of_another_kind_never_reaches_qemu(
     for name in sorted(takes & set(kinds)):
         assert "ok" in relay.ask(message, kinds[name]), name
     assert relay.process.poll() is None
+
+
+def test_n7_a_console_is_two_pipes(relay: RelayProcess, qemus: Qemus, kinds: dict[str, int], journal: Path) -> None:
+    """One that is read and one that is written: the relay waits for nothing else that a viewer holds the other end of."""
+    boot(relay, qemus)
+    before = descriptors(relay)
+    attach = Attach(number=1, label="alice")
+    with console_pipes() as ((keys, output), _):
+        for name, fd in kinds.items():
+            for use, fds in {"keys": (fd, output), "output": (keys, fd)}.items():
+                if name != {"keys": "pipe-read", "output": "pipe-write"}[use]:
+                    answer = relay.ask(attach, *fds)
+                    assert answer["error"]["code"] == "protocol", name
+                    assert f"the descriptor of {use} is refused: " in answer["error"]["text"], name
+    until(lambda: descriptors(relay) == before, "the last one to be closed")
+    said = journal.read_text()
+    assert "relay: attach: the descriptor of keys is refused: no pipe" in said and "Traceback" not in said
+    assert "ok" in relay.ask(attach, kinds["pipe-read"], kinds["pipe-write"])
 
 
 def test_n7_an_error_pipe_is_a_pipe(relay: RelayProcess, qemus: Qemus, kinds: dict[str, int], journal: Path) -> None:

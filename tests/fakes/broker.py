@@ -1,10 +1,10 @@
-"""A scripted broker at the wire's seam, and the relay's end of a console: for tests of the shell that need no guest.
+"""A scripted broker at the wire's seam, and the relay's ends of a console: for tests of the shell that need no guest.
 
     with FakeBroker(layout) as broker:
         broker.answers["list"] = {"vms": [], "more": False}
-        broker.answers["console"] = broker.console     # hands out a socket pair; the test holds the other end
+        broker.answers["console"] = broker.console     # hands out two pipes; the test holds the other ends
 
-An answer is a dict, an error to raise, or a function of the request's body returning either, or `(dict, fd)`.
+An answer is a dict, an error to raise, or a function of the request's body returning either, or `(dict, fds)`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vmshell import wire
+from vmshell.consoles import CELL, CONTROL, DATA, DATA_MAX, NOTICE, frame, open_cells
 from vmshell.errors import VmshellError
 from vmshell.layout import Layout
 
@@ -40,50 +41,60 @@ Answer = Any
 
 
 class ConsoleEnd:
-    """The relay's end of one console socket."""
+    """The relay's ends of one console's two pipes."""
 
     def __init__(self) -> None:
-        self.sock, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.other_fd = other.detach()
-        self.sock.settimeout(20)
+        self._keys, typed = os.pipe()
+        shown, self._output = os.pipe()
+        self.others = (shown, typed)
+        self._open = True
 
     def hello(self, **changes: object) -> None:
         self.notice(**{"notice": "hello", "pen": True, "holder": None, "viewers": 1, "quiet_s": 3, "state": "running", **changes})
 
     def notice(self, **body: object) -> None:
-        self.sock.send(b"n" + json.dumps(body).encode())
+        os.write(self._output, frame(NOTICE, json.dumps(body).encode()))
 
     def data(self, data: bytes) -> None:
-        self.sock.send(b"d" + data)
+        for at in range(0, len(data), DATA_MAX):
+            os.write(self._output, frame(DATA, data[at : at + DATA_MAX]))
 
     def keys(self, count: int) -> bytes:
-        """The next *count* bytes typed, whatever packets they come in."""
+        """The next *count* bytes typed, whatever cells they come in."""
         got = b""
         while len(got) < count:
-            packet = self.sock.recv(65536)
-            assert packet, f"the viewer left after {got!r}"
-            if packet[:1] == b"d":
-                got += packet[1:]
+            tag, payload = self._cell()
+            if tag == DATA:
+                got += payload
         return got
 
     def control(self) -> str:
+        """The next control, skipping keys."""
         while True:
-            packet = self.sock.recv(65536)
-            assert packet, "the viewer left"
-            if packet[:1] == b"c":
-                return str(json.loads(packet[1:])["do"])
+            tag, payload = self._cell()
+            if tag == CONTROL:
+                return str(json.loads(payload)["do"])
 
     def gone(self) -> bool:
-        """Wait until the viewer has closed its end."""
-        while True:
-            try:
-                if not self.sock.recv(65536):
-                    return True
-            except ConnectionResetError:
-                return True
+        """Wait until the viewer has closed its ends."""
+        while self._read():
+            pass
+        return True
 
     def close(self) -> None:
-        self.sock.close()
+        if self._open:
+            self._open = False
+            os.close(self._keys)
+            os.close(self._output)
+
+    def _cell(self) -> tuple[bytes, bytes]:
+        data = self._read()
+        assert data, "the viewer has gone"
+        return next(open_cells(data))
+
+    def _read(self) -> bytes:
+        assert select.select([self._keys], [], [], 20)[0], "nothing came from the viewer"
+        return os.read(self._keys, CELL)
 
 
 class FakeBroker:
@@ -116,11 +127,11 @@ class FakeBroker:
         for console in self.consoles:
             console.close()
 
-    def console(self, body: dict[str, object]) -> tuple[dict[str, object], int]:
-        """An answer that brings a console; the other end is the newest in `consoles`."""
+    def console(self, body: dict[str, object]) -> tuple[dict[str, object], tuple[int, ...]]:
+        """An answer that brings a console; the relay's ends are the newest in `consoles`."""
         end = ConsoleEnd()
         self.consoles.append(end)
-        return {"name": body["vm"], "state": "running", "accel": "kvm"}, end.other_fd
+        return {"name": body["vm"], "state": "running", "accel": "kvm"}, end.others
 
     def next_console(self, number: int = 0) -> ConsoleEnd:
         until = time.monotonic() + 60
@@ -163,9 +174,9 @@ class FakeBroker:
             found = answer(packet.body) if isinstance(answer, Callable) else answer  # type: ignore[arg-type]
             if isinstance(found, VmshellError):
                 raise found
-            ok, fd = found if isinstance(found, tuple) else (found, -1)
-            wire.send(sock, {"id": packet.body["id"], "ok": ok}, (fd,) if fd >= 0 else ())
-            if fd >= 0:
+            ok, fds = found if isinstance(found, tuple) else (found, ())
+            wire.send(sock, {"id": packet.body["id"], "ok": ok}, fds)
+            for fd in fds:
                 os.close(fd)
         except VmshellError as error:
             wire.send(sock, {"id": packet.body["id"], "error": error.to_wire()})

@@ -383,12 +383,12 @@ def uploads(launcher: Launcher, lent: Lent, count: int) -> Iterator[dict[int, in
     with contextlib.ExitStack() as stack:
         found: dict[int, int] = {}
         for _ in range(count):
-            ours, theirs = socket.socketpair()
-            stack.enter_context(ours)
-            with theirs:
-                file = lent.file(os.O_RDWR, size=0)
-                request = {"verb": "job", "kind": "storage", "words": ["put", "file", "1048576"]}
-                pid, pidfd = launcher.started(request, (file, theirs.fileno(), lent.errors))
+            out, into = os.pipe()
+            stack.callback(os.close, into)
+            file = lent.file(os.O_RDWR, size=0)
+            request = {"verb": "job", "kind": "storage", "words": ["put", "file", "1048576"]}
+            pid, pidfd = launcher.started(request, (file, out, lent.errors))
+            os.close(out)
             os.close(pidfd)
             begun(pid)
             found[pid] = status(pid, "Uid")[0]

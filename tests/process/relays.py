@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tests.consoles import Viewer
@@ -41,6 +41,18 @@ def until(done: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
         assert time.monotonic() < end, f"waited {seconds} s for {what}"
         time.sleep(0.01)
     return value
+
+
+@contextlib.contextmanager
+def console_pipes() -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """The ends of a console's two pipes: the relay's (keys, output) and the viewer's (output, keys)."""
+    keys, typed = os.pipe()
+    shown, output = os.pipe()
+    try:
+        yield (keys, output), (shown, typed)
+    finally:
+        for fd in (keys, typed, shown, output):
+            os.close(fd)
 
 
 class ServiceManager:
@@ -80,6 +92,9 @@ class ServiceManager:
                 if "FDSTOREREMOVE" in fields:
                     for name, fd in [item for item in self.stored if item[0] == fields["FDNAME"]]:
                         self.stored.remove((name, fd))
+                        os.close(fd)
+                if "BARRIER" in fields:
+                    for fd in fds:
                         os.close(fd)
 
 
@@ -174,10 +189,9 @@ class RelayProcess:
 
     def attach(self, number: int, label: str = "alice", **options: Any) -> Viewer:
         """Attach a viewer."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self.tell(Attach(number=number, label=label, **options), theirs.fileno())
-        return Viewer(ours.detach())
+        with console_pipes() as (theirs, ours):
+            self.tell(Attach(number=number, label=label, **options), *theirs)
+            return Viewer(tuple(os.dup(fd) for fd in ours))
 
     def wait_word(self, number: int, word: str, seconds: float = PATIENCE, count: int = 0) -> None:
         """Wait until *word* has been said about VM *number* (with *count*)."""

@@ -1,4 +1,4 @@
-"""The console on a real terminal and as a pipe, against the relay's end of the socket (threats E01 to E09)."""
+"""The console on a real terminal and as a pipe, against the relay's ends of its pipes (threats E01 to E09)."""
 
 from __future__ import annotations
 
@@ -334,7 +334,7 @@ def test_a_pipe_sends_its_input_and_ends_after_the_last_output(broker: FakeBroke
 
 
 def test_a_pipe_that_may_not_type_says_so(broker: FakeBroker, short_tmp: Path) -> None:
-    def console(body: dict[str, object]) -> tuple[dict[str, object], int]:
+    def console(body: dict[str, object]) -> tuple[dict[str, object], tuple[int, ...]]:
         answer = broker.console(body)
         broker.consoles[-1].hello(pen=False, holder="bob")
         broker.consoles[-1].notice(notice="refused", why="bob has the pen")

@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.system, pytest.mark.root, pytest.mark.slow, pytest.mar
 
 BEFORE = "3e16c3802e49ee5f69a68b58a5c21e819f60d0fb"
 LONG = 120  # seconds for an emulated guest on a busy machine
+UPGRADED = "vmshell was upgraded: log in again"
 STATE, RUN = "/var/lib/vmshell", "/run/vmshell"
 # Every process that is a QEMU, by pid and start; of our own uids, which no other host's processes have in here.
 QEMUS = "ps -eo pid,lstart,uid,comm | grep -w qemu-system-x86 | sort"
@@ -53,13 +54,37 @@ def old_host(bare_host: Host, old_tree: str) -> Host:
     return bare_host
 
 
-class Counter:
-    """Somebody at the console of a guest that counts keys: whether it is the same guest, its memory says."""
+class AtConsole:
+    """Somebody at the console of a guest that says *ready* when it is."""
+
+    ready: str
 
     def __init__(self, host: Host, user: str, name: str) -> None:
-        self.session = host.spawn(user, f"console {name}", timeout=LONG)
+        self._host, self._user, self._name = host, user, name
+        self.attach()
+
+    def attach(self) -> None:
+        self.session = self._host.spawn(self._user, f"console {self._name}", timeout=LONG)
+        self.session.expect_exact(self.ready, timeout=LONG)
+
+    def attach_again(self) -> None:
+        """In a new session: what a console is differs between the two versions, so that of before the change is over."""
+        self.session.close(force=True)
+        self.attach()
+
+    def is_told_to_log_in_again(self) -> None:
+        self.session.expect_exact(UPGRADED, timeout=LONG)
+        self.session.expect_exact([pexpect.EOF], timeout=LONG)
+
+
+class Counter(AtConsole):
+    """At the console of a guest that counts keys: whether it is the same guest, its memory says."""
+
+    ready = "counter ready"
+
+    def __init__(self, host: Host, user: str, name: str) -> None:
+        super().__init__(host, user, name)
         self.count = 0
-        self.session.expect_exact("counter ready", timeout=LONG)
 
     def press(self) -> None:
         """Press a key and see the next number."""
@@ -68,12 +93,10 @@ class Counter:
         self.count += 1
 
 
-class Writer:
-    """Somebody at the console of a guest that writes to its disk."""
+class Writer(AtConsole):
+    """At the console of a guest that writes to its disk."""
 
-    def __init__(self, host: Host, user: str, name: str) -> None:
-        self.session = host.spawn(user, f"console {name}", timeout=LONG)
-        self.session.expect_exact("writer ready", timeout=LONG)
+    ready = "writer ready"
 
     def says(self, key: str, answer: str) -> None:
         self.session.send(key)
@@ -99,6 +122,15 @@ def writer(old_host: Host) -> Iterator[Writer]:
     at_console.says("w", "write ok")
     yield at_console
     at_console.session.close(force=True)
+
+
+@pytest.fixture(scope="module")
+def prompt(old_host: Host) -> Iterator[pexpect.spawn]:
+    """bob, logged in with the version before, at the prompt."""
+    terminal = old_host.spawn("bob", timeout=LONG)
+    terminal.expect_exact("vmshell>")
+    yield terminal
+    terminal.close(force=True)
 
 
 def make(host: Host, user: str, name: str, image: str) -> None:
@@ -141,8 +173,8 @@ def grouped(host: Host) -> str:
     return host.sh(f"find {RUN}/vms \\( -type d -o -type s \\) -printf '%p %m %g\\n' | sort")
 
 
-def test_nothing_ends(old_host: Host, counter: Counter, writer: Writer) -> None:
-    """One `make install`: the same processes, the same memory, disk and limits, and both who are at a console stay there."""
+def test_nothing_ends(old_host: Host, counter: Counter, writer: Writer, prompt: pexpect.spawn) -> None:
+    """One `make install`: the same processes, the same memory, disk and limits; who is at a console is told to log in again."""
     said(old_host, "alice", "new idle --image echo --memory 32M")
     said(old_host, "alice", "disk add idle more --size 1M")
     assert old_host.run("alice", "put shelf.notes.img", stdin="n" * 4096)[0] == 0
@@ -151,6 +183,9 @@ def test_nothing_ends(old_host: Host, counter: Counter, writer: Writer) -> None:
     assert len(qemus.splitlines()) == 2
     old_host.install()
     assert old_host.sh(QEMUS) == qemus
+    for somebody in (counter, writer):
+        somebody.is_told_to_log_in_again()
+        somebody.attach_again()
     for _ in range(3):
         counter.press()
     writer.says("r", f"read {WRITTEN}")
@@ -160,10 +195,13 @@ def test_nothing_ends(old_host: Host, counter: Counter, writer: Writer) -> None:
     assert old_host.exec("cat", f"{STATE}/version").stdout.startswith(f"state {STATE_VERSION} vmshell ")
 
 
-def test_who_was_logged_in_keeps_his_code(old_host: Host, counter: Counter) -> None:
-    """The old code lies where it was while the two sessions of before have it."""
+def test_who_was_logged_in_keeps_his_code(old_host: Host, prompt: pexpect.spawn) -> None:
+    """The old code lies where it was while a session of before has it, in which all goes on but a console or `put`."""
     old_host.sh("test -e /usr/local/lib/vmshell/vmshell/shell/later.py")
-    counter.press()
+    for command, told in (("list", "running"), ("console disk", UPGRADED), ("list", "running")):
+        prompt.sendline(command)
+        prompt.expect_exact(told)
+        prompt.expect_exact("vmshell>")
 
 
 def test_the_second_time_changes_nothing(old_host: Host, counter: Counter, writer: Writer) -> None:
@@ -215,6 +253,7 @@ def test_the_way_back(old_host: Host, old_tree: str, counter: Counter) -> None:
     assert cards and cards == {(int(at), name, host) for at, row in known["cards"].items() for name, host in row.items()}
     old_host.install(old_tree)
     assert old_host.sh(QEMUS) == qemus
+    counter.attach_again()
     assert_same_story(old_host, before)
     counter.press()
     left = old_host.sh(f"ls /usr/local/lib/systemd/system {RUN} {STATE}").split()
@@ -233,6 +272,7 @@ def test_and_forward_again_however_often_killed(old_host: Host, counter: Counter
         assert old_host.sh(QEMUS) == qemus, f"after {tenths / 10} s"
     old_host.make("install")
     assert old_host.sh(QEMUS) == qemus
+    counter.attach_again()
     assert_same_story(old_host, before)
     counter.press()
     said(old_host, "alice", "kill count")

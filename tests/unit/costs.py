@@ -14,7 +14,7 @@ from types import FrameType, SimpleNamespace
 from typing import Any, cast
 
 from tests.fakes.accounts import People
-from vmshell import encoding, wire
+from vmshell import encoding
 from vmshell.broker.access import Peer
 from vmshell.broker.cards import cards_of
 from vmshell.broker.context import Context
@@ -166,16 +166,10 @@ class Bench:
         context.machines._fleet.add(Live(vm))
         context.networks._keep(vm, cards_of(context, vm, vm.definition, give=True))
 
-    def ask(self, body: dict[str, object], peer: Peer = ALICE, fds: tuple[int, ...] = ()) -> list[dict[str, Any]]:
+    def ask(self, body: dict[str, object], peer: Peer = ALICE) -> list[dict[str, Any]]:
         """What a packet with *body* is answered at once, by the code that would answer it."""
-        return self.take(wire.Packet(encoding.decode(encoding.encode(body)), [os.dup(fd) for fd in fds]), peer)
-
-    def take(self, packet: wire.Packet, peer: Peer) -> list[dict[str, Any]]:
         client = _Client(self.server, peer)
-        try:
-            client._take(packet)
-        finally:
-            packet.close()
+        client._take(encoding.decode(encoding.encode(body)))
         return client.sent
 
     def close(self) -> None:
@@ -192,7 +186,7 @@ class _Client(Client):
         self.open = True
         self.sent: list[dict[str, Any]] = []
 
-    def send(self, body: dict[str, object], fd: int = -1) -> None:
+    def send(self, body: dict[str, object], fds: tuple[int, ...] = ()) -> None:
         try:
             encoding.encode(body)
         except ProtocolError as exc:

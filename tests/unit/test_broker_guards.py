@@ -33,7 +33,7 @@ from vmshell.messages import FAILED, OFF, QUEUED, RUNNING, STOPPING, Forget, Ord
 from vmshell.model.definition import Definition
 from vmshell.model.policy import Policy
 from vmshell.numbering import NUMBER_MAX
-from vmshell.refusals import StorageFailed, TooManyRequests
+from vmshell.refusals import NotWatched, StorageFailed, TooManyRequests
 
 
 @pytest.fixture
@@ -88,11 +88,11 @@ def due(loop: Loop) -> int:
 class FakeClient:
     def __init__(self) -> None:
         self.pending = 1
-        self.peer = None
-        self.sent: list[tuple[dict[str, object], int]] = []
+        self.peer: Any = None
+        self.sent: list[tuple[dict[str, object], tuple[int, ...]]] = []
 
-    def send(self, body: dict[str, object], fd: int = -1) -> None:
-        self.sent.append((body, fd))
+    def send(self, body: dict[str, object], fds: tuple[int, ...] = ()) -> None:
+        self.sent.append((body, fds))
 
     def call(self) -> Call:
         return Call(cast(Any, self), 1)
@@ -108,13 +108,53 @@ def test_a_console_that_comes_after_the_reply_is_closed() -> None:
     client = FakeClient()
     call = Call(cast(Any, client), 1)
     before = open_fds()
-    call.keep_fd(os.open(os.devnull, os.O_RDONLY))
+    call.keep_fds(os.pipe())
     call.reply({})
-    call.keep_fd(os.open(os.devnull, os.O_RDONLY))
+    call.keep_fds(os.pipe())
     call.fail(TooManyRequests(count=1, what="x", limit=1))
     assert open_fds() == before
     assert [body for body, _ in client.sent] == [{"id": 1, "ok": {}}]
     assert client.pending == 0
+
+
+class QuietRelay:
+    """Keeps what it is handed until it is to answer."""
+
+    def __init__(self) -> None:
+        self.done: list[Callable[[VmshellError | None], None]] = []
+
+    def send(self, message: object, done: Callable[[VmshellError | None], None], fds: tuple[int, ...] = ()) -> None:
+        self.done.append(done)
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_console_without_descriptors_left_leaks_none(context: Context, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
+    vm, client, relay = defined(context, "web1"), FakeClient(), QuietRelay()
+    client.peer = SimpleNamespace(label="alice")
+    context.relay = cast(Any, relay)
+    vm.state = RUNNING
+    real, made = os.pipe2, 0
+
+    def scarce(flags: int) -> tuple[int, int]:
+        nonlocal made
+        made += 1
+        if made > left:
+            raise OSError(24, "Too many open files")
+        return real(flags)
+
+    before = open_fds()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pipe2", scarce)
+        context.machines.console(client.call(), vm, readonly=False, replay=True)
+    assert client.answers() == ["relay-down"] and relay.done == [] and open_fds() == before
+    # A relay that refuses, and a viewer that has gone by the time of its answer.
+    for error in (NotWatched(vm=1), None):
+        call = client.call()
+        context.machines.console(call, vm, readonly=False, replay=True)
+        if error is None:
+            call.fail(NotWatched(vm=1))
+        relay.done.pop()(error)
+        assert open_fds() == before
 
 
 def test_a_start_without_descriptors_left_leaks_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,6 +156,7 @@ def test_every_verb_for_every_identity(registry: Registry, verb: str) -> None:
     define(registry, 1000, "alice", "web1")
     kind = messages.REQUESTS[verb]
     given = {"image": "demo", "text": "x", "request": {}, "tag": "t", "object": "o", "size": 1, "format": "raw", "port": 22}
+    given |= {"put": 1, "bytes": 5, "sha256": "0" * 64}
     others = {key: value for key, value in given.items() if key in kind.fields}
     if not issubclass(kind, messages.VmRequest):
         name = {"vm": "x"} if "vm" in kind.fields else {}

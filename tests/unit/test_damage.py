@@ -83,7 +83,7 @@ def only(registry: Registry, name: str) -> Vm:
 def ask(context: Context, peer: Peer, request: messages.Request) -> dict[str, Any]:
     """The answer; raises what was refused."""
     client = FakeClient()
-    client.peer = peer  # type: ignore[assignment]
+    client.peer = peer
     call = Call(cast(Any, client), 1)
     vm = authorise(peer, request, context.registry)
     verbs.HANDLERS[type(request)](context, call, request, *([vm] if vm else []))

@@ -19,15 +19,16 @@ from typing import Any
 import pytest
 
 from tests.unit.costs import ALICE, Bench
-from vmshell import encoding, wire
+from vmshell import wire
 from vmshell.broker import networks, passt
 from vmshell.broker.cards import known_cards
 from vmshell.broker.link import Answered, Link
 from vmshell.broker.networks import Cables, _Batch
+from vmshell.broker.server import Client
 from vmshell.descriptors import check_stream
 from vmshell.errors import VmshellError
-from vmshell.messages import Order, ToTapnet
-from vmshell.refusals import NetworkFailed, RelayDown, StartFailed
+from vmshell.messages import PIPES, Order, ToTapnet
+from vmshell.refusals import NetworkFailed, RelayDown, StartFailed, Upgraded
 
 pytestmark = pytest.mark.slow
 
@@ -40,13 +41,13 @@ REQUESTS: dict[str, dict[str, object]] = {
     "put on the shelf": {"vm": "shelf", "object": "new", "format": "raw"},
     "disk-add": {"vm": "web1", "object": "new", "size": 4},
     "disk-add on the shelf": {"vm": "shelf", "object": "new", "size": 4, "format": "raw"},
-    "console": {"vm": "run1"},
+    "console": {"vm": "run1", "consoles": PIPES},
     "display": {"vm": "run1"},
-    "boot": {"vm": "web1", "console": True},
+    "boot": {"vm": "web1", "console": True, "consoles": PIPES},
     "boot of what is thrown away": {"vm": "web1", "scratch": True},
     "set": {"vm": "run1", "set": {"cdrom0": "shelf:o2.iso"}},
     "new": {"vm": "new1", "image": "demo", "disk": 4},
-    "define": {"vm": "new1", "text": 'name = "new1"\n[boot]\nkernel = "image:demo"\n', "once": True},
+    "define": {"vm": "new1", "text": 'name = "new1"\n[boot]\nkernel = "image:demo"\n', "once": True, "consoles": PIPES},
     "images": {},
     "objects": {"vm": "shelf"},
     "drop": {"vm": "shelf", "object": "o2.iso"},
@@ -96,7 +97,7 @@ def bench(folder: Path, error: VmshellError | None) -> Bench:
     """A broker whose relay and tapnet answer at once, and whose jobs end at once; no launcher starts anything."""
     made = Bench(folder)
     context: Any = made.context
-    context.relay.send = lambda message, done, fd=-1: done(error)
+    context.relay.send = lambda message, done, fds=(): done(error)
     context.jobs.start = lambda kind, words, fds, done: done(int(error is not None), {"size": 5})
     context.launcher.launch = lambda number, plan, fds, heard, ended: heard(StartFailed(vm=number, problem="no"), None)
     context.networks._tapnet.request = lambda message, answered: tap(message, answered, error)
@@ -123,17 +124,14 @@ def test_whatever_fails_no_descriptor_stays_open(tmp_path: Path, what: str, erro
         folder = tmp_path / str(fails)
         folder.mkdir()
         broker = bench(folder, error)
-        ours, theirs = socket.socketpair()
-        with ours, theirs, pytest.MonkeyPatch.context() as patch:
-            fds = (theirs.fileno(),) if body["verb"] == "put" else ()
-            packet = wire.Packet(encoding.decode(encoding.encode(body)), [os.dup(fd) for fd in fds])
+        with pytest.MonkeyPatch.context() as patch:
             failing = Failing(patch, fails)
-            broker.take(packet, ALICE)
+            broker.ask(body, ALICE)
         broker.close()
-        del broker, packet
+        del broker
         assert held() == before, f"after call {fails}"
         if failing.count < fails:
-            assert fails > 1 or what in ("publish", "console", "display", "objects")
+            assert fails > 1 or what in ("publish", "display", "objects")
             return
     raise AssertionError("it makes no end of calls")
 
@@ -157,17 +155,30 @@ def strange(tmp_path: Path) -> Iterator[int]:
     yield reader
 
 
-def test_what_is_no_socket_is_refused_and_closed(tmp_path: Path) -> None:
-    """8,000 descriptors in 1.5 s: each `put` with a file beside it left a copy of it open."""
-    (tmp_path / "b").mkdir()
-    broker = Bench(tmp_path / "b")
+def test_what_is_no_connected_stream_is_refused(tmp_path: Path) -> None:
     before = held()
     for fd in strange(tmp_path):
-        (answer,) = broker.ask({"id": 1, "verb": "put", "vm": "web1", "object": "x", "format": "raw"}, ALICE, (fd,))
         with pytest.raises(ValueError, match="soc"):
             check_stream(fd)
         os.close(fd)
-        assert answer["error"]["code"] == "upload-refused"
+    assert held() == before
+
+
+def test_whatever_comes_beside_a_request_is_refused_and_closed(tmp_path: Path) -> None:
+    """8,000 descriptors in 1.5 s: each `put` with a file beside it left a copy of it open. Now no request brings one (N2)."""
+    (tmp_path / "b").mkdir()
+    broker = Bench(tmp_path / "b")
+    broker.server._clients = {}
+    before = held()
+    for fd in strange(tmp_path):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs:
+            wire.send(ours, {"id": 1, "verb": "put", "vm": "web1", "object": "x", "format": "raw"}, (fd,))
+            Client(broker.server, theirs, ALICE).readable()
+            answer, ended = wire.recv(ours), wire.recv(ours)
+        os.close(fd)
+        assert answer is not None and ended is None
+        assert answer.body["error"] == Upgraded().to_wire()
     assert held() == before
 
 

@@ -1,14 +1,16 @@
-"""Names, sizes, errors and messages. Threat rows C14-C18, D04, D12, A30."""
+"""Names, sizes, errors, messages, and what travels on a console. Threat rows C14-C18, D04, D12, A30."""
 
 from __future__ import annotations
+
+import select
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmshell import errors, fields, messages, names, numbering, refusals
-from vmshell.errors import BadValue, VmshellError
-from vmshell.refusals import BadName, UnknownVerb
+from vmshell import consoles, errors, fields, messages, names, numbering, refusals
+from vmshell.errors import BadValue, ProtocolError, VmshellError
+from vmshell.refusals import BadName, UnknownVerb, Upgraded
 
 BAD_NAMES = [
     "", ".", "..", "a/b", "/etc/passwd", "a\n", "\na", "a\0", "-x", "--", "-snapshot", "1a", "A", "aB", "web_1", "web.1", "web 1",
@@ -148,7 +150,7 @@ def test_unknown_verbs(verb: object) -> None:
 def test_requests_go_there_and_back() -> None:
     for kind in messages.REQUESTS.values():
         needed: dict[str, object] = {"vm": "web1", "image": "demo", "text": "x", "request": {}, "tag": "t", "object": "o"}
-        needed |= {"size": 1, "format": "raw", "port": 22}
+        needed |= {"size": 1, "format": "raw", "port": 22, "put": 1, "bytes": 5, "sha256": "0" * 64}
         request = kind(**{name: needed[name] for name, spec in kind.fields.items() if name in needed})
         assert repr(messages.parse_request({"id": 3, **request.to_body()})) == repr(request)
 
@@ -157,3 +159,55 @@ def test_request_ids_are_numbers() -> None:
     for bad in ("1", -1, True, None, 1 << 60):
         with pytest.raises(VmshellError):
             fields.request_id({"id": bad})
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        messages.Console(vm="web1"),
+        messages.Boot(vm="web1", console=True),
+        messages.Define(vm="web1", text="", new=True, once=True),
+    ],
+)
+def test_who_asks_for_a_console_says_that_it_knows_what_one_is(request_: messages.Request) -> None:
+    body = request_.to_body()
+    assert type(messages.parse_request(body)) is type(request_)
+    del body["consoles"]
+    with pytest.raises(Upgraded, match="upgraded: log in again"):
+        messages.parse_request(body)
+
+
+def test_a_boot_without_a_console_is_what_it_was() -> None:
+    assert messages.Boot(vm="web1").to_body() == {"verb": "boot", "vm": "web1"}
+    assert messages.parse_request({"verb": "boot", "vm": "web1"}).to_body() == {"verb": "boot", "vm": "web1"}
+
+
+# --- what travels on a console ----------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.sampled_from([b"d", b"n"]), st.binary(max_size=consoles.DATA_MAX))), st.integers(1, 5000))
+def test_frames_are_the_same_however_they_are_delivered(said: list[tuple[bytes, bytes]], step: int) -> None:
+    stream = b"".join(consoles.frame(tag, data) for tag, data in said)
+    frames = consoles.Frames()
+    heard = [item for at in range(0, len(stream), step) for item in frames.feed(stream[at : at + step])]
+    assert heard == said
+
+
+@given(st.binary(max_size=1000))
+def test_cells_hold_what_was_typed_and_have_one_length(typed: bytes) -> None:
+    stream = consoles.cells(consoles.DATA, typed)
+    assert len(stream) == consoles.CELL * -(-len(typed) // consoles.CELL_MAX)
+    assert b"".join(payload for _, payload in consoles.open_cells(stream)) == typed
+
+
+@pytest.mark.parametrize("stream", [b"\0\0dx", b"\xff\xffd", b"\x0f\xffd", consoles.frame(b"d", b"ok") + b"\0\0d"])
+def test_what_is_no_frame_is_an_error(stream: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        consoles.Frames().feed(stream)
+    with pytest.raises(ProtocolError):
+        consoles.frame(b"d", bytes(consoles.DATA_MAX + 1))
+
+
+def test_a_frame_is_what_a_pipe_takes_whole() -> None:
+    assert select.PIPE_BUF == consoles.FRAME
+    assert len(consoles.frame(b"d", bytes(consoles.DATA_MAX))) == consoles.FRAME

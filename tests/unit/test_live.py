@@ -85,7 +85,7 @@ class Client:
         self.peer = None
         self.sent: list[dict[str, Any]] = []
 
-    def send(self, body: dict[str, Any], fd: int = -1) -> None:
+    def send(self, body: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
         self.sent.append(body)
 
 

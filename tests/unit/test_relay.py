@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -15,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmshell import messages, servicemanager
+from vmshell.consoles import CELL, Frames, cells
 from vmshell.errors import ProtocolError
 from vmshell.layout import Layout
 from vmshell.relay import jobs, logfile, orders, qmp, words
@@ -100,13 +103,13 @@ def test_the_ring_holds_the_last_bytes(pieces: list[bytes], back: int) -> None:
         assert ring.head == len(said)
         assert ring.start == max(0, len(said) - ring.size)
         position = max(ring.start, ring.head - back)
-        assert b"".join(ring.since(position)) == said[position:]
+        assert b"".join(ring.piece(position, ring.head - position)) == said[position:]
 
 
 def test_a_refilled_ring_replays_the_end() -> None:
     ring = Ring(16)
     ring.fill(b"0123456789abcdefGHIJ")
-    assert b"".join(ring.since(ring.start)) == b"456789abcdefGHIJ"
+    assert b"".join(ring.piece(ring.start, ring.head - ring.start)) == b"456789abcdefGHIJ"
 
 
 # --- log --------------------------------------------------------------------------------------------------------------
@@ -509,9 +512,7 @@ def test_what_need_not_work_is_no_failure(talk: Talk, short_tmp: Path, step: int
 
 
 @pytest.mark.slow
-def test_long_orders_go_one_after_the_other_and_are_bounded(
-    talk: Talk, short_tmp: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_orders_go_one_after_the_other_and_are_bounded(talk: Talk, short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orders, "WAITING_MAX", 3)
     talk.greet()
     first, second = talk.give("eject", 0), talk.give("insert", 0, fd=opened(short_tmp / "iso"))
@@ -757,42 +758,84 @@ def machine(layout: Layout) -> Vm:
     return Vm(Loop(), layout, Service(""), 7, 4096, lambda number, word, count: None, lambda vm: None)
 
 
-def state_notices(viewer: socket.socket) -> list[str]:
-    """The states that *viewer* has been told of since the last look."""
-    found: list[str] = []
-    while True:
+class Ends:
+    """A viewer's ends of its two pipes; `theirs` are the relay's, to be given away."""
+
+    def __init__(self) -> None:
+        keys, self.typed = os.pipe()
+        self.shown, output = os.pipe()
+        self.theirs = keys, output
+        self._frames = Frames()
+        for fd in (self.shown, self.typed):
+            os.set_blocking(fd, False)
+
+    def frames(self) -> list[tuple[bytes, bytes]]:
+        """What has come since the last look."""
+        found: list[tuple[bytes, bytes]] = []
         try:
-            packet = viewer.recv(1 << 17, socket.MSG_DONTWAIT)
+            while data := os.read(self.shown, 1 << 17):
+                found += self._frames.feed(data)
         except BlockingIOError:
-            return found
-        notice = json.loads(packet[1:])
-        if notice["notice"] == "state":
-            found.append(notice["state"])
+            pass
+        return found
+
+    def notices(self) -> list[dict[str, Any]]:
+        found = self.frames()
+        assert all(tag == b"n" for tag, _ in found), found
+        return [json.loads(payload) for _, payload in found]
+
+    def states(self) -> list[str]:
+        return [notice["state"] for notice in self.notices() if notice["notice"] == "state"]
+
+    def close(self) -> None:
+        os.close(self.shown)
+        os.close(self.typed)
 
 
 def test_after_our_restart_kept_viewers_are_not_told_what_they_know(machine: Vm) -> None:
     kept = Kept()
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    kept.viewers.append((f"viewer-7-1-w-{b'alice'.hex()}", theirs))
-    with ours:
+    ends = Ends()
+    for end, fd in zip(("keys", "output"), ends.theirs, strict=True):
+        kept.viewers.append((f"viewer-7-1-w-{b'alice'.hex()}-{end}", fd))
+    with contextlib.closing(ends):
         machine.resume(kept)
         machine.monitor_ready("running")
-        assert machine.state == "running" and state_notices(ours) == []
+        assert machine.state == "running" and ends.states() == []
         machine.monitor_event("STATUS", {"status": "paused"})
-        assert state_notices(ours) == ["paused"]
+        assert ends.states() == ["paused"]
         machine.monitor_event("RESUME", {})
-        assert state_notices(ours) == ["running"]
+        assert ends.states() == ["running"]
         machine.forget("done", False)
 
 
+def test_a_viewer_of_whom_half_was_kept_is_let_go(machine: Vm) -> None:
+    """The store was full, say: it sees its end and attaches again."""
+    kept = Kept()
+    halves = [Ends() for _ in range(3)]
+    stem = f"viewer-7-%d-w-{b'alice'.hex()}"
+    kept.viewers.append((f"{stem % 1}-keys", halves[0].theirs[0]))
+    kept.viewers.append((f"{stem % 2}-output", halves[1].theirs[1]))
+    kept.viewers += [(f"{stem % 3}-keys", halves[2].theirs[1]), (f"{stem % 3}-output", halves[2].theirs[0])]
+    for half, end in ((halves[0], 1), (halves[1], 0)):
+        os.close(half.theirs[end])
+    machine.resume(kept)
+    assert machine.console.audience.viewers == []
+    for half in halves:
+        assert os.read(half.shown, 1) == b""
+        with pytest.raises(BrokenPipeError):
+            os.write(half.typed, b"x")
+        half.close()
+    machine.forget("done", False)
+
+
 def test_a_fresh_vms_viewers_are_told_that_it_runs(machine: Vm) -> None:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours:
-        machine.console.audience.attach(theirs.detach(), "alice", False, True)
+    ends = Ends()
+    with contextlib.closing(ends):
+        machine.console.audience.attach(*ends.theirs, "alice", False, True)
         machine.monitor_ready("prelaunch")
-        assert state_notices(ours) == []
+        assert ends.states() == []
         machine.monitor_event("RESUME", {})
-        assert state_notices(ours) == ["running"]
+        assert ends.states() == ["running"]
         machine.forget("done", False)
 
 
@@ -828,15 +871,15 @@ class Room:
         self.host = Host()
         self.ring = Ring(4096)
         self.audience = Audience(self.loop, self.ring, self.host, Service(""), "viewer-7")
-        self.ends: dict[str, socket.socket] = {}
+        self.ends: dict[str, Ends] = {}
 
     def join(self, label: str, readonly: bool = False) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.ends[label] = ours
-        self.audience.attach(theirs.detach(), label, readonly, True)
+        self.ends[label] = Ends()
+        self.audience.attach(*self.ends[label].theirs, label, readonly, True)
 
-    def send(self, label: str, packet: bytes) -> None:
-        self.ends[label].send(packet)
+    def send(self, label: str, message: bytes) -> None:
+        """Send a tag and what follows it in cells."""
+        os.write(self.ends[label].typed, cells(message[:1], message[1:]))
         run(self.loop, 0.01)
 
     def leave(self, label: str) -> None:
@@ -846,14 +889,7 @@ class Room:
     def notices(self, label: str) -> list[dict[str, Any]]:
         """What has come for *label* since the last look."""
         run(self.loop, 0.01)
-        found: list[dict[str, Any]] = []
-        while True:
-            try:
-                packet = self.ends[label].recv(1 << 17, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return found
-            assert packet[:1] == b"n", packet
-            found.append(json.loads(packet[1:]))
+        return self.ends[label].notices()
 
     def holder(self) -> str | None:
         holder = self.audience.pen.holder
@@ -864,14 +900,14 @@ class Room:
 def room() -> Iterator[Room]:
     made = Room()
     yield made
-    for sock in made.ends.values():
-        sock.close()
+    for ends in made.ends.values():
+        ends.close()
     made.audience.end("over")
     for viewer in list(made.audience.viewers):
         viewer.close()
 
 
-def test_the_first_packet_is_hello(room: Room) -> None:
+def test_the_first_frame_is_hello(room: Room) -> None:
     room.join("reader", readonly=True)
     room.join("alice")
     hello = {"notice": "hello", "quiet_s": None, "state": "running"}
@@ -964,7 +1000,8 @@ def test_patience_is_used_up_and_earned_again_by_reading(room: Room) -> None:
     while audience.room() >= needed:
         for view in ring.space(512):
             view[:] = b"x" * len(view)
-        audience.deliver(ring.advance(512), 512)
+        ring.advance(512)
+        audience.deliver()
     assert blocked()
     audience.charge(needed)
     room.loop.now += 0.15
@@ -973,35 +1010,43 @@ def test_patience_is_used_up_and_earned_again_by_reading(room: Room) -> None:
     room.loop.now += 0.06
     audience.charge(needed)
     assert forfeit() and audience.room() == ring.size, "nothing waits for it any more"
-    read = 0
     while blocked():
-        while True:
-            try:
-                read += len(room.ends["alice"].recv(1 << 17, socket.MSG_DONTWAIT))
-            except BlockingIOError:
-                break
+        room.ends["alice"].frames()
         run(room.loop, 0.01)
     assert not forfeit() and 0 < viewer.patience < 0.02, "a ring full earns a few milliseconds, not a fifth of a second"
 
 
 @pytest.mark.parametrize(
-    "packet", [b"q", b"c", b"d", b"c{", b"c[]", b'c{"do":7}', b'c{"do":"pen","do":"who"}', b"c" + b"[" * 1000, b"\0" * 50]
+    "cell",
+    [
+        *(b"\1q", b"\0q", b"\0c", b"\0d", b"\1c{", b"\2c[]", b'\x08c{"do":7}'),
+        *(b'\x19c{"do":"pen","do":"who"}', b"\x3ec" + b"[" * 62, b""),
+    ],
 )
-def test_odd_packets_are_ignored(room: Room, packet: bytes) -> None:
+def test_odd_cells_are_ignored(room: Room, cell: bytes) -> None:
     room.join("alice")
     room.notices("alice")
-    room.send("alice", packet)
+    os.write(room.ends["alice"].typed, cell.ljust(CELL, b"\0"))
     room.send("alice", b"dok")
     assert room.host.typed == b"ok" and room.notices("alice") == []
 
 
-def test_an_oversized_packet_closes_its_viewer(room: Room) -> None:
+@pytest.mark.parametrize("size", [63, 64, 255])
+def test_a_cell_that_claims_too_much_closes_its_viewer(room: Room, size: int) -> None:
     room.join("alice")
     room.join("bob")
-    room.send("alice", b"d" + b"x" * (64 * 1024 + 1))
+    os.write(room.ends["alice"].typed, bytes((size,)) + b"d" + b"x" * 254)
+    run(room.loop, 0.01)
     assert room.holder() == "bob" and room.host.typed == b""
-    room.send("bob", b"d" + b"x" * (64 * 1024))
-    assert len(room.host.typed) == 64 * 1024
+
+
+def test_cells_that_come_in_pieces_are_put_together(room: Room) -> None:
+    room.join("alice")
+    stream = cells(b"d", bytes(range(256)) * 20)
+    for at in range(0, len(stream), 1001):
+        os.write(room.ends["alice"].typed, stream[at : at + 1001])
+        run(room.loop, 0.01)
+    assert room.host.typed == bytes(range(256)) * 20
 
 
 def test_a_flood_of_controls_closes_its_viewer(room: Room) -> None:
@@ -1009,13 +1054,60 @@ def test_a_flood_of_controls_closes_its_viewer(room: Room) -> None:
     for _ in range(30):
         try:
             for _ in range(100):
-                room.ends["alice"].send(b"c{}", socket.MSG_DONTWAIT)
+                os.write(room.ends["alice"].typed, cells(b"c", b"{}"))
         except BlockingIOError:
             pass
-        except (BrokenPipeError, ConnectionResetError):
+        except BrokenPipeError:
             break
         run(room.loop, 0.02)
     assert room.audience.viewers == []
+
+
+def test_one_turn_takes_a_few_cells(room: Room) -> None:
+    """E06: whoever has filled their pipe with requests is heard a little at a time."""
+    room.join("alice")
+    (viewer,) = room.audience.viewers
+    os.write(room.ends["alice"].typed, cells(b"d", b"x" * 62 * 64))
+    viewer.read()
+    assert len(room.host.typed) == 62 * 16
+
+
+@pytest.mark.parametrize("size", [4096, 8192, 65536])
+def test_frames_are_whole_in_a_pipe_of_any_size(room: Room, size: int) -> None:
+    """Of what lies in the pipe at any moment, nothing is half a frame: so a killed relay leaves none behind."""
+    room.ring = room.audience.ring = Ring()
+    room.join("alice")
+    ends = room.ends["alice"]
+    fcntl.fcntl(ends.shown, fcntl.F_SETPIPE_SZ, size)
+    room.notices("alice")
+    (viewer,) = room.audience.viewers
+    said = got = b""
+    for step, count in enumerate((1, 5000, 40_000, 4093, 4094, 8186, 65_536, 100, 12_000)):
+        data = bytes((step,)) * count
+        for part in room.ring.space(count):
+            part[:] = data[: len(part)]
+        room.ring.advance(count)
+        room.audience.deliver()
+        said += data
+        while viewer.blocked:
+            frames = Frames()
+            for tag, payload in frames.feed(os.read(ends.shown, 1 << 17)):
+                assert tag == b"d"
+                got += payload
+            assert not frames._rest
+            run(room.loop, 0.01)
+    got += b"".join(payload for _, payload in ends.frames())
+    assert got == said
+
+
+def test_a_list_of_people_is_as_long_as_a_frame(room: Room) -> None:
+    for number in range(64):
+        room.join(f"{number:02d}" + "\u00e4" * 78)
+    label = f"00{'ä' * 78}"
+    room.notices(label)
+    room.send(label, b'c{"do":"who"}')
+    (notice,) = room.notices(label)
+    assert 0 < len(notice["viewers"]) < 64 and notice["more"] == 64 - len(notice["viewers"])
 
 
 # --- words and the service manager ------------------------------------------------------------------------------------

@@ -22,9 +22,9 @@ def test_every_word_means_one_verb() -> None:
 def test_every_request_of_the_wire_has_its_verb_and_nothing_more() -> None:
     """By the verb's own name, under another one, or for administrators only."""
     own = {verb.name for verb in verbs.visible()}
-    others = {"disk-add": "disk", "drop": "rm", "define": "kvm"}  # `set` is also `unset`, `info` also `snapshots`
+    others = {"disk-add": "disk", "drop": "rm", "define": "kvm", "done": "put"}  # `set` is also `unset`, `info` also `snapshots`
     admin = {"launch-line", "reload", "net-health", "image-users", "owned", "unreadable"}
-    assert set(messages.REQUESTS) - own == {"disk-add", "drop", "host-key"} | admin
+    assert set(messages.REQUESTS) - own == {"disk-add", "drop", "done", "host-key"} | admin
     only_here = {"help", "exit", "unset", "snapshots", "kvm", "import-libvirt", "disk", "ssh", "unpublish"}
     assert own - set(messages.REQUESTS) == only_here
     assert set(others.values()) <= own

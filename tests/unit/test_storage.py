@@ -1,20 +1,20 @@
 """The storage worker: empty disks that QEMU accepts, headers it must refuse (R3; threats B10, B11, C07, C09), a full disk;
-files from a user's stream (B13, B14), taken in a cage that is really shut."""
+files from a user's pipe (B13, B14), taken in a cage that is really shut."""
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import resource
 import signal
-import socket
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from tests.guests import option_rom
 from vmshell.layout import PACKAGE_DIR
+from vmshell.shell.terminal import write_all
 from vmshell.storage import cage, qcow2
 from vmshell.storage import put as intake
 from vmshell.storage.qcow2 import BadImage
@@ -312,31 +313,24 @@ def test_no_header_crashes_the_check(data: st.DataObject) -> None:
 
 # --- put --------------------------------------------------------------------------------------------------------------
 
-END = bytes(4)
 
-
-def frame(data: bytes) -> bytes:
-    return len(data).to_bytes(4) + data
-
-
-def framed(data: bytes, size: int = intake.FRAME_MAX) -> Iterable[bytes]:
-    """*data* as a well-behaved sender sends it."""
-    yield from (frame(data[at : at + size]) for at in range(0, len(data), size))
-    yield END
+def came(data: bytes, size: int | None = None) -> dict[str, object]:
+    """What the job says of *data*, of which a guest sees *size* bytes."""
+    return {"size": len(data) if size is None else size, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 class Put:
-    """A `put` job under way; `sock` is the sender's end, the job's file is *path*."""
+    """A `put` job under way; `pipe` is the sender's end, the job's file is *path*."""
 
     def __init__(self, path: Path, kind: str, size_max: int, *, flags: int = os.O_RDWR, file_size_max: int = 0) -> None:
         path.touch()
         self.path = path
-        self.sock, theirs = socket.socketpair()
-        self.sock.settimeout(60)
+        theirs, self.pipe = os.pipe()
         fd = os.open(path, flags | os.O_CLOEXEC)
 
         def child() -> None:
-            high = [os.dup2(fd, 100), os.dup2(theirs.fileno(), 101)]
+            os.close(self.pipe)
+            high = [os.dup2(fd, 100), os.dup2(theirs, 101)]
             for number, source in enumerate(high, 3):
                 os.dup2(source, number)
             if file_size_max:
@@ -347,19 +341,17 @@ class Put:
         # 100 and 101 stay open in it: the job is to close what it was not meant to have.
         self.process = subprocess.Popen(command, preexec_fn=child, close_fds=False, **pipes)  # type: ignore[call-overload]
         os.close(fd)
-        theirs.close()
+        os.close(theirs)
 
-    def send(self, parts: Iterable[bytes]) -> None:
+    def send(self, *parts: bytes) -> None:
         """Send until the job wants no more."""
-        try:
+        with contextlib.suppress(BrokenPipeError):
             for part in parts:
-                self.sock.sendall(part)
-        except (BrokenPipeError, ConnectionResetError):
-            pass
+                write_all(self.pipe, part)
 
     def end(self) -> tuple[int, dict[str, object]]:
-        """Hang up; the job's status and answer. What it says to people and to the broker is the same."""
-        self.sock.close()
+        """Close the pipe; the job's status and answer. What it says to people and to the broker is the same."""
+        os.close(self.pipe)
         out, err = self.process.communicate(timeout=120)
         answer = json.loads(out)
         assert out.count(b"\n") == 1
@@ -367,137 +359,138 @@ class Put:
         if self.process.returncode:
             assert self.path.stat().st_size == 0
         else:
-            assert self.path.stat().st_size == answer["bytes"]
+            assert self.path.stat().st_size in (answer["size"], answer["bytes"])
         return self.process.returncode, answer
 
 
-def put(path: Path, kind: str, size_max: int, parts: Iterable[bytes]) -> tuple[int, dict[str, object]]:
+def put(path: Path, kind: str, size_max: int, *parts: bytes) -> tuple[int, dict[str, object]]:
     job = Put(path, kind, size_max)
-    job.send(parts)
+    job.send(*parts)
     return job.end()
 
 
-def refusal(path: Path, kind: str, size_max: int, parts: Iterable[bytes]) -> str:
-    status, answer = put(path, kind, size_max, parts)
+def refusal(path: Path, kind: str, size_max: int, *parts: bytes) -> str:
+    status, answer = put(path, kind, size_max, *parts)
     assert status == 1
     assert set(answer) == {"problem"}
     return str(answer["problem"])
 
 
 @pytest.mark.parametrize("size", [1, 511, 512, 4096, MIB, MIB + 1, 3 * MIB + 4095])
-@pytest.mark.parametrize("frame_size", [intake.FRAME_MAX, 65_521])
-def test_a_raw_disk_comes_in_whole_and_in_whole_sectors(tmp_path: Path, size: int, frame_size: int) -> None:
+def test_a_raw_disk_comes_in_whole_and_in_whole_sectors(tmp_path: Path, size: int) -> None:
     data = os.urandom(size)
     whole = -(-size // 512) * 512
-    assert put(tmp_path / "disk", "raw", 4 * MIB, framed(data, frame_size)) == (0, {"size": whole, "bytes": whole})
+    assert put(tmp_path / "disk", "raw", 4 * MIB, data) == (0, came(data, whole))
     assert (tmp_path / "disk").read_bytes() == data.ljust(whole, b"\0")
     assert storage("check-header", "raw", files=(tmp_path / "disk",)) == (0, "")
 
 
-def test_any_cut_into_frames_is_the_same_file(tmp_path: Path) -> None:
+def test_however_it_is_delivered_it_is_the_same_file(tmp_path: Path) -> None:
     data = b"".join(bytes([number]) * number for number in range(1, 100)) + bytes(10_000) + b"end"
-    sizes = iter(range(1, 1000))
-    parts, rest = [], data
-    while rest:
-        size = next(sizes)
-        parts.append(frame(rest[:size]))
-        rest = rest[size:]
-    stream = b"".join(parts) + END
-    # ... and the pieces that the socket delivers need not be frames either.
-    drops = (stream[at : at + 7] for at in range(0, len(stream), 7))
-    assert put(tmp_path / "file", "file", MIB, drops) == (0, {"size": len(data), "bytes": len(data)})
+    drops = (data[at : at + 7] for at in range(0, len(data), 7))
+    assert put(tmp_path / "file", "file", MIB, *drops) == (0, came(data))
     assert (tmp_path / "file").read_bytes() == data
 
 
 def test_zeros_take_no_room(tmp_path: Path) -> None:
     """A mostly empty disk costs what is in it, wherever that lies."""
-    zeros = frame(bytes(MIB))
-    parts = [frame(b"first"), *[zeros] * 300, frame(b"middle"), *[zeros] * 212, frame(bytes(5000) + b"last"), END]
+    zeros = bytes(MIB)
+    parts = [b"first", *[zeros] * 300, b"middle", *[zeros] * 212, bytes(5000) + b"last"]
     size = 5 + 300 * MIB + 6 + 212 * MIB + 5004
     disk = tmp_path / "disk"
     whole = -(-size // 512) * 512
-    assert put(disk, "raw", GIB, parts) == (0, {"size": whole, "bytes": whole})
+    status, answer = put(disk, "raw", GIB, *parts)
+    assert (status, answer["size"], answer["bytes"]) == (0, whole, size)
     assert disk.stat().st_blocks * 512 <= 64 * 1024
     with disk.open("rb") as file:
         for at, data in ((0, b"first"), (5 + 300 * MIB, b"middle"), (size - 4, b"last")):
             file.seek(at - 1 if at else 0)
             assert file.read(len(data) + 2).strip(b"\0") == data
     only = tmp_path / "only"
-    assert put(only, "raw", GIB, [zeros, END]) == (0, {"size": MIB, "bytes": MIB})
+    assert put(only, "raw", GIB, zeros) == (0, came(zeros))
     assert only.stat().st_blocks == 0
 
 
-@pytest.mark.parametrize(
-    ("stream", "count"),
-    [
-        (b"", 0), (b"\0\0", 0), (frame(b"abc"), 3), (frame(b"abc")[:-1], 2), (frame(b"abc") + b"\0\0\0", 3),
-        (frame(b"abc") + (intake.FRAME_MAX + 1).to_bytes(4) + b"more", 3), (b"\x7fELF not a stream of ours", 0),
-        (b"".join(list(framed(b"x" * 2_500_000))[:-1]), 2_500_000),
-    ],
-)  # fmt: skip
-def test_a_cut_is_never_taken_for_the_end(tmp_path: Path, stream: bytes, count: int) -> None:
-    assert refusal(tmp_path / "file", "file", GIB, [stream]) == f"the upload was cut off after {count} bytes"
-
-
-def test_a_sender_that_resets_the_connection_is_cut_off(tmp_path: Path) -> None:
-    """What a killed shell looks like when something for it was still under way."""
-    source, sink = socket.socketpair()
-    sink.send(b"unread")
-    source.send(frame(b"abc"))
-    source.close()
-    (tmp_path / "file").touch()
-    with (tmp_path / "file").open("r+b") as file, pytest.raises(BadImage, match="cut off after"):
-        intake.receive(file.fileno(), sink.fileno(), "file", 100)
-    sink.close()
+def receive(path: Path, stream: int, idle: float) -> dict[str, object]:
+    """Take *stream* in here."""
+    path.touch()
+    with path.open("r+b") as file:
+        return intake.receive(file.fileno(), stream, "file", 100, idle=idle)
 
 
 def test_a_silent_sender_is_not_waited_for_for_ever(tmp_path: Path) -> None:
     out, into = os.pipe()
-    os.set_blocking(out, False)
-    os.write(into, frame(b"abc") + b"\0")
-    (tmp_path / "file").touch()
-    with (tmp_path / "file").open("r+b") as file, pytest.raises(BadImage, match="nothing came for 0 seconds"):
-        intake.receive(file.fileno(), out, "file", 100, idle=0.3)
+    os.write(into, b"abc")
+    with pytest.raises(BadImage, match="nothing came for 0 seconds"):
+        receive(tmp_path / "file", out, idle=0.3)
     assert (tmp_path / "file").stat().st_size == 0
     os.close(out)
     os.close(into)
     assert intake.IDLE_MAX == 600
 
 
+def test_a_job_ends_when_nobody_listens_any_more(tmp_path: Path) -> None:
+    """The broker has given the upload up, or has ended: whoever holds the pipe's other end cannot keep the job."""
+    job = Put(tmp_path / "file", "file", 100)
+    job.send(b"abc")
+    assert job.process.stdout is not None
+    job.process.stdout.close()
+    assert job.process.wait(60) == 1
+    with pytest.raises(BrokenPipeError):
+        os.write(job.pipe, b"more")
+    assert (tmp_path / "file").stat().st_size == 0
+    os.close(job.pipe)
+
+
+def test_that_something_comes_shows_in_the_files_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of what fills no buffer yet, and of zeros, which are not written."""
+    monkeypatch.setattr(intake, "MARK", 0.0)
+    out, into = os.pipe()
+    path = tmp_path / "file"
+    path.touch()
+    with path.open("r+b") as file, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(intake.receive, file.fileno(), out, "file", MIB)
+        for size in (1, 2, 70_000):
+            write_all(into, bytes(size - path.stat().st_size))
+            until = time.monotonic() + 60
+            while path.stat().st_size < size:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+        os.close(into)
+        assert taken.result(60) == came(bytes(70_000))
+    os.close(out)
+
+
 @pytest.mark.parametrize("kind", intake.KINDS)
 def test_nothing_is_not_a_file(tmp_path: Path, kind: str) -> None:
-    assert refusal(tmp_path / "file", kind, GIB, [END]) == "it is empty"
+    assert refusal(tmp_path / "file", kind, GIB) == "it is empty"
 
 
 def test_too_much_is_refused_at_once(tmp_path: Path) -> None:
-    """C07: refused at the limit, by the announcement already, however much would still come."""
-    endless = iter(lambda: frame(b"x" * MIB), b"")
-    said = "it has 5242880 bytes or more; at most 5000000 are allowed here"
-    assert refusal(tmp_path / "file", "file", 5_000_000, endless) == said
-    assert "at most 4999680 are" in refusal(tmp_path / "raw", "raw", 5_000_000, framed(b"x" * 4_999_681))
-    assert put(tmp_path / "fits", "file", 100, framed(b"x" * 100))[0] == 0
-    # An announcement without a byte behind it: the job does not wait for the rest to say so.
-    job = Put(tmp_path / "announced", "file", 100)
-    job.sock.sendall((101).to_bytes(4))
-    assert job.sock.recv(1) == b""
-    assert job.end()[0] == 1
+    """C07: refused at the limit, however much would still come."""
+    said = refusal(tmp_path / "file", "file", 5_000_000, *[b"x" * MIB] * 1000)
+    assert said.endswith("bytes or more; at most 5000000 are allowed here")
+    assert 5_000_000 < int(said.split()[2]) < 5_100_000
+    assert "at most 4999680 are" in refusal(tmp_path / "raw", "raw", 5_000_000, b"x" * 4_999_681)
+    assert put(tmp_path / "fits", "file", 100, b"x" * 100)[0] == 0
 
 
 def test_a_file_with_contents_is_not_put_over(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.write_text("somebody's")
     job = Put(disk, "file", 100)
-    job.send(framed(b"x"))
+    job.send(b"x")
     assert job.process.wait(60) == 1
     assert disk.read_text() == "somebody's"
+    os.close(job.pipe)
 
 
 def test_no_space_for_an_upload_is_status_2(tmp_path: Path) -> None:
     job = Put(tmp_path / "disk", "file", GIB, file_size_max=70_000)
-    job.send(framed(b"x" * 5_000_000))
+    job.send(b"x" * 5_000_000)
     assert job.end() == (2, {"problem": "File too large"})
     job = Put(tmp_path / "other", "file", GIB, flags=os.O_RDONLY)
-    job.send(framed(b"x"))
+    job.send(b"x")
     assert job.end()[0] == 3
 
 
@@ -507,10 +500,10 @@ def test_a_qcow2_image_of_qemus_comes_in(tmp_path: Path) -> None:
     subprocess.run(qemu_io, capture_output=True, check=True, timeout=60)
     data = image.read_bytes()
     taken = tmp_path / "taken"
-    assert put(taken, "qcow2", 64 * MIB, framed(data)) == (0, {"size": 64 * MIB, "bytes": len(data)})
+    assert put(taken, "qcow2", 64 * MIB, data) == (0, came(data, 64 * MIB))
     assert taken.read_bytes() == data
     said = f"its size is {64 * MIB} bytes; at most {64 * MIB - 512} are allowed here"
-    assert refusal(tmp_path / "large", "qcow2", 64 * MIB - 512, framed(data)) == said
+    assert refusal(tmp_path / "large", "qcow2", 64 * MIB - 512, data) == said
 
 
 @pytest.mark.parametrize("cluster", ["512", "64k"])
@@ -521,7 +514,7 @@ def test_a_full_qcow2_image_fits_its_own_limit(tmp_path: Path, cluster: str) -> 
     qemu_io = ["qemu-io", "-t", "unsafe", "-f", "qcow2", "-c", "write -P 7 0 8M", str(image)]
     subprocess.run(qemu_io, capture_output=True, check=True, timeout=60)
     assert 8 * MIB < image.stat().st_size < 8 * MIB * 17 // 16
-    assert put(tmp_path / "taken", "qcow2", 8 * MIB, framed(image.read_bytes()))[0] == 0
+    assert put(tmp_path / "taken", "qcow2", 8 * MIB, image.read_bytes())[0] == 0
     assert intake.bytes_max("qcow2", 1 << 80) < 1 << 45
 
 
@@ -530,45 +523,47 @@ def test_hostile_qcow2_images_are_refused_by_their_first_bytes(tmp_path: Path) -
     secret = tmp_path / "secret"
     secret.write_bytes(b"s" * MIB)
     backed = made_by_qemu(tmp_path / "backed", "-b", str(secret), "-F", "raw").read_bytes()
-    endless = iter([*list(framed(backed))[:-1]] + [frame(bytes(MIB))] * 4000)
-    assert refusal(tmp_path / "1", "qcow2", 4 * GIB, endless) == "it names a backing file; flatten it first"
-    assert next(endless, None)  # it did not want all that
+    job = Put(tmp_path / "1", "qcow2", 4 * GIB)
+    job.send(backed, *[bytes(MIB)] * 4000)
+    with pytest.raises(BrokenPipeError):  # it did not want all that
+        os.write(job.pipe, b"x")
+    assert job.end() == (1, {"problem": "it names a backing file; flatten it first"})
     data = made_by_qemu(tmp_path / "data", "-o", f"data_file={tmp_path}/other,data_file_raw=on").read_bytes()
-    assert refusal(tmp_path / "2", "qcow2", GIB, framed(data)) == "it keeps its data in another file"
+    assert refusal(tmp_path / "2", "qcow2", GIB, data) == "it keeps its data in another file"
     good = made_by_qemu(tmp_path / "good").read_bytes()
-    assert "beyond the end" in refusal(tmp_path / "3", "qcow2", GIB, framed(good[:70_000]))
-    assert refusal(tmp_path / "4", "qcow2", GIB, framed(good[:50])) == "it is shorter than a qcow2 header"
+    assert "beyond the end" in refusal(tmp_path / "3", "qcow2", GIB, good[:70_000])
+    assert refusal(tmp_path / "4", "qcow2", GIB, good[:50]) == "it is shorter than a qcow2 header"
 
 
 @pytest.mark.parametrize("magic", [b"# Disk DescriptorFile\n", b"KDMV", b"conectix", b"vhdxfile", b"QFI\xfb\0\0\0\x01", b"QED\0"])
 def test_other_formats_are_refused(tmp_path: Path, magic: bytes) -> None:
     """B13, B14."""
-    assert "qcow2" in refusal(tmp_path / "disk", "qcow2", GIB, framed(magic.ljust(100_000, b"x")))
+    assert "qcow2" in refusal(tmp_path / "disk", "qcow2", GIB, magic.ljust(100_000, b"x"))
 
 
 def test_a_raw_disk_that_says_it_is_qcow2_stays_raw(tmp_path: Path) -> None:
     """B09: what is declared counts, here as later."""
     data = made_by_qemu(tmp_path / "image", "-b", "/etc/passwd", "-F", "raw", "-u").read_bytes()
-    assert put(tmp_path / "disk", "raw", GIB, framed(data))[0] == 0
+    assert put(tmp_path / "disk", "raw", GIB, data)[0] == 0
     assert (tmp_path / "disk").read_bytes().startswith(data)
 
 
 def test_option_roms(tmp_path: Path) -> None:
     rom = option_rom("x")
-    assert put(tmp_path / "1", "rom", GIB, framed(rom)) == (0, {"size": len(rom), "bytes": len(rom)})
-    assert put(tmp_path / "2", "rom", GIB, framed(rom + b"data behind it"))[0] == 0
-    assert "55 AA" in refusal(tmp_path / "3", "rom", GIB, framed(b"MZ" + rom[2:]))
-    assert "add up" in refusal(tmp_path / "4", "rom", GIB, framed(rom[:-1] + bytes([rom[-1] ^ 1])))
-    assert refusal(tmp_path / "5", "rom", GIB, framed(rom[:-1])) == f"its header claims {len(rom)} bytes; it has {len(rom) - 1}"
-    assert "claims 0 bytes" in refusal(tmp_path / "6", "rom", GIB, framed(b"\x55\xaa"))
-    assert "claims 0 bytes" in refusal(tmp_path / "7", "rom", GIB, framed(b"\x55\xaa\0" + rom[3:]))
-    assert "at most 262144 are" in refusal(tmp_path / "8", "rom", GIB, framed(rom.ljust(262145, b"\0")))
+    assert put(tmp_path / "1", "rom", GIB, rom) == (0, came(rom))
+    assert put(tmp_path / "2", "rom", GIB, rom + b"data behind it")[0] == 0
+    assert "55 AA" in refusal(tmp_path / "3", "rom", GIB, b"MZ" + rom[2:])
+    assert "add up" in refusal(tmp_path / "4", "rom", GIB, rom[:-1] + bytes([rom[-1] ^ 1]))
+    assert refusal(tmp_path / "5", "rom", GIB, rom[:-1]) == f"its header claims {len(rom)} bytes; it has {len(rom) - 1}"
+    assert "claims 0 bytes" in refusal(tmp_path / "6", "rom", GIB, b"\x55\xaa")
+    assert "claims 0 bytes" in refusal(tmp_path / "7", "rom", GIB, b"\x55\xaa\0" + rom[3:])
+    assert "at most 262144 are" in refusal(tmp_path / "8", "rom", GIB, rom.ljust(262145, b"\0"))
 
 
 @pytest.mark.parametrize("size", intake.FLOPPIES.values())
 def test_floppies_have_a_floppys_size(tmp_path: Path, size: int) -> None:
-    assert put(tmp_path / "1", "floppy", 4 * MIB, framed(bytes(size))) == (0, {"size": size, "bytes": size})
-    said = refusal(tmp_path / "2", "floppy", 4 * MIB, framed(bytes(size + 512)))
+    assert put(tmp_path / "1", "floppy", 4 * MIB, bytes(size)) == (0, came(bytes(size)))
+    said = refusal(tmp_path / "2", "floppy", 4 * MIB, bytes(size + 512))
     assert said.startswith(f"it has {size + 512} bytes, which no floppy has; the sizes are 160K, 180K, 320K")
 
 
@@ -585,7 +580,8 @@ def test_no_stream_crashes_the_intake(noise: bytes, kind: str) -> None:
     except BadImage:
         assert os.fstat(fd).st_size == 0
     else:
-        assert os.fstat(fd).st_size == answer["bytes"] <= 1000 + 512
+        assert os.fstat(fd).st_size in (answer["size"], answer["bytes"])
+        assert answer["bytes"] == len(noise)
     finally:
         os.close(out)
         os.close(fd)
@@ -706,7 +702,7 @@ poll = select.poll(); poll.register(0); poll.poll(0)
 @pytest.mark.slow
 def test_a_running_job_is_in_its_cage(tmp_path: Path) -> None:
     job = Put(tmp_path / "file", "file", 10 * MIB)
-    job.sock.sendall(frame(b"abc"))
+    job.send(b"abc")
     folder = Path(f"/proc/{job.process.pid}")
     until = time.monotonic() + 60
     while "Seccomp:\t2" not in (folder / "status").read_text():
@@ -719,8 +715,7 @@ def test_a_running_job_is_in_its_cage(tmp_path: Path) -> None:
     if os.geteuid() == 0:
         assert sorted(os.listdir(folder / "fd")) == ["0", "1", "2", "3", "4"]
         assert (folder / "mem").stat().st_uid == 0  # not to be dumped: nobody of the job's uid may look into it
-    job.sock.sendall(END)
-    assert job.end() == (0, {"size": 3, "bytes": 3})
+    assert job.end() == (0, came(b"abc"))
 
 
 @pytest.mark.slow
@@ -730,8 +725,8 @@ def test_without_a_cage_nothing_is_taken_in(tmp_path: Path) -> None:
         "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); "
         "from vmshell.storage import cage, main; cage.program = lambda: b'x' * 8; sys.exit(main.main(['put', 'file', '100']))"
     )
-    ours, theirs = socket.socketpair()
-    ours.sendall(frame(b"abc") + END)
+    theirs, ours = os.pipe()
+    os.write(ours, b"abc")
     file = tmp_path / "file"
     file.touch()
     with file.open("r+b") as opened:
@@ -740,9 +735,7 @@ def test_without_a_cage_nothing_is_taken_in(tmp_path: Path) -> None:
     options = {"cwd": Path(PACKAGE_DIR).parent, "pass_fds": fds, "capture_output": True, "text": True, "timeout": 60}
     done = subprocess.run(command, check=False, **options)  # type: ignore[call-overload]
     assert (done.returncode, done.stdout, done.stderr) == (3, '{"status": 3, "problem": "Invalid argument"}\n', "")
-    assert theirs.recv(100) == frame(b"abc") + END
+    assert os.read(theirs, 100) == b"abc"
     assert file.stat().st_size == 0
-    for fd in fds:
+    for fd in (*fds, ours, theirs):
         os.close(fd)
-    ours.close()
-    theirs.close()

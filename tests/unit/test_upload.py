@@ -1,10 +1,10 @@
-"""The shell's side of `put`: frames with an end of their own, a job that hangs up, and what a person sees meanwhile."""
+"""The shell's side of `put`: bytes and their sum, a job that hangs up, and what a person sees meanwhile."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +15,6 @@ import pytest
 from vmshell.refusals import Usage
 from vmshell.shell import upload
 from vmshell.shell.terminal import Terminal
-from vmshell.storage import put
 
 MIB = 1 << 20
 
@@ -24,28 +23,22 @@ class Job:
     """The other end: takes everything, or hangs up after *patience* bytes."""
 
     def __init__(self, patience: int = 1 << 40) -> None:
-        self.sock, self._other = socket.socketpair()
+        self._out, self.pipe = os.pipe()
         self.data = b""
         self._patience = patience
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def _run(self) -> None:
-        with self._other:
-            while len(self.data) < self._patience and (got := self._other.recv(65536)):
-                self.data += got
+        while len(self.data) < self._patience and (got := os.read(self._out, 65536)):
+            self.data += got
+        os.close(self._out)
 
-    def frames(self) -> list[bytes]:
-        """Everything that came, until the sender closed; the end is an empty frame."""
-        self.sock.close()
+    def came(self) -> tuple[bytes, tuple[int, str]]:
+        """Everything that came, until the sender closed, and what it should say of that."""
+        os.close(self.pipe)
         self._thread.join(60)
-        found, rest = [], self.data
-        while rest:
-            length = int.from_bytes(rest[:4])
-            found.append(rest[4 : 4 + length])
-            assert len(found[-1]) == length
-            rest = rest[4 + length :]
-        return found
+        return self.data, (len(self.data), hashlib.sha256(self.data).hexdigest())
 
 
 @pytest.fixture
@@ -63,25 +56,17 @@ def silent(sent: int) -> None:
     pass
 
 
-def test_both_sides_mean_the_same_frames() -> None:
-    assert upload.FRAME_MAX == put.FRAME_MAX
-    assert int.from_bytes(upload.END) == 0 and len(upload.END) == 4
-
-
 @pytest.mark.parametrize("size", [0, 1, MIB - 1, MIB, 3 * MIB + 17])
-def test_a_file_is_sent_whole_with_its_end(tmp_path: Path, size: int) -> None:
+def test_a_file_is_sent_whole_and_summed(tmp_path: Path, size: int) -> None:
     file = tmp_path / "file"
     file.write_bytes(os.urandom(size))
     job = Job()
     seen: list[int] = []
     with file.open("rb") as stream:
         assert upload.size_of(stream.fileno()) == size
-        assert upload.send(job.sock.fileno(), stream.fileno(), seen.append) == size
-    frames = job.frames()
-    assert frames[-1] == b""
-    assert b"" not in frames[:-1]
-    assert max(map(len, frames)) <= upload.FRAME_MAX
-    assert b"".join(frames) == file.read_bytes()
+        said = upload.send(job.pipe, stream.fileno(), seen.append)
+    assert job.came() == (file.read_bytes(), said)
+    assert said[0] == size
     assert seen == sorted(seen)
     assert seen[-1:] == ([size] if size else [])
 
@@ -112,9 +97,9 @@ def test_a_pipe_is_sent_as_it_comes(pipe: tuple[int, int]) -> None:
     writer = threading.Thread(target=write)
     writer.start()
     ticks: list[int] = []
-    assert upload.send(job.sock.fileno(), out, ticks.append) == 12
+    said = upload.send(job.pipe, out, ticks.append)
     writer.join()
-    assert b"".join(job.frames()) == b"part" * 3
+    assert job.came() == (b"part" * 3, said)
     assert ticks.count(4) > 1  # the meter is told while nothing comes, too
 
 
@@ -124,17 +109,19 @@ def test_a_job_that_refuses_early_ends_the_sending(tmp_path: Path) -> None:
         stream.truncate(1 << 40)
     job = Job(patience=100_000)
     with file.open("rb") as stream:
-        assert upload.send(job.sock.fileno(), stream.fileno(), silent) < 64 * MIB
+        assert upload.send(job.pipe, stream.fileno(), silent)[0] < 64 * MIB
+    job.came()
 
 
 def test_a_job_that_refuses_is_seen_while_standard_input_is_silent(pipe: tuple[int, int]) -> None:
     job = Job(patience=0)
     begun = time.monotonic()
-    assert upload.send(job.sock.fileno(), pipe[0], silent) == 0
+    assert upload.send(job.pipe, pipe[0], silent)[0] == 0
     assert time.monotonic() - begun < 20
+    job.came()
 
 
-def test_an_interrupted_upload_has_no_end(pipe: tuple[int, int]) -> None:
+def test_an_interrupted_upload_says_nothing(pipe: tuple[int, int]) -> None:
     job = Job()
     os.write(pipe[1], b"half of it")
 
@@ -143,17 +130,17 @@ def test_an_interrupted_upload_has_no_end(pipe: tuple[int, int]) -> None:
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        upload.send(job.sock.fileno(), pipe[0], interrupt)
-    assert job.frames() == [b"half of it"]
+        upload.send(job.pipe, pipe[0], interrupt)
+    assert job.came()[0] == b"half of it"
 
 
-def test_what_cannot_be_read_is_said_and_has_no_end(tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     job = Job()
     folder = os.open(tmp_path, os.O_RDONLY)
     with pytest.raises(Usage, match="cannot be read \\(is a directory\\)"):
-        upload.send(job.sock.fileno(), folder, silent)
+        upload.send(job.pipe, folder, silent)
     os.close(folder)
-    assert job.frames() == []
+    assert job.came()[0] == b""
 
 
 # --- what a person sees -----------------------------------------------------------------------------------------------

@@ -7,10 +7,10 @@ VMSHELL_VMS (12) how many VMs boot at once. Rows D23, C16, N8.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import random
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -22,10 +22,9 @@ import pytest
 from tests.consoles import Viewer
 from tests.guests import READY, echo_image
 from tests.session import PATIENCE, Session, descriptors_steady
-from vmshell import wire
 from vmshell.errors import VmshellError
 from vmshell.layout import Layout
-from vmshell.messages import Boot, Console, Info, Kill, List, New, Put, Rm, Whoami
+from vmshell.messages import Boot, Console, Done, Info, Kill, List, New, Put, Rm, Whoami
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -93,7 +92,7 @@ class Guest:
 
     def _attached(self) -> Viewer:
         with self._session.client() as client:
-            return Viewer(client.ask_fd(Console(vm=VM))[1])
+            return Viewer(client.ask_fds(Console(vm=VM))[1])
 
 
 def launcher_pids(session: Session) -> list[int]:
@@ -250,22 +249,22 @@ def uploading(
     session: Session, where: str, name: str
 ) -> Iterator[tuple[Callable[[bytes], None], Callable[[], dict[str, object]]]]:
     """An upload by parts: a function that sends one, and one that ends it and returns what the broker says."""
-    ours, theirs = socket.socketpair()
-    with session.client() as client, ours:
-        with theirs:
-            wire.send(client.sock, {"id": 1, **Put(vm=where, object=name, format="file").to_body()}, (theirs.fileno(),))
+    whole = b""
+    with session.client() as client:
+        _, (pipe,) = client.ask_fds(Put(vm=where, object=name, format="file"))
+        with open(pipe, "wb") as stream:
 
-        def part(data: bytes) -> None:
-            for start in range(0, len(data), 1 << 16):
-                piece = data[start : start + (1 << 16)]
-                ours.sendall(len(piece).to_bytes(4, "big") + piece)
+            def part(data: bytes) -> None:
+                nonlocal whole
+                whole += data
+                stream.write(data)
+                stream.flush()
 
-        def finish() -> dict[str, object]:
-            ours.sendall(bytes(4))
-            ours.shutdown(socket.SHUT_WR)
-            return client.receive()[0]
+            def finish() -> dict[str, object]:
+                stream.close()
+                return client.ask(Done(put=1, bytes=len(whole), sha256=hashlib.sha256(whole).hexdigest()))
 
-        yield part, finish
+            yield part, finish
 
 
 def test_launcher_and_broker_in_turn_and_at_random_under_load(many: Session, guest: Guest) -> None:

@@ -46,14 +46,14 @@ def refused(session: Session, request: object) -> VmshellError:
 
 def boot_with_console(session: Session, name: str = "web1") -> Viewer:
     with session.client() as client:
-        _, fd = client.ask_fd(Boot(vm=name, console=True))
-    return Viewer(fd)
+        _, fds = client.ask_fds(Boot(vm=name, console=True))
+    return Viewer(fds)
 
 
 def attach(session: Session, name: str = "web1") -> Viewer:
     with session.client() as client:
-        _, fd = client.ask_fd(Console(vm=name))
-    return Viewer(fd)
+        _, fds = client.ask_fds(Console(vm=name))
+    return Viewer(fds)
 
 
 def test_a_life(echo: Session) -> None:

@@ -76,7 +76,7 @@ def test_twenty_guests_at_once(layout_with_demo: Layout) -> None:
         assert {vm["state"] for vm in session.ask(List())["vms"]} == {"running"}
         for name in names:
             with session.client() as client:
-                _, fd = client.ask_fd(Console(vm=name))
-            viewer = Viewer(fd)
+                _, fds = client.ask_fds(Console(vm=name))
+            viewer = Viewer(fds)
             viewer.wait_output("login:", 300)
             viewer.close()

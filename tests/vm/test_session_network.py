@@ -54,8 +54,8 @@ def test_out_by_passt_and_in_by_a_forward(session: Session) -> None:
     session.ask(messages.New(vm="web1", image="demo", memory=128))
     session.ask(messages.Change(vm="web1", set={"net0.forward": f"tcp:{port}:80"}))
     with session.client() as client:
-        _, fd = client.ask_fd(messages.Boot(vm="web1", console=True))
-    viewer = Viewer(fd)
+        _, fds = client.ask_fds(messages.Boot(vm="web1", console=True))
+    viewer = Viewer(fds)
     login(viewer)
     viewer.type("for i in $(seq 60); do ip addr show eth0 | grep -q 'inet ' && break; sleep 1; done; echo go''t-it\r")
     viewer.wait_output("got-it", 120)

@@ -30,7 +30,7 @@ from .verbs import Arguments, Context
 QEMU_OLDEST = (7, 2)
 PROBE_PATIENCE = 60.0  # seconds
 LISTS_OF_SHELLS = "/etc/shells"
-UNITS = tuple(f"vmshell-{name}.{kind}" for name in ("launcher", "broker", "relay", "tapnet") for kind in ("socket", "service"))
+UNITS = tuple(f"vmshell-{name}.{kind}" for name in ("launcher", "front", "broker", "relay", "tapnet") for kind in ("socket", "service"))
 # What sshd must answer for a member of the group, lower case as `sshd -T` prints it.
 SSHD_WANTED = {
     "forcecommand": users.SHELL,
@@ -156,7 +156,7 @@ def check_units(context: Context) -> Iterator[Finding]:
         words = ", ".join(f"{unit} is {found.get(unit, 'unknown')}" for unit in down)
         yield Finding(FAIL, words, f"systemctl start {' '.join(down)}; journalctl -u 'vmshell-*'")
     else:
-        yield Finding(OK, "launcher, broker, relay and tapnet are active")
+        yield Finding(OK, "launcher, front, broker, relay and tapnet are active")
 
 
 def check_sockets(context: Context) -> Iterator[Finding]:
@@ -166,9 +166,26 @@ def check_sockets(context: Context) -> Iterator[Finding]:
         ask(context.layout, Whoami(), ANSWER_PATIENCE).number("uid")
         yield Finding(OK, "the broker answers")
     except VmshellError as exc:
-        yield Finding(FAIL, exc.sentence(), "systemctl restart vmshell-broker.socket; journalctl -u vmshell-broker")
+        yield Finding(FAIL, exc.sentence(), "systemctl restart vmshell-front vmshell-broker; journalctl -u 'vmshell-*'")
     if os.path.exists(path) and os.stat(path).st_mode & stat.S_IWOTH:
         yield Finding(WARN, "accounts outside vmusers can reach the broker's socket", "systemctl restart vmshell-broker.socket")
+
+
+PIPE_PAGES, PIPE_PAGES_WANTED = "/proc/sys/fs/pipe-user-pages-soft", 65536
+
+
+def check_pipes(context: Context) -> Iterator[Finding]:
+    """Pipes that users hold may not make those of others small."""
+    try:
+        with open(PIPE_PAGES, encoding="ascii") as file:
+            pages = int(file.read())
+    except (OSError, ValueError):
+        return
+    if 0 < pages < PIPE_PAGES_WANTED:
+        words = f"fs.pipe-user-pages-soft is {pages}: a user who lets pipes grow makes others' consoles and uploads slow"
+        yield Finding(WARN, words, f"sysctl fs.pipe-user-pages-soft={PIPE_PAGES_WANTED}")
+    else:
+        yield Finding(OK, "there is room for the pipes of consoles and uploads")
 
 
 def check_images(context: Context) -> Iterator[Finding]:
@@ -338,6 +355,7 @@ CHECKS = (
     ("rights", check_rights),
     ("routing", check_routing),
     ("records", check_records),
+    ("pipes", check_pipes),
     ("images", check_images),
     ("sshd", check_sshd),
     ("shells", check_shells),

@@ -56,6 +56,7 @@ class Service:
 SERVICES = (
     # No filter: QEMU would inherit it, and has exactly two of its own.
     Service("launcher", "root", (SETUID, SETGID, SETPCAP), filtered=False),
+    Service("front", "vmshell-front"),
     Service("broker", brokeraccount.NAME),
     Service("relay", "vmshell-relay"),
     Service("tapnet", "vmshell-tapnet", (NET_ADMIN,)),

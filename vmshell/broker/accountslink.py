@@ -147,10 +147,10 @@ class AccountsLink(Link):
         uids = tuple(uid for part in self._parts for uid in part.uids)
         return Fact(found.exists, found.uid, found.user, groups, uids, found.whole)
 
-    def _heard(self, body: dict[str, object]) -> bool:
-        if body.get("verb") != Part.verb:
+    def _heard(self, packet: wire.Packet) -> bool:
+        if packet.body.get("verb") != Part.verb:
             return False
-        self._parts.append(Part.from_body(body))
+        self._parts.append(Part.from_body(packet.body))
         return True
 
     def _give_up(self) -> None:

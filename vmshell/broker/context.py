@@ -27,6 +27,7 @@ from .machine import Machines
 from .networks import Networks
 from .relaylink import RelayLink
 from .resolving import Resolving
+from .uploads import Uploads
 from .vms import Registry, Vm
 
 DELETE_AGAIN = 60.0  # seconds
@@ -50,7 +51,7 @@ class Context:
     networks: Networks = field(init=False)
     resolving: Resolving = field(init=False)
     accounts: Accounts = field(init=False)
-    uploads: set[int] = field(default_factory=set)  # who is bringing in a file
+    uploads: Uploads = field(init=False)
 
     def __post_init__(self) -> None:
         self.registry = Registry(self.layout)
@@ -58,6 +59,7 @@ class Context:
         self.jobs = Jobs(self.loop, self.host, self.launcher)
         self.facts = Facts(self.jobs, self.layout, self.policy.host)
         self.images = Images(self.jobs, self.layout)
+        self.uploads = Uploads(self)
         self.machines = Machines(self)
         places = self.policy.host.boots_at_once or os.cpu_count() or 1
         self.admission = Admission(self.loop, places, self.machines.qemu_pid)
@@ -104,6 +106,7 @@ class Context:
         """Delete a VM that is off. One rename makes it irrevocable; the files are deleted by a job."""
         aside = self.registry.set_aside(vm)
         self.registry.forget(vm)
+        self.uploads.removed(vm)
         self.delete_later(aside)
         self.relay.send(Forget(number=vm.number, purge=True), lambda error: None)
         self.resolving.forget(vm)

@@ -1,23 +1,18 @@
 """Objects as verbs: listing them, blank disks, bringing files in, deleting.
 
-Runs in: the broker. What a user sends is read by a job without rights; only sizes come back.
+Runs in: the broker.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from .. import wire
-from ..descriptors import check_stream
 from ..errors import VmshellError
-from ..launcher_messages import STORAGE
-from ..messages import ALIVE, SHELF, DiskAdd, Drop, Objects, Put
+from ..messages import ALIVE, SHELF, DiskAdd, Done, Drop, Objects, Put
 from ..model.decide import Usage, fits
 from ..names import MIB
-from ..refusals import ObjectInUse, StorageFailed, TooManyRequests, UploadRefused, VmBusy, WrongState
-from ..spawn import FIRST_FD
+from ..refusals import ObjectInUse, VmBusy, WrongState
 from . import defining, opening
 from .journal import by_user
 from .objects import Object, Store, mebibytes
@@ -25,7 +20,6 @@ from .opening import users_of
 
 if TYPE_CHECKING:
     from .context import Context
-    from .jobs import Done
     from .server import Call
     from .vms import Vm
 
@@ -33,8 +27,6 @@ T = TypeVar("T")
 ROWS_MAX = 200  # of a reply
 USERS_SHOWN = 10  # VMs that use an object
 OBJECTS_SHARE, LIBRARY_SHARE = 44 << 10, 16 << 10  # bytes of a reply, which has 64 KiB
-UPLOADS_MAX = 1  # of one user: an upload may take all the room that is left, so two would take it twice
-READ_ONLY = ("file", "rom")
 
 
 def store_for(context: Context, call: Call, vm: Vm | None) -> Store:
@@ -94,84 +86,16 @@ def handle_disk_add(context: Context, call: Call, request: DiskAdd, vm: Vm | Non
 
 
 def handle_put(context: Context, call: Call, request: Put, vm: Vm | None = None) -> None:
-    """Start the job that reads the upload; it becomes an object once the job says that it is whole and it fits the limits."""
-    fd = call.take_fd()
-    try:
-        _put(context, call, request, vm, fd)
-    finally:
-        wire.close_fd(fd)
-
-
-def _put(context: Context, call: Call, request: Put, vm: Vm | None, fd: int) -> None:
-    uid = call.peer.uid if vm is None else vm.uid
-    owner = call.peer.user if vm is None else vm.owner
-    ref = f"{request.vm}.{request.object}"
-    try:
-        check_stream(fd)
-    except ValueError as exc:
-        raise UploadRefused(object=ref, problem="an upload comes on a stream socket") from exc
-    store = store_for(context, call, vm)
-    effective = context.effective(owner)
+    """Begin an upload; see `uploads.py`."""
     if vm is not None:
         defining.must_be_known(vm, "put")
         if vm.store.folder != f"{context.layout.vm_state(vm.uid, vm.name)}/disks":
             raise VmBusy(vm=vm.ref, state=vm.state)
-    if uid in context.uploads:
-        raise TooManyRequests(count=UPLOADS_MAX + 1, what="uploads", limit=UPLOADS_MAX)
-    free = effective.limits.user_disk - context.registry.used(uid).disk
-    room = min(free, effective.limits.disk_size_max)
-    if room <= 0:
-        fits(ref, effective, Usage(disk=1), context.registry.used(uid))
-    path = store.begin(request.object, Object(request.format, 0))
-
-    def ended(status: int, answer: dict[str, Any]) -> None:
-        context.uploads.discard(uid)
-        try:
-            made = _made(request, ref, status, answer)
-            gone = vm is not None and context.registry.get(vm.uid, vm.name) is not vm
-            if gone:
-                raise UploadRefused(object=ref, problem="its VM was deleted meanwhile")
-            fits(ref, effective, Usage(disk=mebibytes(made.size)), context.registry.used(uid))
-            store.finish(request.object, made)
-        except VmshellError as exc:
-            store.give_up(request.object)
-            call.fail(exc)
-        else:
-            by_user(uid, "put", object=ref, size=made.size, format=made.format)
-            call.reply({"name": request.vm, "object": request.object, "size": made.size, "format": made.format})
-
-    context.uploads.add(uid)
-    try:
-        _start(context, path, request, room, fd, ended)
-    except BaseException as exc:
-        context.uploads.discard(uid)
-        store.give_up(request.object)
-        if isinstance(exc, OSError):
-            raise StorageFailed(problem=exc.strerror or "the disk refused") from exc
-        raise
+    context.uploads.begin(call, request, vm, store_for(context, call, vm))
 
 
-def _start(context: Context, path: str, request: Put, room: int, fd: int, ended: Done) -> None:
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    file = context.host.create_file(path)
-    try:
-        if request.format in READ_ONLY:
-            # QEMU opens these anew under its own uid; the folder above lets nobody else come near.
-            os.fchmod(file, 0o444)
-        words = ["put", request.format, str(room * MIB)]
-        context.jobs.start(STORAGE, words, {FIRST_FD: file, FIRST_FD + 1: fd}, ended)
-    finally:
-        os.close(file)
-
-
-def _made(request: Put, ref: str, status: int, answer: dict[str, Any]) -> Object:
-    """What the job says it has made; raises what it refused for."""
-    if status == 2:
-        raise StorageFailed(problem="the disk is full")
-    size, problem = answer.get("size"), answer.get("problem")
-    if status or type(size) is not int or size <= 0:
-        raise UploadRefused(object=ref, problem=problem if isinstance(problem, str) else f"the upload failed (status {status})")
-    return Object(request.format, size)
+def handle_done(context: Context, call: Call, request: Done) -> None:
+    context.uploads.done(call, request)
 
 
 def handle_drop(context: Context, call: Call, request: Drop, vm: Vm | None = None) -> None:

@@ -94,10 +94,10 @@ class LauncherLink(Link):
         if error:
             note("launcher-refused", problem=error)
 
-    def _heard(self, body: dict[str, object]) -> bool:
-        if body.get("verb") != Ended.verb:
+    def _heard(self, packet: wire.Packet) -> bool:
+        if packet.body.get("verb") != Ended.verb:
             return False
-        message = Ended.from_body(body)
+        message = Ended.from_body(packet.body)
         ended = self._statuses.pop(message.run, None)
         if ended is not None:
             ended(message.status)

@@ -83,7 +83,7 @@ class Link:
         """A new connection; raises OSError."""
         return wire.connect(self._path)
 
-    def _heard(self, body: dict[str, object]) -> bool:
+    def _heard(self, packet: wire.Packet) -> bool:
         """Act on a packet that answers nothing; False if it is none of that kind."""
         return False
 
@@ -148,7 +148,7 @@ class Link:
             return
         self._again_after = _AGAIN_FIRST
         try:
-            if not self._heard(packet.body):
+            if not self._heard(packet):
                 self._answer(packet)
         finally:
             packet.close()

@@ -14,11 +14,12 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from ..errors import VmshellError
 from ..messages import ALIVE, FAILED, OFF, PAUSED, QUEUED, RUNNING, STARTING, STOPPING, Attach, Event, Forget
-from ..refusals import VmBusy, VmStopped, WrongState
+from ..refusals import RelayDown, VmBusy, VmStopped, WrongState
 from . import leftjails
 from . import start as starter
 from .boots import Boots
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from .server import Call
     from .vms import Vm
 
-Attached = Callable[[VmshellError | None, int], None]
+Attached = Callable[[VmshellError | None], None]
 
 PAUSES = {
     "internal-error": "internal-error: this host cannot run the guest",
@@ -113,17 +114,17 @@ class Machines:
     # --- consoles -----------------------------------------------------------------------------------------------------
 
     def console(self, call: Call, vm: Vm, *, readonly: bool, replay: bool) -> None:
-        """Reply with one end of a console; the relay holds the other."""
+        """Reply with a viewer's ends of a console's two pipes; the relay holds the others."""
         if vm.state in (QUEUED, STARTING):
             raise VmBusy(vm=vm.ref, state=vm.state)
         if vm.state not in (RUNNING, PAUSED):
             raise WrongState(vm=vm.ref, state=vm.state, verb="console", needed="running")
 
-        def done(error: VmshellError | None, fd: int) -> None:
+        def done(error: VmshellError | None) -> None:
             if error:
                 call.fail(error)
             else:
-                call.reply({"name": vm.ref, "state": vm.state}, fd)
+                call.reply({"name": vm.ref, "state": vm.state})
 
         self._attach(call, vm, done, readonly=readonly, replay=replay)
 
@@ -141,29 +142,40 @@ class Machines:
                 if error:
                     call.fail(error)
                 else:
-                    call.reply({"name": vm.ref, "state": vm.state}, viewer.fileno())
+                    call.reply({"name": vm.ref, "state": vm.state}, (viewer.fileno(),))
 
         with qemu:
             self._fleet.order(live, "display", answered, fd=qemu.fileno())
 
     def _attach_at_boot(self, call: Call, vm: Vm) -> None:
-        """Keep a console for the reply of *call*'s boot."""
-        self._attach(call, vm, lambda error, fd: call.keep_fd(-1 if error else os.dup(fd)), readonly=False, replay=True)
+        """Keep a console for the reply of *call*'s boot; without one it is a boot all the same."""
+        self._attach(call, vm, lambda error: None, readonly=False, replay=True)
 
     def _attach(self, call: Call, vm: Vm, done: Attached, *, readonly: bool, replay: bool) -> None:
-        """Make a socket pair; the relay gets one end, `done(error, fd)` the other (valid during the call).
+        """Make two pipes; the relay gets an end of each, *call* keeps the others for its reply, and `done(error)` is called.
 
-        From here on the broker is out of the path: no guest byte ever enters a root process.
+        From here on the broker is out of the path: no guest byte ever enters it.
         """
-        viewer, relay = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        with ExitStack() as relays, ExitStack() as viewers:
+            try:
+                keys, typed = _pipe(relays, viewers)
+                shown, output = _pipe(viewers, relays)
+            except OSError as exc:
+                note("no-console", number=vm.number, problem=exc)
+                done(RelayDown())
+                return
+            theirs = viewers.pop_all()
 
-        def answered(error: VmshellError | None) -> None:
-            with viewer:
-                done(error, viewer.fileno())
+            def answered(error: VmshellError | None) -> None:
+                if error:
+                    theirs.close()
+                else:
+                    theirs.pop_all()
+                    call.keep_fds((shown, typed))
+                done(error)
 
-        with relay:
             message = Attach(number=vm.number, label=call.peer.label, readonly=readonly, replay=replay)
-            self._context.relay.send(message, answered, (relay.fileno(),))
+            self._context.relay.send(message, answered, (keys, output))
 
     # --- after our own restart ----------------------------------------------------------------------------------------
 
@@ -240,3 +252,11 @@ class Machines:
         elif vm.state == STOPPING:
             self._endings.resume(live)
         return True
+
+
+def _pipe(reads: ExitStack, writes: ExitStack) -> tuple[int, int]:
+    """Return the two ends of a new pipe, which these stacks close."""
+    out, into = os.pipe2(os.O_CLOEXEC)
+    reads.callback(os.close, out)
+    writes.callback(os.close, into)
+    return out, into

@@ -12,16 +12,16 @@ import contextlib
 import fcntl
 import os
 import signal
-import socket
 import sys
 
 from .. import wire
 from ..errors import VmshellError
 from ..layout import STATE_VERSION, Layout, read_state_version
 from ..model.policy import Policy
-from ..servicemanager import notify, passed_socket
+from ..servicemanager import notify
 from . import journal
 from .context import Context, read_policy
+from .frontlink import FrontLink
 from .host import Host
 from .loop import Loop
 from .server import Server
@@ -77,13 +77,17 @@ def _serve(layout: Layout, rules: Policy) -> int:
     context.relay.connect()
     context.facts.find_out()
     context.machines.autostart()
-    server = Server(context, _listener(layout))
+    server = Server(context, wire.listen(layout.broker_socket, 0o600) if layout.embedded else None)
+    front = FrontLink(loop, layout, server.admit)
+    if not layout.embedded:
+        front.connect()
     _act_on_signals(context)
     if layout.embedded:
         loop.after(LINGER, lambda: _linger(context, server, 0))
     notify("READY=1")
     journal.note("started", mode="session" if layout.embedded else "system", pid=os.getpid())
     loop.run()
+    front.close()
     context.accounts.close()
     context.networks.close()
     context.relay.close()
@@ -102,12 +106,6 @@ def _linger(context: Context, server: Server, accepted: int) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(context.layout.broker_socket)
     context.loop.stop()
-
-
-def _listener(layout: Layout) -> socket.socket:
-    """The listening socket: from the service manager if it gave us one, else our own, for ourselves alone."""
-    # Without a service manager in system mode, members of the group are told apart at accept.
-    return passed_socket("broker") or wire.listen(layout.broker_socket, 0o600 if layout.embedded else 0o666)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..names import MIB, is_object_name
 from ..refusals import NoSuchObject, ObjectExists, StorageFailed, TooMany
@@ -103,6 +103,17 @@ class Store:
             raise ObjectExists(where=self.where, object=name, ref=f"{self.where}.{name}")
         self._making[name] = made
         return self._half_made(name)
+
+    def grown(self, name: str) -> int:
+        """How many bytes the half-made file *name* has by now."""
+        try:
+            return os.stat(self._half_made(name), follow_symlinks=False).st_size
+        except OSError:
+            return 0
+
+    def count(self, name: str, size: int) -> None:
+        """Count *size* bytes for the object *name* that is being made."""
+        self._making[name] = replace(self._making[name], size=size)
 
     def give_up(self, name: str) -> None:
         self._making.pop(name, None)

@@ -42,10 +42,10 @@ class RelayLink(Link):
         """Send *message* with *fds* beside it, which stay open here. `done` is called with None or the error, perhaps at once."""
         self.request(message, lambda error, packet: done(error), fds)
 
-    def _heard(self, body: dict[str, object]) -> bool:
-        if body.get("verb") != "event":
+    def _heard(self, packet: wire.Packet) -> bool:
+        if packet.body.get("verb") != "event":
             return False
-        self._on_event(Event.from_body(body))
+        self._on_event(Event.from_body(packet.body))
         return True
 
     def _open(self) -> wire.Socket:

@@ -1,7 +1,9 @@
-"""The broker's front: connections, who they are, one packet in, one authorised call, one packet back.
+"""Connections, who they are, one packet in, one authorised call, one packet back.
 
-A peer's bytes are hostile whatever program sent them (R12). A packet that is not understood is answered with an error and the
-connection stays; one that breaks the framing closes it. A peer that does not read its answers is closed, never waited for.
+On an installed host a child of the front is at the other end of each, and has checked what it hands on; in a session it is the
+person's own shell. Either way a peer's bytes are hostile whatever program sent them (R12). A packet that is not understood is
+answered with an error and the connection stays; one that breaks the framing closes it. A peer that does not read its answers is
+closed, never waited for.
 Runs in: the broker.
 """
 
@@ -12,10 +14,10 @@ import socket
 from collections.abc import Callable
 
 from .. import wire
-from ..errors import Internal, ProtocolError, VmshellError
+from ..errors import Internal, ProtocolError, StrayDescriptors, VmshellError
 from ..fields import request_id
 from ..messages import Request, parse_request
-from ..refusals import AnswerTooLarge, NotAllowed, TooManyRequests
+from ..refusals import AnswerTooLarge, NotAllowed, TooManyRequests, Upgraded
 from . import journal
 from .access import Peer, authorise
 from .accountslink import Question
@@ -30,37 +32,28 @@ ACCEPT_AGAIN = 1.0  # seconds
 class Call:
     """One request that is being answered. Exactly one of reply/fail gets through; what comes later is ignored."""
 
-    __slots__ = ("_came", "_client", "_fd", "_id", "peer")
+    __slots__ = ("_client", "_fds", "connection", "ident", "peer")
 
     def __init__(self, client: Client, ident: int) -> None:
         self._client: Client | None = client
-        self._id = ident
-        self._fd = -1
-        self._came = -1
+        self._fds: tuple[int, ...] = ()
+        self.connection = client
+        self.ident = ident
         self.peer = client.peer
 
-    def keep_fd(self, fd: int) -> None:
-        """Keep a descriptor that the reply will bring (ours to close from now on: at once, if it comes after the reply)."""
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = fd
+    def keep_fds(self, fds: tuple[int, ...]) -> None:
+        """Keep descriptors that the reply will bring (ours to close from now on: at once, if they come after the reply)."""
+        self._close_fds()
+        self._fds = fds
         if self._client is None:
-            self._close_fd()
+            self._close_fds()
 
-    def reply(self, ok: dict[str, object], fd: int = -1) -> None:
-        send_fd = fd if fd >= 0 else self._fd
-        self._finish({"id": self._id, "ok": ok}, send_fd)
+    def reply(self, ok: dict[str, object], fds: tuple[int, ...] = ()) -> None:
+        """Answer, with *fds* beside it, which stay open here, or with those that were kept."""
+        self._finish({"id": self.ident, "ok": ok}, fds or self._fds)
 
     def fail(self, error: VmshellError) -> None:
-        self._finish({"id": self._id, "error": error.to_wire()}, -1)
-
-    def bring(self, fd: int) -> None:
-        self._came = fd
-
-    def take_fd(self) -> int:
-        """The descriptor that came beside the request; ours to close from now on."""
-        fd, self._came = self._came, -1
-        return fd
+        self._finish({"id": self.ident, "error": error.to_wire()})
 
     def guard(self, action: Callable[[], None]) -> None:
         """Do what had to wait; whatever it raises is the answer."""
@@ -73,21 +66,19 @@ class Call:
 
     def progress(self, sentence: str) -> None:
         if self._client is not None:
-            self._client.send({"id": self._id, "progress": sentence})
+            self._client.send({"id": self.ident, "progress": sentence})
 
-    def _finish(self, body: dict[str, object], fd: int) -> None:
+    def _finish(self, body: dict[str, object], fds: tuple[int, ...] = ()) -> None:
         client, self._client = self._client, None
         if client is not None:
             client.pending -= 1
-            client.send(body, fd)
-        self._close_fd()
+            client.send(body, fds)
+        self._close_fds()
 
-    def _close_fd(self) -> None:
-        kept, came = self._fd, self._came
-        self._fd = self._came = -1
-        for fd in (kept, came):
-            if fd >= 0:
-                wire.close_fd(fd)
+    def _close_fds(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = ()
 
 
 class Client:
@@ -102,12 +93,15 @@ class Client:
 
     def readable(self) -> None:
         try:
-            packet = wire.recv(self._sock, fds_allowed=1)
+            packet = wire.recv(self._sock)
         except BlockingIOError:
             return
+        except StrayDescriptors:
+            # No request brings one (N2); those of the shells before the pipes did.
+            self._refuse_packet(Upgraded())
+            return
         except ProtocolError as exc:
-            journal.by_user(self.peer.uid, "bad-packet", problem=exc)
-            self.refuse(exc)
+            self._refuse_packet(exc)
             return
         except OSError:
             self.close()
@@ -115,13 +109,13 @@ class Client:
         if packet is None:
             self.close()
             return
-        try:
-            self._take(packet)
-        finally:
-            packet.close()
+        self._take(packet.body)
 
-    def _take(self, packet: wire.Packet) -> None:
-        body = packet.body
+    def _refuse_packet(self, error: VmshellError) -> None:
+        journal.by_user(self.peer.uid, "bad-packet", problem=error)
+        self.refuse(error)
+
+    def _take(self, body: dict[str, object]) -> None:
         try:
             ident = request_id(body)
         except VmshellError as exc:
@@ -133,16 +127,16 @@ class Client:
         def answer() -> None:
             if self.pending > PENDING_MAX:
                 raise TooManyRequests(count=self.pending, what="requests", limit=PENDING_MAX)
-            self._server.answer(call, packet)
+            self._server.answer(call, body)
 
         call.guard(answer)
 
-    def send(self, body: dict[str, object], fd: int = -1) -> None:
+    def send(self, body: dict[str, object], fds: tuple[int, ...] = ()) -> None:
         if not self.open:
             return
         try:
             try:
-                wire.send(self._sock, body, (fd,) if fd >= 0 else ())
+                wire.send(self._sock, body, fds)
             except ProtocolError as exc:
                 journal.by_user(self.peer.uid, "answer-too-large", problem=exc)
                 wire.send(self._sock, {"id": body.get("id", 0), "error": AnswerTooLarge().to_wire()})
@@ -165,29 +159,29 @@ class Client:
 
 
 class Server:
-    def __init__(self, context: Context, listener: socket.socket) -> None:
+    """*listener* is a session's own socket; on an installed host the front accepts, and says who has come (`admit`)."""
+
+    def __init__(self, context: Context, listener: socket.socket | None) -> None:
         self._context = context
         self._listener = listener
         self._clients: dict[int, set[Client]] = {}
         self.accepted = 0  # connections so far
         self._group = None if context.layout.embedded else context.policy.host.group
-        listener.setblocking(False)
-        self._listen()
+        if listener is not None:
+            listener.setblocking(False)
+            self._listen()
 
     def _listen(self) -> None:
+        assert self._listener is not None
         self._context.loop.watch(self._listener.fileno(), self._accept)
 
     def connected(self) -> int:
         return sum(len(clients) for clients in self._clients.values())
 
-    def answer(self, call: Call, packet: wire.Packet) -> None:
+    def answer(self, call: Call, body: dict[str, object]) -> None:
         """Check, authorise, act; raises what the peer is to be told."""
-        request = parse_request(packet.body)
-        if len(packet.fds) != request.fds:
-            raise ProtocolError(problem=f"{request.verb} comes with {request.fds} descriptors, not {len(packet.fds)}")
+        request = parse_request(body)
         vm = authorise(call.peer, request, self._context.registry)
-        if request.fds:
-            call.bring(packet.take_fd())
         peer = call.peer
         wanted = [Question("uid", peer.uid), Question("user", peer.user)]
         if vm is not None and vm.owner != peer.user:
@@ -208,12 +202,14 @@ class Server:
 
     def dropped(self, client: Client, fd: int) -> None:
         self._context.loop.unwatch(fd)
+        self._context.uploads.left(client)
         clients = self._clients.get(client.peer.uid, set())
         clients.discard(client)
         if not clients:
             self._clients.pop(client.peer.uid, None)
 
     def _accept(self) -> None:
+        assert self._listener is not None
         try:
             sock, _ = self._listener.accept()
         except OSError as exc:
@@ -222,10 +218,13 @@ class Server:
             self._context.loop.unwatch(self._listener.fileno())
             self._context.loop.after(ACCEPT_AGAIN, self._listen)
             return
+        self.admit(wire.peer_uid(sock), sock)
+
+    def admit(self, uid: int, sock: socket.socket) -> None:
+        """Take over a connection of user *uid*."""
         self.accepted += 1
         sock.setblocking(False)
-        client = Client(self, sock, Peer(wire.peer_uid(sock), "", admin=False))
-        uid = client.peer.uid
+        client = Client(self, sock, Peer(uid, "", admin=False))
         count, limit = len(self._clients.get(uid, ())), self._context.policy.host.connections_max
         full = count >= limit or (self.connected() >= CONNECTIONS_IN_ALL and uid != 0)
         # It counts from now on, and is listened to when it is known who it is.

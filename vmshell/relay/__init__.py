@@ -9,6 +9,7 @@ words of `messages.WORDS`. It can be killed and started again at any moment; no 
     port       the descriptors of its serial port: FIFOs, or a socket of an earlier version's
     console    the guest's bytes: reading, back-pressure, keys
     viewers    who is attached, who may type, how long the VM waits for them; `viewer` is one of them
+    old_viewers  sockets of viewers that a relay from before the pipes left behind
     ring       the last 64 KiB, which are the replay and every viewer's queue in one
     logfile    the same bytes on disk, bounded
     stderr     QEMU's own words into a bounded log

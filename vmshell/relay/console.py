@@ -147,7 +147,7 @@ class Console:
             self._machine.console_lost()
             return False
         parts = self.ring.advance(size)
-        self.audience.deliver(parts, size)
+        self.audience.deliver()
         self._heard_at = self._loop.now
         self.log.write(parts, size, self._heard_at)
         if not self.seen:

@@ -16,8 +16,8 @@ from collections import deque
 from .. import brokeraccount, messages, wire
 from ..errors import Internal, ProtocolError, VmshellError
 from ..fields import request_id
-from ..refusals import NotWatched, QemuSilent
-from .checks import BadDescriptor, check_fifo, check_order, check_stderr, check_viewer
+from ..refusals import NotWatched, QemuSilent, TooManyRequests
+from .checks import BadDescriptor, check_fifo, check_order, check_stderr
 from .loop import GONE, IN, OUT
 from .orders import brings_fd
 from .port import Port
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .service import Service
 
 QUEUE_MAX = 4096  # packets a broker may leave unread; then it is cut off and learns everything anew when it returns
+CONSOLES_MAX = 64  # of one person: two pipes each, whose memory the kernel counts as the broker's
 EMBEDDED_WAIT = 5.0
 COLLECT_AFTER = 6.0  # by then the slowest viewer of a VM that ended is gone
 # After a restart, until the broker says how large logs may be: turning a larger log over too early would throw it away.
@@ -89,7 +90,7 @@ class Link:
             self._flush()
         if self.open and events & (IN | GONE):
             try:
-                packet = wire.recv(self.sock, fds_allowed=messages.Watch.fds)
+                packet = wire.recv(self.sock, fds_allowed=max(messages.Watch.fds, messages.Attach.fds))
             except BlockingIOError:
                 return
             except (OSError, ProtocolError):
@@ -224,11 +225,11 @@ class Control:
 
     def _on_attach(self, attach: messages.Attach, packet: wire.Packet, reply: _Reply) -> None:
         vm = self._vm(attach.number)
-        fd = _taken(packet, check_viewer)
-        try:
-            vm.console.audience.attach(fd, attach.label, attach.readonly, attach.replay)
-        except OSError as exc:
-            raise ProtocolError(problem=f"the console socket does not work: {exc.strerror}") from exc
+        if len(packet.fds) != attach.fds:
+            raise ProtocolError(problem=f"a console is two pipes, and {len(packet.fds)} descriptors came")
+        if self._attached(attach.label) >= CONSOLES_MAX:
+            raise TooManyRequests(count=CONSOLES_MAX, what="consoles", limit=CONSOLES_MAX)
+        vm.console.audience.attach(packet.take_fd(), packet.take_fd(), attach.label, attach.readonly, attach.replay)
         reply.ok()
 
     def _on_order(self, order: messages.Order, packet: wire.Packet, reply: _Reply) -> None:
@@ -258,6 +259,10 @@ class Control:
         reply.ok()
 
     # --- the table ---
+
+    def _attached(self, label: str) -> int:
+        """How many consoles *label* has, of whichever VMs."""
+        return sum(viewer.label == label for vm in self.vms.values() for viewer in vm.console.audience.viewers)
 
     def _vm(self, number: int) -> Vm:
         vm = self.vms.get(number)

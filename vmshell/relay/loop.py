@@ -1,7 +1,7 @@
 """The relay's event loop: epoll, timers, and one barrier around everything that is done for a peer.
 
-A handler that raises ends its owner (one viewer, one VM, one connection) and nothing else. Handlers must tolerate being
-called for nothing: a descriptor closed and reused within one batch gets its predecessor's event.
+A handler that raises ends its owner (one viewer, one VM, one connection) and nothing else. A descriptor that is closed and whose
+number is given anew within one batch does not get its predecessor's event.
 Runs in: the relay. Touches nothing but the epoll descriptor.
 """
 
@@ -52,11 +52,12 @@ class Timer:
 class Entry:
     """What the loop knows about one descriptor."""
 
-    __slots__ = ("handler", "mask", "owner")
+    __slots__ = ("handler", "mask", "owner", "since")
 
-    def __init__(self, handler: Callable[[int], None], owner: Owner) -> None:
+    def __init__(self, handler: Callable[[int], None], owner: Owner, since: int) -> None:
         self.handler = handler
         self.owner = owner
+        self.since = since  # the round in which it was added
         self.mask = 0
 
 
@@ -71,6 +72,7 @@ class Loop:
         self._table: dict[int, Entry] = {}
         self._timers: list[tuple[float, int, Timer]] = []
         self._count = 0
+        self._round = 0
         self._reports = 0
         self._reports_since = self.now
 
@@ -78,7 +80,7 @@ class Loop:
 
     def add(self, fd: int, mask: int, handler: Callable[[int], None], owner: Owner) -> None:
         """Call *handler(events)* whenever *fd* has one of the events in *mask*; level-triggered."""
-        self._table[fd] = Entry(handler, owner)
+        self._table[fd] = Entry(handler, owner, self._round)
         self.want(fd, mask)
 
     def want(self, fd: int, mask: int) -> None:
@@ -119,9 +121,10 @@ class Loop:
             timeout = max(0.0, self._timers[0][0] - monotonic()) if self._timers else None
             batch = poll(timeout, BATCH)
             self.now = monotonic()
+            self._round += 1
             for fd, events in batch:
                 entry = table.get(fd)
-                if entry is None:
+                if entry is None or entry.since == self._round:
                     continue
                 try:
                     entry.handler(events)

@@ -18,6 +18,7 @@ from ..layout import Layout
 from ..numbering import NUMBER_MAX
 from .control import Control
 from .loop import IN, Loop
+from .old_viewers import let_go
 from .port import KINDS, UNLOGGED
 from .service import Service
 from .vm import Kept
@@ -52,6 +53,7 @@ def main(argv: list[str]) -> int:
     layout = Layout.from_args(argv[0])
     passed = servicemanager.passed()
     service = Service(os.environ.pop("NOTIFY_SOCKET", ""), [name for name, _ in passed])
+    passed = let_go(service, passed)
     os.umask(0o027)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -97,7 +99,7 @@ def _restore(control: Control, passed: list[tuple[str, int]]) -> None:
             continue
         kept = table.setdefault(number, Kept())
         if kind == "viewer":
-            kept.viewers.append((name, socket.socket(fileno=fd)))
+            kept.viewers.append((name, fd))
         elif kind in KINDS and kind not in kept.port:
             kept.port[kind] = fd
             kept.logged = kept.logged and not rest.endswith(UNLOGGED)

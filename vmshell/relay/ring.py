@@ -1,4 +1,4 @@
-"""The last 64 KiB of a console, read straight from the socket into place.
+"""The last 64 KiB of a console, read straight from QEMU into place.
 
 Positions are counts of bytes since the ring began: `head` is where the next byte goes, `start` the oldest byte still here.
 A viewer's queue is a position in here and nothing more; one that has fallen behind `start` has lost what lies between.
@@ -40,9 +40,9 @@ class Ring:
             self.start = self.head - self.size
         return parts
 
-    def since(self, position: int) -> list[memoryview]:
-        """The bytes from *position*, which must not lie before `start`, to `head`."""
-        return self._cut(position % self.size, self.head - position)
+    def piece(self, position: int, count: int) -> list[memoryview]:
+        """*count* bytes from *position* on, which must lie between `start` and `head`."""
+        return self._cut(position % self.size, count)
 
     def fill(self, data: bytes) -> None:
         """Append *data* (its last `size` bytes), as after a restart."""

@@ -1,7 +1,7 @@
 """The service manager's side: readiness, sockets it listens on for us, and descriptors it keeps while we restart.
 
 Without a service manager everything here does nothing. Under systemd the unit needs `NotifyAccess=main` and a
-`FileDescriptorStoreMax=` of three per VM and one per attached console.
+`FileDescriptorStoreMax=` of three per VM and two per attached console.
 Runs in: the relay. `servicemanager.py` says what is passed at the start.
 """
 
@@ -50,3 +50,7 @@ class Service:
         if name in self._kept:
             self._kept.remove(name)
             self.notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+    def barrier(self, fd: int) -> None:
+        """Have *fd* closed once all that was said before has been done."""
+        self.notify("BARRIER=1", fd)

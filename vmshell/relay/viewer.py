@@ -1,54 +1,51 @@
-"""One attached shell: what it still has to get, and what it says. The protocol is described in `viewers.py`.
+"""One attached shell: what it still has to get, and what it says. What travels on its two pipes is described in `consoles.py`.
 
-Runs in: the relay. Touches one viewer's socket; viewers are hostile (any program of the user's may hold that end).
+Viewers are hostile: any program of the user's may hold the other ends, change the pipes' sizes, write anything, read nothing, or
+read a byte at a time. What they cannot reach is our ends' own flags, so that no call here ever waits.
+Runs in: the relay. Touches one viewer's pipes.
 """
 
 from __future__ import annotations
 
 import json
-import socket
+import os
 
 from .. import encoding
+from ..consoles import CELL, CONTROL, DATA, DATA_MAX, FRAME, NOTICE, frame, header, open_cells
 from ..errors import ProtocolError
-from .loop import GONE, IN, OUT, PEER_CLOSED
+from .loop import GONE, IN, OUT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .viewers import Audience
 
-PAYLOAD_MAX = 64 * 1024
-CONTROL_MAX = 1024
 PATIENCE = 0.2  # seconds
 FLOOR = 1_000_000  # bytes a second; twice what a serial port under emulation can say
-IDLE_PACKETS_PER_SECOND = 1000  # controls, and keys without the pen: more than a person or a paste makes
+IDLE_CELLS_PER_SECOND = 1000  # controls, and keys without the pen: more than a person or a paste makes
 LINGER = 5.0  # seconds a slow viewer has left to read the end
 
-DATA = b"d"
-NOTICE = b"n"
-KEYS_TAG = ord("d")
-CONTROL_TAG = ord("c")
-
-# Packets are read into one place: each is dealt with before the next is read. One byte more than allowed, to see excess.
-_packet = memoryview(bytearray(1 + PAYLOAD_MAX + 1))
+READ = 16 * CELL  # at once
+_FULL = header(DATA, DATA_MAX)
 
 
 class Viewer:
-    """One attached shell."""
+    """One attached shell: its keys come from the pipe *keys*, what the guest says goes into the pipe *output*."""
 
     __slots__ = (
-        "audience", "blocked", "closed", "ending", "fd", "forfeit", "kept", "label", "notices", "noise", "noise_since",
-        "patience", "paused", "position", "readonly", "refused_at", "since", "sock",
+        "audience", "blocked", "closed", "ending", "forfeit", "kept", "keys", "label", "noise", "noise_since", "notices",
+        "output", "patience", "paused", "position", "readonly", "refused_at", "rest", "since",
     )  # fmt: skip
 
-    def __init__(self, audience: Audience, sock: socket.socket, label: str, readonly: bool, position: int) -> None:
+    def __init__(self, audience: Audience, keys: int, output: int, label: str, readonly: bool, position: int) -> None:
         self.audience = audience
-        self.sock = sock
-        self.fd = sock.fileno()
+        self.keys = keys
+        self.output = output
+        self.rest = b""  # of a cell that came in pieces
         self.label = label
-        self.kept = ""  # its name in the service manager's descriptor store
+        self.kept: tuple[str, str] = ("", "")  # the pipes' names in the service manager's descriptor store
         self.readonly = readonly
         self.position = position
-        self.blocked = False  # its socket is full; EPOLLOUT is awaited
+        self.blocked = False  # its pipe is full; EPOLLOUT is awaited
         self.forfeit = False  # its patience is used up: nothing waits for it until it has caught up
         self.patience = PATIENCE
         self.since = 0.0  # since when reading from the VM waits for it, 0.0 when it does not
@@ -65,34 +62,31 @@ class Viewer:
     def tell(self, kind: str, **fields: object) -> None:
         """Send a notice as soon as the viewer takes it."""
         self.notices.pop(kind, None)
-        self.notices[kind] = NOTICE + json.dumps({"notice": kind, **fields}, separators=(",", ":")).encode("ascii")
+        self.notices[kind] = frame(NOTICE, json.dumps({"notice": kind, **fields}, separators=(",", ":")).encode("ascii"))
         if not self.blocked:
             self.pump()
 
     def pump(self) -> None:
-        """Send what there is until the socket is full."""
+        """Send what there is until the pipe is full."""
         ring = self.audience.ring
         try:
             while self.notices:
-                kind, packet = next(iter(self.notices.items()))
+                kind, notice = next(iter(self.notices.items()))
                 if kind == "end" and self.position < ring.head:
                     break
-                self.sock.send(packet)
+                os.write(self.output, notice)
                 del self.notices[kind]
-            while self.position < ring.head:
-                lost = ring.start - self.position
-                if lost > 0:
-                    self.position = ring.start
-                    self.notices["gap"] = NOTICE + b'{"notice":"gap","bytes":%d}' % lost
-                    self.sock.send(self.notices["gap"])
-                    del self.notices["gap"]
-                parts = ring.since(self.position)
-                size = ring.head - self.position
-                self.sock.sendmsg([DATA, *parts])
-                self.took(size)
+            lost = ring.start - self.position
+            if lost > 0:
+                self.position = ring.start
+                self.notices["gap"] = frame(NOTICE, b'{"notice":"gap","bytes":%d}' % lost)
+                os.write(self.output, self.notices["gap"])
+                del self.notices["gap"]
+            if self.position < ring.head:
+                self._flow()
             if self.ending:
                 if "end" in self.notices:
-                    self.sock.send(self.notices.pop("end"))
+                    os.write(self.output, self.notices.pop("end"))
                 self.close()
                 return
         except BlockingIOError:
@@ -107,7 +101,27 @@ class Viewer:
             self.audience.unblocked()
             self.listen()
 
-    def took(self, size: int) -> None:
+    def _flow(self) -> None:
+        """Send the guest's bytes; raises BlockingIOError when the pipe is full.
+
+        A frame that is a page, or ends within one, a pipe takes whole or not at all; so it does with each of several pages.
+        """
+        left = self.audience.ring.head - self.position
+        full, rest = divmod(left, DATA_MAX)
+        last = self.audience.ring.piece(self.position, left)
+        if full:
+            pages, last = _cut(last)
+            sent, over = divmod(os.writev(self.output, pages), FRAME)
+            if over:
+                raise OSError("the pipe took half a frame")
+            self._took(sent * DATA_MAX)
+            if sent < full:
+                raise BlockingIOError
+        if rest:
+            os.writev(self.output, [header(DATA, rest), *last])
+            self._took(rest)
+
+    def _took(self, size: int) -> None:
         """Count *size* bytes as sent, and as patience earned."""
         self.position += size
         if self.patience < PATIENCE:
@@ -120,52 +134,67 @@ class Viewer:
             self.listen()
 
     def listen(self) -> None:
-        mask = PEER_CLOSED if self.paused or self.ending else IN
-        self.audience.loop.want(self.fd, mask | OUT if self.blocked else mask)
+        loop = self.audience.loop
+        loop.want(self.keys, GONE if self.paused or self.ending else IN)
+        loop.want(self.output, GONE | OUT if self.blocked else GONE)
 
     # --- from the viewer ---
 
-    def on_event(self, events: int) -> None:
-        if events & OUT and self.blocked:
+    def on_output(self, events: int) -> None:
+        if events & GONE:
+            self.close()
+        elif self.blocked:
             self.pump()
             self.audience.host.review()
-        if self.closed:
-            return
+
+    def on_keys(self, events: int) -> None:
         if events & IN:
             self.read()
-        elif events & (GONE | PEER_CLOSED):
+        elif events & GONE:
             self.close()
 
     def read(self) -> None:
-        """Take one packet; the next one waits its turn behind the other peers."""
+        """Take a few cells; the next ones wait their turn behind the other peers."""
         try:
-            size = self.sock.recv_into(_packet, len(_packet), socket.MSG_TRUNC)
+            data = os.read(self.keys, READ)
         except BlockingIOError:
             return
         except OSError:
-            size = 0
-        if not 1 <= size <= 1 + PAYLOAD_MAX:
+            data = b""
+        if not data:
             self.close()
             return
-        tag = _packet[0]
-        if tag == KEYS_TAG and size > 1:
-            self.audience.keys(self, bytes(_packet[1:size]))
+        if self.rest:
+            data = self.rest + data
+        whole = len(data) - len(data) % CELL
+        self.rest = data[whole:]
+        try:
+            for tag, payload in open_cells(data[:whole]):
+                self._take(tag, payload)
+                if self.closed:
+                    return
+        except ProtocolError:
+            self.close()
+
+    def _take(self, tag: bytes, payload: bytes) -> None:
+        if tag == DATA and payload:
+            self.audience.keys(self, payload)
         elif self.noisy():
             return
-        elif tag == CONTROL_TAG and size <= 1 + CONTROL_MAX:
+        elif tag == CONTROL:
             try:
-                what = encoding.decode(bytes(_packet[1:size])).get("do")
+                what = encoding.decode(payload).get("do")
             except ProtocolError:
                 return
             self.audience.control(self, what)
 
     def noisy(self) -> bool:
-        """Count a packet that leads to nothing; True when there were so many that the viewer has been closed."""
+        """Count a cell that leads to nothing; True when there were so many that the viewer has been closed."""
         now = self.audience.loop.now
         if now - self.noise_since >= 1.0:
             self.noise, self.noise_since = 0, now
         self.noise += 1
-        if self.noise <= IDLE_PACKETS_PER_SECOND:
+        if self.noise <= IDLE_CELLS_PER_SECOND:
             return False
         self.close()
         return True
@@ -191,10 +220,12 @@ class Viewer:
         if self.closed:
             return
         self.closed = True
-        self.audience.loop.drop(self.fd)
-        self.sock.close()
-        # As long as the service manager holds a copy, the other end sees no end.
-        self.audience.service.remove(self.kept)
+        for fd in (self.keys, self.output):
+            self.audience.loop.drop(fd)
+            os.close(fd)
+        for name in self.kept:
+            # As long as the service manager holds a copy, the other end sees no end.
+            self.audience.service.remove(name)
         if self.blocked:
             self.blocked = False
             self.audience.unblocked()
@@ -202,3 +233,19 @@ class Viewer:
 
     def broken(self, exc: Exception) -> None:
         self.close()
+
+
+def _cut(views: list[memoryview]) -> tuple[list[bytes | memoryview], list[memoryview]]:
+    """Cut *views* into full frames, each with its header, and what remains."""
+    frames: list[bytes | memoryview] = []
+    begun: list[memoryview] = []
+    room = DATA_MAX
+    for view in views:
+        while view:
+            piece, view = view[:room], view[room:]
+            begun.append(piece)
+            room -= len(piece)
+            if not room:
+                frames += _FULL, *begun
+                begun, room = [], DATA_MAX
+    return frames, begun

@@ -1,25 +1,23 @@
 """The people attached to one console: what each still has to get, who may type, and what they tell each other.
 
-A console socket is one end of a SOCK_SEQPACKET pair; a packet is one tag byte and at most 64 KiB:
-
-    viewer → relay   `d` keys               `c` {"do": "pen" | "who" | "break"}
-    relay → viewer   `d` the guest's bytes   `n` {"notice": "hello" | "pen" | "refused" | "who" | "gap" | "state" | "end", …}
-
-A viewer's queue is its position in the ring (see `ring.py`): it costs no memory, and being slow costs the viewer its bytes, not
-the VM its time. How long the VM is held back for a slow viewer is `PATIENCE`, earned again only by reading on: someone
-who takes a packet now and then cannot slow a VM below `FLOOR` bytes a second.
-Runs in: the relay. Touches the viewers' sockets.
+Each has two pipes; `consoles.py` describes what travels on them. A viewer's queue is its position in the ring (see `ring.py`): it
+costs no memory, and being slow costs the viewer its bytes, not the VM its time. How long the VM is held back for a slow viewer
+is `PATIENCE`, earned again only by reading on: someone who takes a little now and then cannot slow a VM below `FLOOR` bytes a
+second.
+Runs in: the relay. Touches the viewers' pipes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-import socket
 
-from ..errors import ProtocolError
+from ..consoles import DATA_MAX
 from ..refusals import TooManyRequests
-from .loop import IN
-from .viewer import DATA, FLOOR, PATIENCE, Viewer
+from .checks import BadDescriptor, check_viewer
+from .loop import GONE, IN
+from .viewer import PATIENCE, Viewer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,8 +38,8 @@ if TYPE_CHECKING:
 
 
 VIEWERS_MAX = 64
-SEND_BUFFER = 208 * 1024
 LABEL_KEPT = 90  # bytes of a label that survive our restart: a name in the store has 255 characters
+KEYS, OUTPUT = "keys", "output"  # how the names of a viewer's two pipes in the store end
 
 
 class Pen:
@@ -71,7 +69,7 @@ class Pen:
 
 
 class Audience:
-    """All viewers of one console, in the order in which they came; their sockets survive our restart as *prefix*`-…`."""
+    """All viewers of one console, in the order in which they came; their pipes survive our restart as *prefix*`-…`."""
 
     def __init__(self, loop: Loop, ring: Ring, host: Host, service: Service, prefix: str) -> None:
         self.loop = loop
@@ -87,46 +85,54 @@ class Audience:
 
     # --- coming and going ---
 
-    def attach(self, fd: int, label: str, readonly: bool, replay: bool) -> None:
-        """Take the descriptor *fd* (its closing is ours from here on) as a viewer; raises OSError or VmshellError."""
-        try:
-            sock = socket.socket(fileno=fd)
-        except OSError:
-            os.close(fd)
-            raise
-        try:
-            if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_SEQPACKET:
-                raise ProtocolError(problem="a console needs a SOCK_SEQPACKET socket")
+    def attach(self, keys: int, output: int, label: str, readonly: bool, replay: bool) -> None:
+        """Take two pipes (their closing is ours from here on) as a viewer; raises BadDescriptor or TooManyRequests."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, keys)
+            stack.callback(os.close, output)
+            check_viewer(keys, output)
             if len(self.viewers) >= VIEWERS_MAX:
                 raise TooManyRequests(count=VIEWERS_MAX, what="consoles of this VM", limit=VIEWERS_MAX)
-            sock.setblocking(False)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        except BaseException:
-            sock.close()
-            raise
-        viewer = self._add(sock, label, readonly, self.ring.start if replay else self.ring.head)
+            stack.pop_all()
+        viewer = self._add(keys, output, label, readonly, self.ring.start if replay else self.ring.head)
         viewer.tell("hello", **self._pen_fields(viewer), viewers=len(self.viewers), **self.host.describe())
         if not viewer.closed:
             self.host.viewers_changed(len(self.viewers))
 
-    def restore(self, kept: list[tuple[str, socket.socket]]) -> None:
-        """Go on with the viewers whose sockets survived our restart, by the names they were kept under."""
-        # In the order in which they came; so a name given anew is never one that is still to be read.
-        for name, sock in sorted(kept, key=lambda item: _from_store(item[0])[0]):
-            sock.setblocking(False)
+    def restore(self, kept: list[tuple[str, int]]) -> None:
+        """Go on with the viewers whose pipes survived our restart, by the names they were kept under.
+
+        A viewer of whom only one pipe is left sees its end and attaches again.
+        """
+        pairs: dict[str, dict[str, int]] = {}
+        for name, fd in kept:
             self.service.remove(name)
-            _, label, readonly = _from_store(name)
-            self._add(sock, label, readonly, self.ring.head)
+            stem, _, end = name.rpartition("-")
+            pairs.setdefault(stem, {})[end] = fd
+        # In the order in which they came; so a name given anew is never one that is still to be read.
+        for stem, pair in sorted(pairs.items(), key=lambda item: _from_store(item[0])[0]):
+            _, label, readonly = _from_store(stem)
+            try:
+                check_viewer(pair.get(KEYS, -1), pair.get(OUTPUT, -1))
+            except BadDescriptor:
+                for fd in pair.values():
+                    os.close(fd)
+            else:
+                self._add(pair[KEYS], pair[OUTPUT], label, readonly, self.ring.head)
         self._pen_moved()
 
-    def _add(self, sock: socket.socket, label: str, readonly: bool, position: int) -> Viewer:
+    def _add(self, keys: int, output: int, label: str, readonly: bool, position: int) -> Viewer:
         self._count += 1
-        viewer = Viewer(self, sock, label, readonly, position)
-        viewer.kept = f"{self._prefix}-{self._count}-{'r' if readonly else 'w'}-{label.encode()[:LABEL_KEPT].hex()}"
-        self.service.store(viewer.kept, viewer.fd)
+        viewer = Viewer(self, keys, output, label, readonly, position)
+        stem = f"{self._prefix}-{self._count}-{'r' if readonly else 'w'}-{label.encode()[:LABEL_KEPT].hex()}"
+        viewer.kept = f"{stem}-{KEYS}", f"{stem}-{OUTPUT}"
+        for name, fd in zip(viewer.kept, (keys, output), strict=True):
+            os.set_blocking(fd, False)
+            self.service.store(name, fd)
         self.viewers.append(viewer)
         self.pen.joined(viewer)
-        self.loop.add(viewer.fd, IN, viewer.on_event, viewer)
+        self.loop.add(keys, IN, viewer.on_keys, viewer)
+        self.loop.add(output, GONE, viewer.on_output, viewer)
         return viewer
 
     def left(self, viewer: Viewer) -> None:
@@ -146,28 +152,14 @@ class Audience:
 
     # --- towards the viewers ---
 
-    def deliver(self, parts: list[memoryview], size: int) -> None:
-        """Give everyone the *size* bytes in *parts*, which are the ring's newest."""
-        head = self.ring.head
-        before = head - size
-        packet: list[bytes | memoryview] = [DATA, *parts]
+    def deliver(self) -> None:
+        """Give everyone what the ring got last."""
         for viewer in tuple(self.viewers):
-            if viewer.blocked:
-                continue
-            try:
-                if viewer.position == before and not viewer.notices:
-                    viewer.sock.sendmsg(packet)
-                    viewer.position = head
-                    if viewer.patience < PATIENCE:
-                        viewer.patience = min(PATIENCE, viewer.patience + size / FLOOR)
-                else:
+            if not viewer.blocked:
+                try:
                     viewer.pump()
-            except BlockingIOError:
-                viewer.block()
-            except OSError:
-                viewer.close()
-            except Exception as exc:
-                self.loop.contain(viewer, exc)
+                except Exception as exc:
+                    self.loop.contain(viewer, exc)
 
     def tell(self, kind: str, **fields: object) -> None:
         for viewer in tuple(self.viewers):
@@ -246,8 +238,7 @@ class Audience:
 
     def control(self, viewer: Viewer, what: object) -> None:
         if what == "who":
-            people = [{"label": other.label, "pen": other is self.pen.holder} for other in self.viewers]
-            viewer.tell("who", viewers=people)
+            viewer.tell("who", **self._people())
         elif what == "pen":
             before = self.pen.holder
             if not self.pen.take(viewer):
@@ -262,6 +253,17 @@ class Audience:
             else:
                 viewer.refuse("a break needs the pen")
 
+    def _people(self) -> dict[str, object]:
+        """Everybody who is attached, as many as a notice has room for."""
+        people, room = [], DATA_MAX - 64
+        for viewer in self.viewers:
+            person = {"label": viewer.label, "pen": viewer is self.pen.holder}
+            room -= len(json.dumps(person)) + 1
+            if room >= 0:
+                people.append(person)
+        more = len(self.viewers) - len(people)
+        return {"viewers": people, **({"more": more} if more else {})}
+
     def _pen_fields(self, viewer: Viewer) -> dict[str, object]:
         holder = self.pen.holder
         return {"pen": holder is viewer, "holder": holder.label if holder is not None else None}
@@ -275,7 +277,7 @@ class Audience:
 
 
 def _from_store(name: str) -> tuple[int, str, bool]:
-    """Count, label and read-only from a name that `_add` made: `viewer-<number>-<count>-<r|w>-<label in hex>`."""
+    """Count, label and read-only from what the names that `_add` made begin with: `viewer-<number>-<count>-<r|w>-<label>`."""
     parts = name.split("-")
     try:
         return int(parts[2]), bytes.fromhex(parts[4]).decode("utf-8", "replace"), parts[3] != "w"

@@ -20,7 +20,6 @@ from .words import Words
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
 
     from ..layout import Layout
@@ -62,7 +61,7 @@ class Kept:
         self.port: dict[str, int] = {}
         self.logged = True
         self.stderr = -1
-        self.viewers: list[tuple[str, socket.socket]] = []
+        self.viewers: list[tuple[str, int]] = []  # their pipes, by the names they were kept under
 
 
 class Vm:

@@ -18,6 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .context import Context
     from .grammar import Values
+    from .link import Link
 
 
 # --- looking ---------------------------------------------------------------------------------------------------------
@@ -171,33 +172,38 @@ def boot(context: Context, values: Values) -> int:
         _say_if_slow(context, answer)
         return EX_DONE
     from .bootwait import Waiter
+    from .link import ask_console
 
     waiter = Waiter(context, vm, pattern, values.number("timeout", 300), show=attach)  # a bad pattern boots nothing
-    answer, fd = context.ask_fd(build("boot", values))
-    console_fd = _need_fd(fd)
+    answer, link = ask_console(context, build("boot", values))
     try:
-        waiter.wait(console_fd)
+        waiter.wait(link)
     except BaseException:
-        os.close(console_fd)
+        link.close()
         raise
     if attach:
-        return _attach(context, vm, console_fd)
-    os.close(console_fd)
+        return _attach(context, vm, link)
+    link.close()
     _state(context, answer)
     return EX_DONE
 
 
 def boot_attached(context: Context, vm: str, request: messages.Request | None = None) -> int:
     """Boot, with the console attached before the guest's first instruction."""
-    answer, fd = context.ask_fd(request or messages.Boot(vm=vm, console=True))
+    from .link import ask_console
+
+    answer, link = ask_console(context, request or messages.Boot(vm=vm, console=True))
     _say_if_slow(context, answer)
-    return _attach(context, vm, _need_fd(fd))
+    return _attach(context, vm, link)
 
 
-def attach_new(context: Context, answer: dict[str, object], fd: int | None) -> int:
-    """The console of a VM that was made and booted in one request."""
+def make_attached(context: Context, request: messages.Define) -> int:
+    """Make and boot a VM in one request, with the console attached."""
+    from .link import ask_console
+
+    answer, link = ask_console(context, request)
     _say_if_slow(context, answer)
-    return _attach(context, str(answer.get("name")), _need_fd(fd))
+    return _attach(context, str(answer.get("name")), link)
 
 
 def shutdown(context: Context, values: Values) -> int:
@@ -235,19 +241,20 @@ def _say_if_slow(context: Context, answer: dict[str, object]) -> None:
 
 def console(context: Context, values: Values) -> int:
     from .console import Options
+    from .link import ask_console
 
     escape = values.number("escape", 0x1D)
     readonly, replay = values.flag("readonly"), not values.flag("no-replay")
     options = Options(readonly=readonly, replay=replay, escape=escape, raw=values.flag("raw"))
     vm = values.text("vm")
     try:
-        _, fd = context.ask_fd(messages.Console(vm=vm, readonly=options.readonly, replay=options.replay))
+        _, link = ask_console(context, messages.Console(vm=vm, readonly=options.readonly, replay=options.replay))
     except VmshellError as error:
         terminal = context.terminal
         if error.code != "wrong-state" or not (terminal.stdin_tty and terminal.stdout_tty) or options.readonly:
             raise
         return _offer_boot(context, vm, error)
-    return _attach(context, vm, _need_fd(fd), options)
+    return _attach(context, vm, link, options)
 
 
 def _offer_boot(context: Context, vm: str, error: VmshellError) -> int:
@@ -265,19 +272,11 @@ def _offer_boot(context: Context, vm: str, error: VmshellError) -> int:
     return boot_attached(context, vm) if key in (b"b", b"B") else error.exit_status
 
 
-def _attach(context: Context, vm: str, fd: int, options: object = None) -> int:
+def _attach(context: Context, vm: str, link: Link, options: object = None) -> int:
     from .console import Options, Viewer
 
     assert options is None or isinstance(options, Options)
-    return Viewer(context, vm, fd, options or Options()).run()
-
-
-def _need_fd(fd: int | None) -> int:
-    from ..errors import ProtocolError
-
-    if fd is None:
-        raise ProtocolError(problem="it should bring a console and brings none")
-    return fd
+    return Viewer(context, vm, link, options or Options()).run()
 
 
 def bare_name(context: Context, name: str) -> int:

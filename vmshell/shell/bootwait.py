@@ -1,6 +1,6 @@
 """`boot --wait REGEX`: look at what the guest prints until it has printed that.
 
-Runs in: the shell. Touches the console descriptor and, with --console, descriptor 1.
+Runs in: the shell. Touches the console and, with --console, descriptor 1.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from time import monotonic
 
 from ..errors import BadValue, safe
 from ..refusals import RelayDown, TimedOut, VmStopped
-from .link import Link
 from .termfilter import Filter, plain
 from .terminal import write_all
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from .context import Context
+    from .link import Link
 
 WINDOW = 8192  # characters of the guest's output that are searched: bounds what a hard pattern can cost
 LAST_LINES = 5
@@ -45,8 +45,8 @@ class Waiter:
         self._filter = Filter()
         self._window = ""
 
-    def wait(self, fd: int) -> None:
-        """Return when the pattern has matched; raises TimedOut or VmStopped. *fd* stays open."""
+    def wait(self, link: Link) -> None:
+        """Return when the pattern has matched; raises TimedOut or VmStopped. *link* stays open."""
 
         def late(number: int, frame: FrameType | None) -> None:
             raise _Late
@@ -55,14 +55,12 @@ class Waiter:
         # (the matching loop of `re` looks for signals).
         before = signal.signal(signal.SIGALRM, late)
         signal.setitimer(signal.ITIMER_REAL, self._timeout)
-        link = Link(fd)
         try:
             self._search(link)
         except _Late:
             self._explain()
             raise TimedOut(vm=self._vm, what=f"print {self._pattern}", seconds=self._timeout) from None
         finally:
-            link.detach()
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
 
@@ -108,4 +106,3 @@ class Waiter:
             self._context.note(f"the last lines of {self._vm}:")
             for line in lines[-LAST_LINES:]:
                 self._context.note(f"  {safe(line.strip(), 200)}")
-

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from ..messages import Request
     from .progress import Progress
 
+    Answer = tuple[dict[str, object], tuple[int, ...]]  # what was answered, and the descriptors beside it
+
+FDS_MAX = 2  # descriptors that an answer can bring
+
 # Verbs that change nothing: asked again when the broker went away before it answered.
 REPEATABLE = frozenset(("list", "info", "images", "whoami", "version", "console", "networks", "net"))
 RESTART_PATIENCE = 3.0  # seconds in which a broker that was just there may come back
@@ -36,12 +40,24 @@ class Pending:
     def fileno(self) -> int:
         return self.sock.fileno()
 
-    def receive(self) -> str | tuple[dict[str, object], int | None] | None:
-        """A progress sentence, or the answer and its descriptor, or None for a packet that is not for us.
+    def ask(self, request: Request) -> None:
+        """Send *request*, whose answer is waited for from now on. Raises BrokerDown."""
+        self.number += 1
+        try:
+            try:
+                wire.send(self.sock, {"id": self.number, **request.to_body()})
+            except BrokenPipeError:
+                self.receive()  # it may have said why it closed
+                raise
+        except OSError as error:
+            raise BrokerDown(problem=_reason(error)) from error
+
+    def receive(self) -> str | Answer | None:
+        """A progress sentence, or the answer and its descriptors, or None for a packet that is not for us.
 
         Raises the error the broker answered with, or ConnectionResetError when it has gone.
         """
-        packet = wire.recv(self.sock, fds_allowed=1)
+        packet = wire.recv(self.sock, fds_allowed=FDS_MAX)
         if packet is None:
             raise ConnectionResetError("the broker closed the connection")
         try:
@@ -56,7 +72,7 @@ class Pending:
             answer = body.get("ok")
             if not isinstance(answer, dict):
                 raise ProtocolError(problem="the answer is neither a result nor an error")
-            return answer, packet.take_fd() if packet.fds else None
+            return answer, packet.take_fds()
         finally:
             packet.close()
 
@@ -74,25 +90,33 @@ class Broker:
         self._number = 0
         self._was_there = False
 
-    def call(self, request: Request, progress: Progress | None = None) -> tuple[dict[str, object], int | None]:
-        """Send *request* and return the answer and the descriptor beside it, if any. Raises VmshellError."""
+    def call(self, request: Request, progress: Progress | None = None, *, fds: int = 0) -> Answer:
+        """Send *request* and return the answer and the *fds* descriptors beside it. Raises VmshellError."""
         try:
-            return self._call(request, progress, again=True)
+            got = self._call(request, progress, again=True)
         except VmshellError:
             raise
         except BaseException:
             self.close()  # interrupted in the middle: a late answer must not meet the next request
             raise
+        return _with_fds(got, fds)
 
-    def begin(self, request: Request, fd: int = -1) -> Pending:
-        """Send *request* (and *fd*) on a connection of its own, for a caller that goes on doing other things."""
-        sock = self._connect()
+    def begin(self, request: Request) -> Pending:
+        """Send *request* on a connection of its own, for a caller that goes on doing other things."""
+        pending = Pending(self._connect(), 0)
         try:
-            wire.send(sock, {"id": 1, **request.to_body()}, (fd,) if fd >= 0 else ())
+            pending.ask(request)
+        except BrokerDown:
+            pending.close()
+            raise
+        return pending
+
+    def finish(self, pending: Pending, progress: Progress | None = None, *, fds: int = 0) -> Answer:
+        """The answer to *pending*, with *fds* descriptors. Raises VmshellError."""
+        try:
+            return _with_fds(self.wait(pending, progress), fds)
         except OSError as error:
-            sock.close()
-            raise BrokerDown(problem=_reason(error)) from error
-        return Pending(sock, 1)
+            raise BrokerDown(problem="it went away while at work on this; look with `list`") from error
 
     def answer_soon(self, request: Request, seconds: float) -> dict[str, object] | None:
         """The answer if the broker is there and gives it within *seconds*, else None. Nothing is started. Raises VmshellError."""
@@ -120,7 +144,7 @@ class Broker:
             self._sock.close()
             self._sock = None
 
-    def _call(self, request: Request, progress: Progress | None, *, again: bool) -> tuple[dict[str, object], int | None]:
+    def _call(self, request: Request, progress: Progress | None, *, again: bool) -> Answer:
         if self._sock is None:
             self._sock = self._connect()
         self._number += 1
@@ -141,7 +165,7 @@ class Broker:
                 raise BrokerDown(problem=what) from error
             return self._call(request, progress, again=False)
 
-    def wait(self, pending: Pending, progress: Progress | None) -> tuple[dict[str, object], int | None]:
+    def wait(self, pending: Pending, progress: Progress | None) -> Answer:
         """The answer to *pending*; raises VmshellError, or OSError when the broker has gone."""
         poll = select.poll()
         poll.register(pending, select.POLLIN)
@@ -183,6 +207,16 @@ class Broker:
             raise PermissionError("somebody else listens in its place")
         self._was_there = True
         return sock
+
+
+def _with_fds(answer: Answer, count: int) -> Answer:
+    """*answer*, which must bring *count* descriptors."""
+    fds = answer[1]
+    if len(fds) != count:
+        for fd in fds:
+            os.close(fd)
+        raise ProtocolError(problem=f"it should bring {count} descriptors and brings {len(fds)}")
+    return answer
 
 
 def _reason(error: OSError) -> str:

@@ -1,4 +1,4 @@
-"""The serial console: bytes between the terminal and the console descriptor that the broker handed over.
+"""The serial console: bytes between the terminal and the console that the broker handed over.
 
 On a terminal, keys go raw to the guest and the escape key starts the console's own commands; without one it is a pipe that ends
 with its input. However it ends, the terminal gets back the modes it had.
@@ -16,7 +16,7 @@ from ..errors import EX_DONE, EX_REFUSED, VmshellError
 from ..refusals import RelayDown
 from . import helptext, notices
 from .keys import Keys, show_key
-from .link import Link
+from .link import PIPES, Link
 from .power import PowerMenu
 from .termfilter import Filter
 from .terminal import write_all
@@ -52,15 +52,15 @@ class Options:
 
 
 class Viewer:
-    """One attachment. `run` returns the exit status when it is over; the descriptor is closed then."""
+    """One attachment. `run` returns the exit status when it is over; *link* is closed then."""
 
-    def __init__(self, context: Context, vm: str, fd: int, options: Options) -> None:
+    def __init__(self, context: Context, vm: str, link: Link, options: Options) -> None:
         terminal = context.terminal
         self.vm = vm
         self._context = context
         self._options = options
         self._on_terminal = terminal.stdin_tty and terminal.stdout_tty
-        self._link: Link | None = Link(fd)
+        self._link: Link | None = link
         self._filter = Filter()
         self._keys = Keys(options.escape)
         self.key = show_key(options.escape)
@@ -112,8 +112,9 @@ class Viewer:
             poll.register(1, 0)  # a reader that went away is noticed though we have nothing to write
             if self._reads_input and not (self._link is not None and self._link.full):
                 poll.register(0, select.POLLIN)
-            if self._link is not None:
-                poll.register(self._link, select.POLLIN | (select.POLLOUT if self._link.backlog else 0))
+            wanted = self._link.wants() if self._link is not None else {}
+            for fd, events in wanted.items():
+                poll.register(fd, events)
             for pending in self._power.pending:
                 poll.register(pending, select.POLLIN)
             ready = dict(poll.poll(self._until_due()))
@@ -123,12 +124,14 @@ class Viewer:
             # Keys first: a flood of output must not keep the escape key from being seen.
             if 0 in ready:
                 self._read_input()
-            if self._link is not None and self._link.fileno() in ready and self._result is None:
+            if self._link is not None and self._result is None and (self._link.waiting or not wanted.keys().isdisjoint(ready)):
                 self._read_link(self._link)
             self._power.answer(ready)
             self._do_what_is_due()
 
     def _until_due(self) -> int:
+        if self._link is not None and self._link.waiting:
+            return 0
         moments = [self._silence_at, self._key_line_at, self._retry_at, self._drain_at]
         due = [moment for moment in moments if moment is not None]
         return max(0, int((min(due) - monotonic()) * 1000) + 1) if due else 60_000
@@ -261,7 +264,7 @@ class Viewer:
     def _reattach(self) -> None:
         request = messages.Console(vm=self.vm, readonly=self._options.readonly)
         try:
-            _, fd = self._context.broker.call(request)
+            _, pipes = self._context.broker.call(request, fds=PIPES)
         except VmshellError as error:
             if error.code == "wrong-state":
                 self.notice(error.sentence())
@@ -271,10 +274,9 @@ class Viewer:
             else:
                 self._retry_at = monotonic() + RETRY
             return
-        if fd is not None:
-            self._retry_at = None
-            self._link = Link(fd)
-            self._fitting = True
+        self._retry_at = None
+        self._link = Link(*pipes)
+        self._fitting = True
 
     # --- words of our own --------------------------------------------------------------------------------------------
 

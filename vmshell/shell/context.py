@@ -13,7 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ..layout import Layout
     from ..messages import Request
-    from .client import Broker
+    from .client import Answer, Broker
     from .lines import PlainEditor
     from .process import Signals
     from .prompt import Editor
@@ -37,20 +37,16 @@ class Context:
 
     def ask(self, request: Request) -> dict[str, object]:
         """Send *request*, show what it waits for, return the answer."""
-        answer, fd = self.ask_fd(request)
-        if fd is not None:
-            import os
-
-            os.close(fd)
+        answer, _ = self.ask_fds(request, 0)
         return answer
 
-    def ask_fd(self, request: Request) -> tuple[dict[str, object], int | None]:
-        """As `ask`, with the descriptor that came beside the answer."""
+    def ask_fds(self, request: Request, count: int) -> Answer:
+        """As `ask`, with the *count* descriptors that come beside the answer."""
         from .progress import Progress
 
         progress = Progress(self.terminal)
         try:
-            return self.broker.call(request, progress)
+            return self.broker.call(request, progress, fds=count)
         finally:
             progress.clear()
 

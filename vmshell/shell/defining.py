@@ -126,10 +126,9 @@ def run_wrapper(context: Context, words: list[str]) -> int:
         context.say(f"{safe(answer.get('name'))}: {safe(answer.get('state'))}")
         say_changes(context, answer)
         return EX_DONE
-    answer, fd = context.ask_fd(request)
-    from .actions import attach_new
+    from .actions import make_attached
 
-    return attach_new(context, answer, fd)
+    return make_attached(context, request)
 
 
 def _resolve(shelf: dict[str, object], word: str) -> str:

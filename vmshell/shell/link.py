@@ -1,8 +1,4 @@
-"""The shell's end of a console socket: packets of one tag byte and a payload (`relay/viewers.py` holds the other end).
-
-    d + bytes    the guest's output; to the relay: keys
-    n + JSON     a notice of the relay: hello, pen, refused, who, gap, state, end
-    c + JSON     to the relay: {"do": "pen" | "who" | "break"}
+"""The shell's ends of a console's two pipes: frames come, keys and controls go (see `consoles.py`; the relay has the other ends).
 
 Runs in: the shell.
 """
@@ -10,77 +6,103 @@ Runs in: the shell.
 from __future__ import annotations
 
 import json
+import os
 import select
-import socket
 from collections import deque
+
+from ..consoles import CONTROL, DATA, NOTICE, Frames, cells
+from ..errors import ProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Literal
 
-    Tag = Literal["data", "notice", "end", "gone", "nothing"]
+    from ..messages import Request
+    from .context import Context
 
-PACKET_MAX = 64 * 1024 + 1
-KEYS_MAX = 4096  # bytes of keys in one packet
-QUEUE_MAX = 64  # packets waiting for the relay before the terminal is read no further
+    Tag = Literal["data", "notice", "end", "gone", "nothing"]
+    Item = tuple[Tag, bytes, dict[str, object]]
+
+PIPES = 2  # that come beside an answer: to read from, and for keys
+READ = 64 * 1024
+WRITE = 4096  # PIPE_BUF: a pipe takes so much whole or not at all
+QUEUE_MAX = 256 * 1024  # bytes waiting for the relay before the terminal is read no further
+
+
+def ask_console(context: Context, request: Request) -> tuple[dict[str, object], Link]:
+    """Send *request*; return its answer and the console that comes with it."""
+    answer, pipes = context.ask_fds(request, PIPES)
+    return answer, Link(*pipes)
 
 
 class Link:
-    """Receives without blocking, sends as the relay takes it."""
+    """Receives without blocking, sends as the relay takes it. Closes both descriptors."""
 
-    def __init__(self, fd: int) -> None:
-        self.sock = socket.socket(fileno=fd)
-        self.sock.setblocking(False)
-        self._queue: deque[bytes] = deque()
+    def __init__(self, output: int, keys: int) -> None:
+        self._output = output
+        self._keys = keys
+        self._frames = Frames()
+        self._items: deque[Item] = deque()
+        self._queue = bytearray()
+        for fd in (output, keys):
+            os.set_blocking(fd, False)
 
-    def fileno(self) -> int:
-        return self.sock.fileno()
+    def wants(self) -> dict[int, int]:
+        """What to poll for, by descriptor."""
+        return {self._output: select.POLLIN, **({self._keys: select.POLLOUT} if self._queue else {})}
+
+    @property
+    def waiting(self) -> bool:
+        """Has something been read that `receive` has not given out yet?"""
+        return bool(self._items)
 
     def close(self) -> None:
-        self.sock.close()
-
-    def detach(self) -> None:
-        """Forget the descriptor without closing it."""
-        self.sock.detach()
+        for fd in (self._output, self._keys):
+            os.close(fd)
 
     def wait(self, seconds: float) -> bool:
         """Whether something can be received within *seconds*."""
-        return bool(select.select([self.sock], [], [], seconds)[0])
+        return self.waiting or bool(select.select([self._output], [], [], seconds)[0])
 
-    def receive(self) -> tuple[Tag, bytes, dict[str, object]]:
-        """One packet as (tag, bytes of data, notice). `gone`: the relay vanished without saying `end`."""
+    def receive(self) -> Item:
+        """What came next, as (tag, bytes of data, notice). `gone`: the relay vanished without saying `end`."""
+        if not self._items:
+            self._read()
+        return self._items.popleft() if self._items else ("nothing", b"", {})
+
+    def _read(self) -> None:
         try:
-            packet = self.sock.recv(PACKET_MAX)
+            data = os.read(self._output, READ)
+            frames = self._frames.feed(data)
         except BlockingIOError:
-            return "nothing", b"", {}
-        except OSError:
-            return "gone", b"", {}
-        if not packet:
-            return "gone", b"", {}
-        if packet[:1] == b"d":
-            return "data", packet[1:], {}
-        try:
-            notice = json.loads(packet[1:])
-        except ValueError:
-            notice = None
-        if packet[:1] != b"n" or not isinstance(notice, dict):
-            return "nothing", b"", {}
-        return ("end" if notice.get("notice") == "end" else "notice"), b"", notice
+            return
+        except (OSError, ProtocolError):
+            data, frames = b"", []
+        shown: list[bytes] = []
+        for tag, payload in frames:
+            if tag == DATA:
+                shown.append(payload)
+            elif tag == NOTICE and (notice := _notice(payload)) is not None:
+                self._show(shown)
+                self._items.append(("end" if notice.get("notice") == "end" else "notice", b"", notice))
+        self._show(shown)
+        if not data:
+            self._items.append(("gone", b"", {}))
+
+    def _show(self, parts: list[bytes]) -> None:
+        if parts:
+            self._items.append(("data", b"".join(parts), {}))
+            parts.clear()
 
     # --- sending -----------------------------------------------------------------------------------------------------
 
     def keys(self, data: bytes) -> None:
-        for start in range(0, len(data), KEYS_MAX):
-            self._queue.append(b"d" + data[start : start + KEYS_MAX])
+        self._queue += cells(DATA, data)
         self.flush()
 
     def control(self, what: str) -> None:
-        self._queue.append(b"c" + json.dumps({"do": what}).encode("ascii"))
+        self._queue += cells(CONTROL, json.dumps({"do": what}).encode("ascii"))
         self.flush()
-
-    @property
-    def backlog(self) -> bool:
-        return bool(self._queue)
 
     @property
     def full(self) -> bool:
@@ -90,10 +112,18 @@ class Link:
         """Send what the relay takes now; that it has vanished shows when receiving."""
         while self._queue:
             try:
-                self.sock.send(self._queue[0], socket.MSG_NOSIGNAL)
+                sent = os.write(self._keys, self._queue[:WRITE])
             except BlockingIOError:
                 return
             except OSError:
                 self._queue.clear()
                 return
-            self._queue.popleft()
+            del self._queue[:sent]
+
+
+def _notice(payload: bytes) -> dict[str, object] | None:
+    try:
+        notice = json.loads(payload)
+    except ValueError:
+        return None
+    return notice if isinstance(notice, dict) else None

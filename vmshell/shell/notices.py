@@ -50,13 +50,15 @@ def text(vm: str, key: str, notice: dict[str, object]) -> str:
     if word == "state":
         return f"{vm} is {safe(notice.get('state'), 40)}"
     if word == "who":
-        return _who(notice.get("viewers"))
+        return _who(notice.get("viewers"), _whole(notice.get("more")))
     return ""
 
 
-def _who(viewers: object) -> str:
+def _who(viewers: object, more: int) -> str:
     rows = [row for row in viewers if isinstance(row, dict)] if isinstance(viewers, list) else []
     names = [safe(row.get("label"), 80) + (" (pen)" if row.get("pen") is True else "") for row in rows]
+    if more:
+        names.append(f"and {more} more")
     return f"attached: {', '.join(names)}" if names else "nobody is attached"
 
 

@@ -6,7 +6,7 @@ Runs in: the shell. Touches standard input and output, and the descriptors that 
 from __future__ import annotations
 
 from .. import messages
-from ..errors import EX_DONE, EX_REFUSED, BadValue, VmshellError, safe
+from ..errors import EX_DONE, EX_REFUSED, BadValue, safe
 from ..refusals import Usage
 from .checks import split_object
 
@@ -39,8 +39,8 @@ def disk(context: Context, values: Values) -> int:
 
 
 def put(context: Context, values: Values) -> int:
-    """The broker gives the other end of a socket pair to a job that reads it; only that job ever sees the bytes."""
-    import socket
+    """The broker's answer brings a pipe that a job reads; only that job ever sees the bytes."""
+    import os
 
     from . import upload
     from .progress import Progress
@@ -52,21 +52,20 @@ def put(context: Context, values: Values) -> int:
         raise BadValue(field="--format", value=safe(format, 20), rule=f"one of {', '.join(FORMATS)}")
     upload.check_stdin(context.terminal, ref)
     must_own_stdin(context, "put")
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     meter = upload.Meter(context.terminal, upload.size_of(0))
-    with ours:
+    pending = context.broker.begin(messages.Put(vm=where, object=name, format=format))
+    try:
+        _, (pipe,) = context.broker.finish(pending, fds=1)
+        begun = pending.number
         try:
-            pending = context.broker.begin(messages.Put(vm=where, object=name, format=format), theirs.fileno())
+            sent, digest = upload.send(pipe, 0, meter)
         finally:
-            theirs.close()
-        try:
-            try:
-                upload.send(ours.fileno(), 0, meter)
-            finally:
-                meter.clear()
-            answer, _ = context.broker.wait(pending, Progress(context.terminal))
-        finally:
-            pending.close()
+            meter.clear()
+            os.close(pipe)
+        pending.ask(messages.Done(put=begun, bytes=sent, sha256=digest))
+        answer, _ = context.broker.finish(pending, Progress(context.terminal))
+    finally:
+        pending.close()  # before `done`, this gives the upload up
     context.say(f"{safe(ref)}: {_size(answer)} {format}")
     vm = "NAME" if where == messages.SHELF else where
     inside = f"shelf:{name}" if where == messages.SHELF else name
@@ -162,9 +161,7 @@ def display(context: Context, values: Values) -> int:
             usage="socat TCP-LISTEN:5901,bind=127.0.0.1 EXEC:'ssh HOST display NAME', and a viewer on 127.0.0.1:5901",
         )
     must_own_stdin(context, "display")
-    _, fd = context.ask_fd(messages.Display(vm=values.text("vm")))
-    if fd is None:
-        raise VmshellError()
+    _, (fd,) = context.ask_fds(messages.Display(vm=values.text("vm")), 1)
     with socket.socket(fileno=fd) as stream:
         try:
             pump.run(context.terminal, stream)

@@ -1,8 +1,7 @@
 """`put`: standard input on its way into a storage job, and how far it has come.
 
-Frames of four length bytes (big-endian) and as many bytes; a length of 0 is the end, and only that: when the connection breaks
-or somebody presses Ctrl-C it is missing, and what was sent is thrown away.
-Runs in: the shell. Touches descriptor 0, the job's socket and descriptor 2.
+The bytes go through a pipe as they are. Its end says nothing: only `done`, with what `send` returns, makes them a file.
+Runs in: the shell. Touches descriptor 0, the job's pipe and descriptor 2.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ if TYPE_CHECKING:
 
     from .terminal import Terminal
 
-FRAME_MAX = 1 << 20  # the job takes no longer frames
-END = bytes(4)
+READ = 256 << 10
 
 PATIENCE = 1.0  # seconds before anything is said: most files are there by then
 REDRAW = 0.5
@@ -48,36 +46,40 @@ def size_of(stdin: int) -> int | None:
     return max(0, status.st_size - os.lseek(stdin, 0, os.SEEK_CUR))
 
 
-def send(sock: int, stdin: int, progress: Callable[[int], None]) -> int:
-    """Send all of *stdin* to the job; return how many bytes were sent.
+def send(pipe: int, stdin: int, progress: Callable[[int], None]) -> tuple[int, str]:
+    """Send all of *stdin* to the job; return how many bytes were sent, and their SHA-256.
 
-    Returns early when the job wants no more of it: the broker's answer says why. Raises Usage when *stdin* cannot be read, and
-    KeyboardInterrupt passes through; the caller then closes *sock*, so that the job sees the missing end.
+    Returns early when the job wants no more of it: the broker's answer says why. Raises Usage when *stdin* cannot be read.
     """
+    import hashlib
+
+    digest = hashlib.sha256()
     poll = select.poll()
     poll.register(stdin, select.POLLIN)
-    poll.register(sock, 0)  # that the job has hung up is told unasked
+    poll.register(pipe, 0)  # that the job has hung up is told unasked
     sent = 0
     while True:
         events = dict(poll.poll(int(REDRAW * 1000)))
-        if sock in events:
-            return sent
+        if pipe in events:
+            break
         if stdin in events:
             data = _read(stdin)
+            if data == b"":
+                break
             if data is not None:
                 try:
-                    write_all(sock, len(data).to_bytes(4) + data)  # nothing read: the length 0, which is END
-                except (BrokenPipeError, ConnectionResetError):
-                    return sent
-                if not data:
-                    return sent
+                    write_all(pipe, data)
+                except BrokenPipeError:
+                    break
+                digest.update(data)
                 sent += len(data)
         progress(sent)
+    return sent, digest.hexdigest()
 
 
 def _read(stdin: int) -> bytes | None:
     try:
-        return os.read(stdin, FRAME_MAX)
+        return os.read(stdin, READ)
     except BlockingIOError:
         return None
     except OSError as error:

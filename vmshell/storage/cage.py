@@ -17,7 +17,7 @@ from ..confine import limit, lock_in, only
 
 LAST_FD = 4  # 0 to 2 as everywhere, 3 the new file, 4 the stream
 MEMORY_MAX = 256 << 20
-# A limit on calculating, not on waiting: an honest upload needs a fraction, one that comes in frames of one byte does not pass.
+# A limit on calculating, not on waiting: an honest upload needs a fraction, one that comes byte by byte does not pass.
 CPU_SECONDS = 60
 CPU_BYTES_PER_SECOND = 4 << 20
 

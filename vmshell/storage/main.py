@@ -2,7 +2,7 @@
 `put KIND MAX`.
 
 Descriptors start at 3 and are all it ever touches: it opens no path. The answer is one line of JSON on standard output, the last
-thing that it does: `{"status": 0}`, of `put` also `size` and `bytes` of what was taken in, or `{"status": 1, "problem": "…"}`.
+thing that it does: `{"status": 0}`, of `put` also `size`, `bytes` and `sha256` of what came, or `{"status": 1, "problem": "…"}`.
 The status is also the exit status: 0 done, 1 damaged or refused, 2 no space, 3 another I/O error.
 Runs in: a process of its own under a job's uid, without capabilities. `create` and `verify` parse nothing that a user made;
 `put`, which does, locks itself in first (see `cage`).

@@ -1,7 +1,8 @@
-"""Taking in a file that a user sends: `put KIND MAX`, from the stream on descriptor 4 into the empty file on descriptor 3.
+"""Taking in a file that a user sends: `put KIND MAX`, from the pipe on descriptor 4 into the empty file on descriptor 3.
 
-The stream is frames, each a length in four bytes (big-endian, 1 to FRAME_MAX) and as many bytes; the length 0 ends it. So a
-connection that was cut is never taken for the end of the file. What is not such a stream counts as cut off.
+The pipe's bytes up to its end are the file. Whether that end is the file's or its sender's is not to be seen here: we say how
+many bytes came, and their SHA-256, and the broker compares that with what the sender says. When nobody listens to us any more
+(the broker has given the upload up, or has ended), so do we.
 
 What each KIND must be:
     raw      a disk as it is: at most MAX bytes; filled up with zeros to a whole sector
@@ -15,7 +16,7 @@ Runs in: the storage worker, caged (see `cage`). Touches descriptors 3 and 4.
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import os
 import select
 from time import monotonic
@@ -25,8 +26,9 @@ from .files import write
 from .qcow2 import BadImage
 
 KINDS = ("raw", "qcow2", "file", "rom", "floppy")
-FRAME_MAX = 1 << 20
-IDLE_MAX = 600.0  # seconds without a byte; the broker ends us long before when the client is gone
+IDLE_MAX = 600.0  # seconds without a byte
+MARK = 2.0  # seconds after which the file is at least as long as what has come: by that the broker sees that something does
+ANSWER = 1
 
 SECTOR = 512
 ROM_MAX = 256 << 10
@@ -41,6 +43,7 @@ FLOPPIES = {
     "2.88M": 2949120,
 }
 
+_BUFFER = 64 << 10
 _BLOCK = 4096  # the smallest hole
 _ZEROS = bytes(_BLOCK)
 
@@ -58,10 +61,10 @@ def bytes_max(kind: str, size_max: int) -> int:
     return size_max
 
 
-def receive(fd: int, stream: int, kind: str, size_max: int, idle: float = IDLE_MAX) -> dict[str, int]:
+def receive(fd: int, stream: int, kind: str, size_max: int, idle: float = IDLE_MAX) -> dict[str, object]:
     """Take the stream into the empty file *fd*, judge it, and make it safe on disk; on any failure the file is empty again.
 
-    Returns `size`, what a guest will see as the size, and `bytes`, the length of the file. Raises BadImage or OSError.
+    Returns `size`, what a guest will see as the size, and `bytes` and `sha256` of what came. Raises BadImage or OSError.
     """
     try:
         taken = _Sink(fd)
@@ -72,34 +75,23 @@ def receive(fd: int, stream: int, kind: str, size_max: int, idle: float = IDLE_M
     except BaseException:
         os.ftruncate(fd, 0)
         raise
-    return {"size": size, "bytes": length}
+    return {"size": size, "bytes": taken.total, "sha256": taken.digest.hexdigest()}
 
 
 def _take(source: _Source, sink: _Sink, kind: str, size_max: int) -> None:
     allowed = bytes_max(kind, size_max)
-    prefix = bytearray(4)
     judged = kind != "qcow2"
-    while True:
-        if not source.fill(memoryview(prefix)):
-            raise _cut_off(sink.total)
-        length = int.from_bytes(prefix)
-        if not length:
-            return sink.flush()
-        if length > FRAME_MAX:
-            raise _cut_off(sink.total)
-        if sink.total + length > allowed:
-            raise BadImage(f"it has {sink.total + length} bytes or more; at most {allowed} are allowed here")
-        while length:
-            room = sink.room()[:length]
-            complete = source.fill(room)
-            sink.accept(source.got)
-            if not complete:
-                raise _cut_off(sink.total)
-            length -= len(room)
+    while (count := source.read(sink.room())) != 0:
+        if count is not None:
+            sink.accept(count)
+        if sink.total > allowed:
+            raise BadImage(f"it has {sink.total} bytes or more; at most {allowed} are allowed here")
+        sink.mark()
         if not judged and sink.head:
             # As soon as the header is here: nobody should send gigabytes to hear of their first line.
             judged = True
             qcow2.check(sink.head, allowed, size_max)
+    sink.flush()
 
 
 def _judge(fd: int, total: int, kind: str, size_max: int) -> tuple[int, int]:
@@ -130,39 +122,31 @@ def check_rom(data: bytes) -> None:
         raise BadImage("it is damaged: the bytes of an option ROM add up to a multiple of 256")
 
 
-def _cut_off(total: int) -> BadImage:
-    return BadImage(f"the upload was cut off after {total} bytes")
-
-
 class _Source:
-    """The stream, read with patience."""
+    """The stream, read with patience, for as long as somebody listens to us."""
 
     def __init__(self, fd: int, idle: float) -> None:
         self._fd = fd
         self._idle = idle
+        self._until = monotonic() + idle
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN)
-        self.got = 0  # bytes of the last `fill`
+        self._poll.register(ANSWER, 0)
 
-    def fill(self, room: memoryview) -> bool:
-        """Read until *room* is full; false when the stream ends before."""
-        self.got = 0
-        until = monotonic() + self._idle
-        while self.got < len(room):
-            if not self._poll.poll(max(0.0, until - monotonic()) * 1000):
+    def read(self, room: memoryview) -> int | None:
+        """Read some of it into *room*; return how many bytes, 0 at its end, None if nothing has come for a moment."""
+        ready = dict(self._poll.poll(max(0.0, min(MARK, self._until - monotonic())) * 1000))
+        if ANSWER in ready:
+            raise BadImage("nobody waits for it any more")
+        if not ready:
+            if monotonic() >= self._until:
                 raise BadImage(f"nothing came for {self._idle:.0f} seconds")
-            count = 0
-            # A sender that goes away without reading what was said to it resets the connection; a spurious wake-up is none.
-            with contextlib.suppress(ConnectionResetError):
-                try:
-                    count = os.readv(self._fd, [room[self.got :]])
-                except BlockingIOError:
-                    continue
-            if not count:
-                return False
-            self.got += count
-            until = monotonic() + self._idle
-        return True
+            return None
+        self._until = monotonic() + self._idle
+        try:
+            return os.readv(self._fd, [room])
+        except BlockingIOError:
+            return None
 
 
 class _Sink:
@@ -171,9 +155,11 @@ class _Sink:
     def __init__(self, fd: int) -> None:
         self.total = 0
         self.head = b""  # the first bytes, once a buffer has been written
+        self.digest = hashlib.sha256()
         self._fd = fd
-        self._buffer = bytearray(FRAME_MAX)
+        self._buffer = bytearray(_BUFFER)
         self._filled = 0
+        self._marked = monotonic()
 
     def room(self) -> memoryview:
         """Where the next bytes are to go; `accept` says how many came."""
@@ -182,8 +168,15 @@ class _Sink:
         return memoryview(self._buffer)[self._filled :]
 
     def accept(self, count: int) -> None:
+        self.digest.update(memoryview(self._buffer)[self._filled : self._filled + count])
         self._filled += count
         self.total += count
+
+    def mark(self) -> None:
+        """Make the file as long as what has come, if that was not done just now."""
+        if monotonic() - self._marked >= MARK:
+            self._marked = monotonic()
+            os.ftruncate(self._fd, self.total)
 
     def flush(self) -> None:
         if not self.head:

@@ -1,0 +1,41 @@
+"""The front process: `… front LAYOUT`.
+
+Runs as its own uid without rights. Takes two listening sockets from the service manager: the users', and the broker's, by their
+names (`broker` and `front`). What children need is imported before the first of them is forked, so that they share it.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import socket
+
+from .. import brokeraccount, wire
+from ..layout import Layout
+from ..servicemanager import notify, passed
+from . import child, zygote
+from .server import Server
+
+
+def main(argv: list[str]) -> int:
+    """Serve for the layout in `argv[0]` until the service manager ends it."""
+    layout = Layout.from_args(argv[0])
+    os.umask(0o077)
+    os.chdir("/")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    child.warm_up()
+    gc.collect()
+    gc.freeze()  # what is here now is shared with every child, and no collection writes into it
+    children = zygote.start()
+    given = {name: socket.socket(fileno=fd) for name, fd in passed()}
+    users = given.get("broker") or wire.listen(layout.broker_socket, 0o666)
+    control = given.get("front") or wire.listen(layout.front_socket, 0o600)
+    try:
+        server = Server(users=users, control=control, children=children, broker_uid=brokeraccount.uid())
+        notify("READY=1")
+        server.run()
+    except OSError as exc:
+        child.report(f"it ends: {exc}")
+    return 1
