@@ -30,7 +30,8 @@ from .verbs import Arguments, Context
 QEMU_OLDEST = (7, 2)
 PROBE_PATIENCE = 60.0  # seconds
 LISTS_OF_SHELLS = "/etc/shells"
-UNITS = tuple(f"vmshell-{name}.{kind}" for name in ("launcher", "front", "broker", "relay", "tapnet") for kind in ("socket", "service"))
+PROCESSES = ("launcher", "front", "broker", "relay", "tapnet")
+UNITS = tuple(f"vmshell-{name}.{kind}" for name in PROCESSES for kind in ("socket", "service"))
 # What sshd must answer for a member of the group, lower case as `sshd -T` prints it.
 SSHD_WANTED = {
     "forcecommand": users.SHELL,
