@@ -16,8 +16,8 @@ import pytest
 TREE = Path(__file__).resolve().parent.parent
 # A leaf may import the leaves before it in this order.
 LEAF_ORDER = [
-    *("bpf", "brokeraccount", "confine", "descriptors", "errors", "refusals", "layout", "numbering", "hardware", "names"),
-    *("policyfile", "servicemanager", "spawn", "encoding", "wire", "fields", "launcher_messages", "messages"),
+    *("bpf", "brokeraccount", "confine", "descriptors", "errors", "refusals", "installed", "layout", "numbering", "hardware"),
+    *("names", "policyfile", "servicemanager", "spawn", "encoding", "wire", "fields", "launcher_messages", "messages"),
 ]
 LEAVES = set(LEAF_ORDER)
 # One folder is one process, but for two pure libraries, which import leaves only: the launch line is for those who start QEMU,
@@ -31,7 +31,7 @@ PRIVILEGED = {
     "acting": (
         910,
         (
-            *("vmshell/__main__.py", "vmshell/wire.py", "vmshell/descriptors.py", "vmshell/policyfile.py"),
+            *("vmshell/installed.py", "vmshell/wire.py", "vmshell/descriptors.py", "vmshell/policyfile.py"),
             *("vmshell/brokeraccount.py", "vmshell/servicemanager.py", "vmshell/spawn.py", "vmshell/launcher/*.py"),
             *("pam/*", "etc/migrate.sh"),
         ),
@@ -39,7 +39,7 @@ PRIVILEGED = {
     "deciding": (
         950,
         (
-            *("vmshell/layout.py", "vmshell/bpf.py", "vmshell/errors.py", "vmshell/encoding.py", "vmshell/fields.py"),
+            *("vmshell/bpf.py", "vmshell/errors.py", "vmshell/encoding.py", "vmshell/fields.py"),
             *("vmshell/numbering.py", "vmshell/hardware.py", "vmshell/launcher_messages.py", "vmshell/launch/*.py"),
         ),
     ),
@@ -257,7 +257,7 @@ def test_starters_are_isolated() -> None:
     assert first_line("etc/bin/vmshell-admin") == "#!/usr/bin/python3 -IS"
     for unit in ("broker", "launcher", "relay", "tapnet", "names"):
         text = (TREE / f"etc/systemd/vmshell-{unit}.service").read_text(encoding="utf-8")
-        starter = "/usr/local/lib/vmshell/current/vmshell/__main__.py"
+        starter = f"/usr/local/lib/vmshell/current/vmshell/{'launcher/' if unit == 'launcher' else ''}__main__.py"
         assert text.count(starter) == text.count(f"/usr/bin/python3 -IS {starter}") == 1
 
 

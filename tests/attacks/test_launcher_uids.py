@@ -19,9 +19,9 @@ import pytest
 
 from tests.process.launchers import SOMEBODY, Launcher, Lent, processes_of, small_plan, status, uploads
 from tests.process.relays import until
+from vmshell.installed import PACKAGE_DIR
 from vmshell.launcher.ending import signal_all
 from vmshell.launcher.uids import occupant, processes
-from vmshell.layout import PACKAGE_DIR
 from vmshell.numbering import JOBS_MAX, UID_BASES
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be a launcher")]

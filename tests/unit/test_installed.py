@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from vmshell.layout import PACKAGE_DIR, STATE_VERSION, Layout, read_state_version
+from vmshell.installed import PACKAGE_DIR
+from vmshell.layout import STATE_VERSION, Layout, read_state_version
 
 TREE = os.path.dirname(PACKAGE_DIR)
 
@@ -39,9 +40,7 @@ def test_state_without_a_mark_is_of_no_version(layout: Layout) -> None:
 @pytest.mark.parametrize(
     ("mark", "said"), [("state 3 vmshell 9\n", "is of version 3, and"), ("state 1\n", "is not marked"), (None, "is not marked")]
 )
-def test_a_broker_does_not_start_on_state_of_another_version(
-    layout: Layout, mark: str | None, said: str
-) -> None:
+def test_a_broker_does_not_start_on_state_of_another_version(layout: Layout, mark: str | None, said: str) -> None:
     system = Layout(etc=layout.etc, state=layout.state, run=layout.run, log=layout.log, embedded=False)
     os.makedirs(system.state)
     if mark is not None:
@@ -54,7 +53,7 @@ def test_a_broker_does_not_start_on_state_of_another_version(
 
 def hold(closed: str = "") -> list[int]:
     """The descriptors of the code's folder that a new process has, after `hold_code`, begun with those in *closed* closed."""
-    script = f"import sys; sys.path.insert(0, {TREE!r}); from vmshell.layout import hold_code; hold_code({TREE!r})\n"
+    script = f"import sys; sys.path.insert(0, {TREE!r}); from vmshell.installed import hold_code; hold_code({TREE!r})\n"
     script += f"import os; out = os.open('/proc/self/fd', os.O_RDONLY); folder = {TREE!r}\n"
     script += "held = [n for n in os.listdir(out) if os.path.realpath(f'/proc/self/fd/{n}') == folder]\n"
     script += "os.write(int(sys.argv[1]), ' '.join(held).encode())"
@@ -78,7 +77,7 @@ def test_the_starter_follows_the_link_once(tmp_path: Path) -> None:
     for version in ("a", "b"):
         package = tmp_path / version / "vmshell"
         package.mkdir(parents=True)
-        for name in ("__init__.py", "__main__.py", "layout.py"):
+        for name in ("__init__.py", "__main__.py", "installed.py"):
             (package / name).write_bytes(Path(PACKAGE_DIR, name).read_bytes())
         (package / "shell").mkdir()
         (package / "shell/late.py").write_text(f"print('{version}')\n")

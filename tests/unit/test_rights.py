@@ -20,6 +20,7 @@ from vmshell.numbering import uids_of_jobs
 
 UID = 990
 VMS = range(2_100_000_000, 2_100_000_100)
+LAUNCHER = ["/usr/bin/python3", "-IS", "/usr/local/lib/vmshell/current/vmshell/launcher/__main__.py"]
 STARTED = ["/usr/bin/python3", "-IS", "/usr/local/lib/vmshell/vmshell/__main__.py"]
 INSTALLED = "/etc/vmshell:/var/lib/vmshell:/run/vmshell:/var/log/vmshell:0"
 
@@ -111,6 +112,7 @@ def test_what_the_kernel_does_not_say_is_no_good_sign(text: str) -> None:
     [
         (status(0), [*STARTED, "broker", INSTALLED], "is our broker and runs as root"),
         (status(0), [*STARTED, "storage", "verify"], "is our storage and runs as root"),
+        (status(0), [*LAUNCHER, "/etc/vmshell/policy.toml"], "is our launcher and runs as root"),
         (status(UID, Uid="990\t0\t990\t990"), [*STARTED, "relay", INSTALLED], "is our relay"),
         (status(0), ["python3", "/usr/local/lib/vmshell-0.9/vmshell/__main__.py", "probe"], "is our probe"),
         (status(2_100_000_007, 1 << 12), ["qemu"], "runs under uid 2100000007, which is a VM's or a job's, and has net_admin"),
@@ -132,6 +134,7 @@ def test_what_has_more_rights_than_it_should(text: str, command: list[str], word
         (status(0), [*STARTED, "shell", "--layout", INSTALLED, "explain"]),
         (status(0), STARTED),
         (status(0), [*STARTED, "broker", "/root/.config/vmshell:/root/s:/run/user/0/vmshell:/root/l:1"]),
+        (status(0), [*LAUNCHER, "/root/.config/vmshell/policy.toml", "3"]),
         (status(UID), [*STARTED, "broker", INSTALLED]),
         (status(2_100_000_007), ["qemu-system-x86_64"]),
         (status(2_100_000_099), [*STARTED, "storage", "verify"]),

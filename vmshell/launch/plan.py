@@ -35,7 +35,7 @@ LAUNCHERS_OWN = frozenset(
     ("number", "uid", "gid", "kvm_gid", "seccomp_fd", "scope", "slice", "oom_score_adj", "info_fd", "paused")
 )
 # Of which kind a descriptor has to be; TAP is followed by the tap's name.
-READ, WRITTEN, LISTENER, STREAM, BARRIER, TAP = "read", "written", "listener", "stream", "barrier", "tap"
+READ, WRITTEN, LISTENER, STREAM, PIPE, OUTPUT, TAP = "read", "written", "listener", "stream", "pipe", "output", "tap"
 
 
 def machine(value: object, name: str) -> str:
@@ -134,7 +134,7 @@ class LaunchPlan(Message):
         A tap's kind is `tap` and its name, which follows from the VM's number.
         """
         single = {"kernel_fd": READ, "initrd_fd": READ, "agent_fd": LISTENER, "qmp_fd": LISTENER}
-        for name, kind in {**single, "block_fd": BARRIER}.items():
+        for name, kind in {**single, "block_fd": PIPE}.items():
             if (fd := getattr(self, name)) is not None:
                 yield name, fd, kind
         yield from (("option_rom_fds", fd, READ) for fd in self.option_rom_fds)

@@ -25,22 +25,30 @@ RESTART_NAMES = ("systemctl", "--no-block", "restart", "vmshell-names.service")
 
 
 class Server:
-    """*listener* is None in session mode: then *connection* is all there is, and its end is ours."""
+    """It listens in system mode; in session mode one connection is all there is, and its end is ours."""
 
-    def __init__(
-        self, *, runs: Runs, jobs: Jobs, broker_uid: int, listener: socket.socket | None, connection: socket.socket | None
-    ) -> None:
+    def __init__(self, *, runs: Runs, jobs: Jobs, broker_uid: int) -> None:
         self._runs = runs
         self._jobs = jobs
         self._broker_uid = broker_uid
-        self._listener = listener
-        self._connection = connection
+        self._listener: socket.socket | None = None
+        self._connection: socket.socket | None = None
         self._poll = select.poll()
         self._watched: dict[int, Callable[[], None]] = {}
-        for sock, call in ((listener, self._accept), (connection, self._serve)):
-            if sock is not None:
-                sock.setblocking(False)
-                self._watch(sock.fileno(), call)
+
+    def listen(self, listener: socket.socket) -> None:
+        """Let the broker connect at *listener*."""
+        listener.setblocking(False)
+        self._listener = listener
+        self._watch(listener.fileno(), self._accept)
+
+    def serve(self, connection: socket.socket) -> None:
+        """Let the broker ask by *connection*, and by no earlier one."""
+        self._hang_up()
+        connection.set_inheritable(False)
+        connection.setblocking(False)  # whoever does not read is hung up on, see `_send`
+        self._connection = connection
+        self._watch(connection.fileno(), self._requested)
 
     def run(self) -> None:
         """Serve until there is nobody left who could ask."""
@@ -82,14 +90,11 @@ class Server:
         except OSError as exc:
             report(f"accepting failed: {exc}")
             return
-        sock.setblocking(False)  # whoever does not read is hung up on, see `_send`
         if wire.peer_uid(sock) != self._broker_uid:
             report(f"refused a connection of uid {wire.peer_uid(sock)}")
             sock.close()
             return
-        self._hang_up()
-        self._connection = sock
-        self._watch(sock.fileno(), self._serve)
+        self.serve(sock)
 
     def _hang_up(self) -> None:
         if self._connection is not None:
@@ -97,7 +102,7 @@ class Server:
             self._connection.close()
             self._connection = None
 
-    def _serve(self) -> None:
+    def _requested(self) -> None:
         assert self._connection is not None
         try:
             packet = wire.recv(self._connection, fds_allowed=LENT_MAX)
@@ -131,13 +136,12 @@ class Server:
                 self._runs.signal(message)
                 self._send({"id": ident, "ok": {}})
             elif isinstance(message, Launch):
-                number, pid = message.number, self._runs.launch(message, packet.fds, self._connection)
-                self._started(ident, pid, lambda: self._runs.ended(number, pid))
+                pid, ended = self._runs.launch(message, packet.fds, self._connection)
+                self._started(ident, pid, ended)
                 if self._connection is None:
                     self._runs.forget(pid)
             elif isinstance(message, Job):
-                job, uid = self._jobs.start(message, packet.fds)
-                self._started(ident, job, lambda: None if uid is None else self._jobs.ended(uid, job))
+                self._started(ident, *self._jobs.start(message, packet.fds))
             elif isinstance(message, RestartNames):
                 self._started(ident, spawn(RESTART_NAMES, {}, stderr=2), lambda: None)
         except OSError as exc:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ..numbering import JOBS_MAX, NUMBER_MAX, uids_of_jobs
 
@@ -17,22 +17,25 @@ _RANGES = ("/etc/subuid", "/etc/subgid")
 
 
 class Uids:
-    """`apart`: QEMU gets a uid of its own, which takes root. `helpers_apart`: so do jobs, but in nobody's session."""
+    """`apart`: QEMU gets a uid of its own, which takes root. `helpers_apart`: so do jobs, but in nobody's session.
 
-    def __init__(self, base: int, *, embedded: bool) -> None:
+    `signal_all` signals every process of a uid; None in a session, where VMs have the uid of a person with other programs.
+    """
+
+    def __init__(self, base: int, *, session: bool) -> None:
         self.apart = os.geteuid() == 0
-        self.helpers_apart = self.apart and not embedded
+        self.helpers_apart = self.apart and not session
         self.all = range(base, base + NUMBER_MAX + 1 + JOBS_MAX)
         self.jobs = uids_of_jobs(base)
-        self._base = base
+        self.signal_all: Callable[[int, int], None] | None = None
+        if self.helpers_apart:
+            from .ending import signal_all
 
-    def of_vm(self, number: int) -> int | None:
-        """The uid of VM *number*'s QEMU; None: our own."""
-        return self._base + number if self.apart else None
+            self.signal_all = lambda uid, number: signal_all(uid, self.all, number)
 
-    def number_of(self, uid: int) -> int:
-        """The VM whose uid this is."""
-        return uid - self._base
+    def of_vm(self, number: int) -> int:
+        """The uid of VM *number*'s QEMU, if it gets one of its own."""
+        return self.all.start + number
 
 
 def occupant(uids: range, root: str = "") -> str:
