@@ -5,6 +5,7 @@ Runs in: every process. Stdlib only, no I/O at import.
 
 from __future__ import annotations
 
+import fcntl
 import os
 
 PACKAGE_DIR = os.path.dirname(os.path.abspath(__file__))
@@ -18,8 +19,6 @@ def hold_code(folder: str) -> None:
 
     It shows in /proc/PID/fd. Never as 0, 1 or 2: where one of these is closed, somebody else has to fill it.
     """
-    numbers = [os.open(folder, os.O_PATH | os.O_DIRECTORY)]
-    while numbers[-1] <= 2:
-        numbers.append(os.dup(numbers[-1]))
-    for number in numbers[:-1]:
-        os.close(number)
+    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+    fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(fd)

@@ -10,12 +10,9 @@ import fcntl
 import os
 import signal
 import sys
+from collections.abc import Mapping, Sequence
 
 from .installed import PACKAGE_DIR, PYTHON_FLAGS
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 FIRST_FD = 3

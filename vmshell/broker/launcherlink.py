@@ -66,7 +66,7 @@ class LauncherLink(Link):
             packet.close()
             answered(error)
 
-        self.request(Job(kind=kind, words=words), started, fds)
+        self.request(Job(kind=kind, words=tuple(words)), started, fds)
 
     def terminate(self, number: int) -> None:
         """Ask every process of the VM to end."""

@@ -51,12 +51,11 @@ class Jobs:
 
     def ended(self, uid: int, pid: int) -> None:
         """The job of this uid has ended; its uid is free again once nothing else of it is there."""
-        pids = self._taken.get(uid, set())
-        pids.discard(pid)
-        if not pids:
+        self._taken[uid].discard(pid)
+        if not self._taken[uid]:
             if self._uids.signal_all is not None:
                 self._uids.signal_all(uid, signal.SIGKILL)
-            self._taken.pop(uid, None)
+            del self._taken[uid]
 
     def _free(self) -> int:
         uid = next((uid for uid in self._uids.jobs if uid not in self._taken), None)

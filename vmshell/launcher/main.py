@@ -14,6 +14,7 @@ import socket
 import stat
 import sys
 from functools import partial
+from pathlib import Path
 
 from .. import brokeraccount
 from ..errors import VmshellError
@@ -24,8 +25,6 @@ from .policy import Policy
 from .runs import Runs
 from .server import Server
 from .uids import Uids, is_ours, occupant, processes
-
-SYSTEMD = "/run/systemd/system"
 
 
 def main(argv: list[str]) -> int:
@@ -50,9 +49,8 @@ def compose(policy_path: str, connection: str = "") -> Server:
         raise OSError(f"{writable} can be written by others than root, and root runs what is in it")
     policy = Policy(policy_path)
     uids = Uids(policy.uid_base, session=bool(connection))
-    scopes = uids.helpers_apart and os.path.isdir(SYSTEMD)
     broker_uid = os.geteuid() if connection else brokeraccount.uid()
-    runs = Runs(uids=uids, policy=policy, scopes=scopes, broker_uid=broker_uid)
+    runs = Runs(uids=uids, policy=policy, broker_uid=broker_uid)
     jobs = Jobs(uids)
     server = Server(runs=runs, jobs=jobs, broker_uid=broker_uid)
     if connection:
@@ -62,30 +60,25 @@ def compose(policy_path: str, connection: str = "") -> Server:
     else:
         raise OSError("it has no socket to listen at: systemctl start vmshell-launcher.socket")
     if uids.helpers_apart:
-        _take_over(server, runs, jobs, uids, judge=scopes)
+        _take_over(server, runs, jobs, uids)
     return server
 
 
 def writable_by_others(path: str) -> str:
     """The first folder from *path* up to / that is not root's, or writable by others (A18); empty if there is none."""
-    while True:
-        status = os.stat(path)
+    for folder in (Path(path), *Path(path).parents):
+        status = folder.stat()
         if status.st_uid != 0 or (status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX):
-            return path
-        if path == "/":
-            return ""
-        path = os.path.dirname(path)
+            return str(folder)
+    return ""
 
 
-def _take_over(server: Server, runs: Runs, jobs: Jobs, uids: Uids, *, judge: bool) -> None:
-    """Find what an earlier launcher started. *judge*: the service manager's control groups tell whether it was one.
-
-    Refuses uids in which somebody else lives: a VM's QEMU would be able to do what they can.
-    """
+def _take_over(server: Server, runs: Runs, jobs: Jobs, uids: Uids) -> None:
+    """Find what an earlier launcher started. Raises OSError where somebody else lives: QEMU would be able to do what they can."""
     if problem := occupant(uids.all):
         raise OSError(f"the uids {uids.all.start} to {uids.all.stop - 1} are for VMs and jobs, but {problem}; see uid_base")
     for pid, uid in processes(uids.all):
-        if judge and not is_ours(pid):
+        if uids.managed and not is_ours(pid):
             raise OSError(f"process {pid} has uid {uid}, which is for VMs and jobs of ours, and is none of them; see uid_base")
         holder: Runs | Jobs = jobs if uid in uids.jobs else runs
         with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile

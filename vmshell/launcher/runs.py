@@ -18,7 +18,6 @@ from .. import descriptors
 from ..errors import LaunchRefused, VmshellError
 from ..launch import plan as plans
 from ..launch.jail import command
-from ..launch.plan import LAUNCHERS_OWN, LaunchPlan
 from ..launch.seccomp import program
 from ..launcher_messages import KILL, Launch, Signal
 from ..spawn import FIRST_FD, spawn
@@ -36,10 +35,9 @@ _NOTHING: tuple[object, set[int]] = (None, set())
 class Runs:
     """The VMs that run, by the uids that are theirs, also in session mode, where nobody gets them."""
 
-    def __init__(self, *, uids: Uids, policy: Policy, scopes: bool, broker_uid: int) -> None:
+    def __init__(self, *, uids: Uids, policy: Policy, broker_uid: int) -> None:
         self._uids = uids
         self._policy = policy
-        self._scopes = scopes
         self._broker_uid = broker_uid
         # Who had it started (a connection; None: it was there before us), and the processes of it that are held.
         self._running: dict[int, tuple[object, set[int]]] = {}
@@ -76,9 +74,8 @@ class Runs:
         self._running[uid] = (connection, {pid})
         return pid, partial(self.ended, uid, pid)
 
-    def forget(self, pid: int) -> None:
-        """Kill the jail *pid*, only just started, of which nobody could be told: its barrier never opens."""
-        # It may be the VM's uid already; then the next launch ends it. In its session there may be its child.
+    def kill_child(self, pid: int) -> None:
+        """Kill our child, only just started, with what is in its session; what has the VM's uid by now is not ours to kill."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
 
@@ -91,15 +88,14 @@ class Runs:
         if message.signal == KILL and starter is not None:
             # Our child, on its way to the VM's uid, may still be root's: then only we may end it.
             for pid in pids:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
+                self.kill_child(pid)
         self._uids.signal_all(uid, SIGNALS[message.signal])
 
-    def _plan(self, message: Launch, seccomp_fd: int) -> LaunchPlan:
+    def _plan(self, message: Launch, seccomp_fd: int) -> plans.LaunchPlan:
         uid = self._uids.of_vm(message.number) if self._uids.apart else None
-        for name in LAUNCHERS_OWN & message.plan.keys():
+        for name in plans.LAUNCHERS_OWN & message.plan.keys():
             raise ValueError(f"{name} is the launcher's own to say")
-        plan = LaunchPlan(
+        plan = plans.LaunchPlan(
             **message.plan,
             number=message.number,
             uid=uid,
@@ -107,14 +103,14 @@ class Runs:
             kvm_gid=kvm_group(),
             seccomp_fd=seccomp_fd,
             # A name for each run: the last one's scope may be there until systemd has seen its end.
-            scope=f"vmshell-vm-{message.number}-{time.time_ns() // 1_000_000}.scope" if self._scopes else None,
+            scope=f"vmshell-vm-{message.number}-{time.time_ns() // 1_000_000}.scope" if self._uids.managed else None,
             oom_score_adj=OOM_SCORE,
         )
-        if not self._policy.has_cpu_model(plan.cpu_model):
+        if plan.cpu_model is not None and plan.cpu_model not in self._policy.cpu_models():
             raise ValueError("cpu_model must be one of the policy's")
         return plan
 
-    def _check(self, plan: LaunchPlan, fds: Sequence[int]) -> None:
+    def _check(self, plan: plans.LaunchPlan, fds: Sequence[int]) -> None:
         """Raise ValueError unless each descriptor is of its kind, and none is left over or missing."""
         wanted = {number: (name, kind) for name, number, kind in (*STANDARD, *plan.lent())}
         if sorted(wanted) != list(range(len(fds))):
@@ -122,24 +118,21 @@ class Runs:
             raise ValueError(f"descriptors: the plan uses {used}, and there are {len(fds) - FIRST_FD} from {FIRST_FD}")
         if plan.block_fd is None:
             raise ValueError("block_fd must be there")
-        for number, (name, kind) in wanted.items():
-            try:
-                self._check_one(kind, fds[number])
-            except ValueError as exc:
-                raise ValueError(f"{name}: {exc}") from exc
-
-    def _check_one(self, kind: str, fd: int) -> None:
-        name, _, tap = kind.partition(" ")
-        checks: dict[str, Callable[[int], None]] = {
+        checks: dict[str, Callable[..., None]] = {
             plans.READ: partial(descriptors.check_read_file, owner=self._broker_uid),
             plans.WRITTEN: partial(descriptors.check_written_file, owner=self._broker_uid),
             plans.LISTENER: descriptors.check_listener,
             plans.STREAM: descriptors.check_stream,
             plans.PIPE: partial(descriptors.check_pipe, mode=os.O_RDWR),
             plans.OUTPUT: partial(descriptors.check_pipe, mode=os.O_WRONLY),
-            plans.TAP: partial(descriptors.check_tap, name=tap),
+            plans.TAP: descriptors.check_tap,
         }
-        checks[name](fd)
+        for number, (name, kind) in wanted.items():
+            word, *tap = kind.split()
+            try:
+                checks[word](fds[number], *tap)
+            except ValueError as exc:
+                raise ValueError(f"{name}: {exc}") from exc
 
     def _end_leftovers(self, number: int) -> None:
         """What an earlier connection started or an earlier launcher left, nobody opens the barrier for any more."""
@@ -163,16 +156,13 @@ def kvm_group() -> int | None:
 def wait_for_end(pid: int, seconds: float = 2.0) -> bool:
     """Wait until *pid*, which was killed, has ended."""
     try:
-        fd = os.pidfd_open(pid)
+        with open(os.pidfd_open(pid), "rb", buffering=0) as pidfd:
+            return bool(select.select([pidfd], [], [], seconds)[0])
     except ProcessLookupError:
         return True
-    try:
-        return bool(select.select([fd], [], [], seconds)[0])
-    finally:
-        os.close(fd)
 
 
-def _start(plan: LaunchPlan, fds: Sequence[int]) -> int:
+def _start(plan: plans.LaunchPlan, fds: Sequence[int]) -> int:
     with open(os.memfd_create("seccomp"), "w+b", buffering=0) as filter:
         filter.write(program())
         filter.seek(0)
