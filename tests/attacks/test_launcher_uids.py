@@ -142,6 +142,15 @@ def test_a_policy_that_others_can_write_is_refused(stopped: Launcher) -> None:
     assert f"belongs to uid {SOMEBODY}" in stopped.not_started()
 
 
+def test_without_the_service_managers_socket_it_does_not_start(short_tmp: Path) -> None:
+    """It makes none of its own, and says who has one."""
+    command = [sys.executable, "-IS", f"{PACKAGE_DIR}/launcher/__main__.py", f"{short_tmp}/policy.toml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "launcher: not started: it has no socket to listen at: systemctl start vmshell-launcher.socket\n"
+    assert os.listdir(short_tmp) == []
+
+
 def test_the_highest_uids_have_jails(short_tmp: Path) -> None:
     """What bubblewrap writes into the map of a user namespace is an int of C's: a range beyond it would have no VM."""
     launcher = Launcher(short_tmp)

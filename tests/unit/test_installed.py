@@ -13,6 +13,7 @@ from vmshell.installed import PACKAGE_DIR
 from vmshell.layout import STATE_VERSION, Layout, read_state_version
 
 TREE = os.path.dirname(PACKAGE_DIR)
+HELD = "*(os.path.realpath(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd'))"
 
 
 @pytest.mark.parametrize(
@@ -72,18 +73,20 @@ def test_held_code_is_never_standard_input_or_output(closed: str) -> None:
     assert number > 2
 
 
-def test_the_starter_follows_the_link_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("process", "words"), [("shell", ["__main__.py", "shell"]), ("launcher", ["launcher/__main__.py"])])
+def test_the_starter_follows_the_link_once(tmp_path: Path, process: str, words: list[str]) -> None:
     """Who began with a version imports that one's modules, also when the link leads elsewhere by then."""
     for version in ("a", "b"):
         package = tmp_path / version / "vmshell"
         package.mkdir(parents=True)
-        for name in ("__init__.py", "__main__.py", "installed.py"):
+        (package / process).mkdir()
+        for name in ("__init__.py", "installed.py", words[0]):
             (package / name).write_bytes(Path(PACKAGE_DIR, name).read_bytes())
-        (package / "shell").mkdir()
-        (package / "shell/late.py").write_text(f"print('{version}')\n")
+        (package / process / "late.py").write_text(f"import os; print('{version}', {HELD})\n")
         move = f"import os; os.symlink('b', '{tmp_path}/new'); os.rename('{tmp_path}/new', '{tmp_path}/current')"
-        (package / "shell/main.py").write_text(f"def main(argv):\n    {move}\n    from . import late\n    return 0\n")
+        (package / process / "main.py").write_text(f"def main(argv):\n    {move}\n    from . import late\n    return 0\n")
     (tmp_path / "current").symlink_to("a")
-    command = [sys.executable, "-IS", f"{tmp_path}/current/vmshell/__main__.py", "shell"]
+    command = [sys.executable, "-IS", f"{tmp_path}/current/vmshell/{words[0]}", *words[1:]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "a\n", done.stderr
+    assert done.stdout.split()[0] == "a", done.stderr
+    assert f"{tmp_path}/a" in done.stdout.split()[1:], "and holds its folder"
