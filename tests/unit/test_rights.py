@@ -161,17 +161,21 @@ def test_the_uids_are_the_policys(tmp_path: Path) -> None:
 
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be seen as root")
-def test_a_process_of_ours_that_stays_roots_is_found_in_proc(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("starter", "words", "kind"),
+    [("__main__.py", ["broker", INSTALLED], "broker"), ("launcher/__main__.py", ["/etc/vmshell/policy.toml"], "launcher")],
+)
+def test_a_process_of_ours_that_stays_roots_is_found_in_proc(tmp_path: Path, starter: str, words: list[str], kind: str) -> None:
     """And what is on its way down, or has ended by the second look, is not."""
-    starter = tmp_path / "vmshell/__main__.py"
-    starter.parent.mkdir()
-    starter.write_text("import sys; print(flush=True); sys.stdin.read()")
-    command = [sys.executable, str(starter), "broker", INSTALLED]
+    path = tmp_path / "vmshell" / starter
+    path.parent.mkdir(parents=True)
+    path.write_text("import sys; print(flush=True); sys.stdin.read()")
+    command = [sys.executable, str(path), *words]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout and process.stdin
         process.stdout.readline()
         found = [finding.text for finding in doctor_rights._others(0, VMS)]
-        assert f"pid {process.pid} is our broker and runs as root" in found
+        assert f"pid {process.pid} is our {kind} and runs as root" in found
         assert not any(f"pid {process.pid} " in finding.text for finding in doctor_rights._others(process.pid, VMS))
         before = doctor_rights._look(0, VMS)
         process.stdin.close()

@@ -211,7 +211,7 @@ def _command(pid: int) -> list[str]:
             return []
     except OSError:
         return []
-    return _read(f"/proc/{pid}/cmdline").split("\0")
+    return _read(f"/proc/{pid}/cmdline").removesuffix("\0").split("\0")
 
 
 def _started(pid: int) -> str:
