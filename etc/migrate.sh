@@ -60,7 +60,6 @@ move() { # move OWNER FROM TO
 
 forward() {
     [ "$(there)" != "$OURS" ] || return 0
-    [ -d "$STATE/vms" ] && had=state || had=nothing
     systemctl stop vmshell-broker.service
     folders give
     install -d -m 0700 -o "$BROKER" -g "$BROKER" "$STATE/net" "$RUN/broker"
@@ -71,7 +70,7 @@ forward() {
     sockets "$BROKER"
     echo "state $OURS vmshell $RELEASE" >"$STATE/version.new"
     mv -f "$STATE/version.new" "$STATE/version"
-    [ "$had" = state ] || return 0
+    [ -d "$STATE/vms" ] || return 0
     say "the state in $STATE is of version $OURS now. The way back, VMs running on: \`sh etc/migrate.sh back\` in this tree, then at once"
     say "\`make install\` in the tree of the version that you had."
 }
@@ -106,8 +105,6 @@ back() {
 }
 
 case ${1:-} in
-check) check ;;
-forward) forward ;;
-back) back ;;
+check | forward | back) "$1" ;;
 *) die "usage: etc/migrate.sh check|forward|back" ;;
 esac

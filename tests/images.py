@@ -10,7 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vmshell.layout import PACKAGE_DIR, Layout
+from vmshell.installed import PACKAGE_DIR
+from vmshell.layout import Layout
 
 IMAGES = ("demo", "demo-disk")
 ROOT = Path(f"/var/tmp/vmshell-test-images-{os.getuid()}")

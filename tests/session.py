@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from vmshell import wire
-from vmshell.layout import PACKAGE_DIR, Layout
+from vmshell.installed import PACKAGE_DIR
+from vmshell.layout import Layout
 from vmshell.messages import Done, Put, Request, Whoami
 from vmshell.refusals import from_wire
 
@@ -45,7 +46,7 @@ class Client:
             if "error" in packet.body:
                 raise from_wire(packet.body["error"])
             ok: Any = packet.body["ok"]
-            return ok, packet.take_fds()
+            return ok, wire.take_fds(packet)
 
     def ask(self, request: Request) -> dict[str, Any]:
         self.send(request)
@@ -141,13 +142,17 @@ class Session:
         self.broker.wait()
 
     def pids(self, word: str = "") -> list[int]:
-        """Every process of this session: ours by the layout in its arguments, QEMU and its jail by the broker's records."""
+        """Every process of this session: ours by the layout in its arguments (the launcher by the policy), QEMU and its jail
+        by the broker's records."""
+        layout, policy = self.layout.to_args(), self.layout.policy
         found = []
         for entry in os.listdir("/proc"):
             if entry.isdecimal():
                 with contextlib.suppress(OSError):
-                    arguments = Path("/proc", entry, "cmdline").read_bytes().split(b"\0")
-                    if self.layout.to_args().encode() in arguments and word.encode() in arguments:
+                    arguments = Path("/proc", entry, "cmdline").read_bytes().decode(errors="replace").split("\0")
+                    if policy in arguments and f"{PACKAGE_DIR}/launcher/__main__.py" in arguments:
+                        arguments += [layout, "launcher"]
+                    if layout in arguments and word in arguments:
                         found.append(int(entry))
         return found
 

@@ -16,8 +16,9 @@ import pytest
 TREE = Path(__file__).resolve().parent.parent
 # A leaf may import the leaves before it in this order.
 LEAF_ORDER = [
-    *("bpf", "brokeraccount", "confine", "descriptors", "errors", "refusals", "consoles", "layout", "numbering", "hardware"),
-    *("names", "policyfile", "servicemanager", "spawn", "encoding", "wire", "fields", "launcher_messages", "messages"),
+    *("bpf", "brokeraccount", "confine", "descriptors", "errors", "refusals", "consoles", "installed", "layout", "numbering"),
+    *("hardware", "names", "policyfile", "servicemanager", "spawn", "encoding", "packets", "wire", "fields", "launcher_messages"),
+    "messages",
 ]
 LEAVES = set(LEAF_ORDER)
 # One folder is one process, but for two pure libraries, which import leaves only: the launch line is for those who start QEMU,
@@ -26,20 +27,20 @@ LIBRARIES = {"launch": {"broker", "launcher", "probe"}, "model": {"admin", "brok
 THIRD_PARTY = {"shell": {"prompt_toolkit", "pexpect"}, "tapnet": {"pyroute2"}}
 # What runs as root, in two heaps: the code that acts, and pure code that only decides (what a message or a launch plan may be;
 # text in, value out, tested without a host). Shell counts where root runs it.
-PRIVILEGED_AIM = 1550
+PRIVILEGED_MOST = 1550
 PRIVILEGED = {
     "acting": (
-        910,
+        785,
         (
-            *("vmshell/__main__.py", "vmshell/wire.py", "vmshell/descriptors.py", "vmshell/policyfile.py"),
-            *("vmshell/brokeraccount.py", "vmshell/servicemanager.py", "vmshell/spawn.py", "vmshell/launcher/*.py"),
-            *("pam/*", "etc/migrate.sh"),
+            *("vmshell/__init__.py", "vmshell/installed.py", "vmshell/packets.py", "vmshell/descriptors.py"),
+            *("vmshell/policyfile.py", "vmshell/brokeraccount.py", "vmshell/servicemanager.py", "vmshell/spawn.py"),
+            *("vmshell/launcher/*.py", "pam/*", "etc/migrate.sh"),
         ),
     ),
     "deciding": (
-        950,
+        770,
         (
-            *("vmshell/layout.py", "vmshell/bpf.py", "vmshell/errors.py", "vmshell/encoding.py", "vmshell/fields.py"),
+            *("vmshell/bpf.py", "vmshell/errors.py", "vmshell/encoding.py", "vmshell/fields.py"),
             *("vmshell/numbering.py", "vmshell/hardware.py", "vmshell/launcher_messages.py", "vmshell/launch/*.py"),
         ),
     ),
@@ -211,14 +212,28 @@ def code_lines(path: Path) -> int:
 
 
 def test_privileged_code_is_read_in_a_sitting(capsys: pytest.CaptureFixture[str]) -> None:
-    """Prints the count beside its aim, and fails where growing further should be a decision of its own."""
+    """Prints the count beside its limit, and fails where growing further should be a decision of its own."""
     totals = {}
     for heap, (_, patterns) in PRIVILEGED.items():
         totals[heap] = sum(code_lines(path) for pattern in patterns for path in TREE.glob(pattern))
     with capsys.disabled():
-        print(f"\nprivileged code lines: {totals}, aim {PRIVILEGED_AIM} in all")
+        print(f"\nprivileged code lines: {totals}, less than {PRIVILEGED_MOST} in all")
     for heap, (most, _) in PRIVILEGED.items():
         assert totals[heap] < most, heap
+    assert sum(totals.values()) < PRIVILEGED_MOST
+
+
+def test_what_root_imports_is_what_is_counted() -> None:
+    """By a launcher that has loaded everything: no file of its own is missing in the count, and none is there for nothing."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(TREE)!r})\n"
+        "import vmshell.launcher.main, vmshell.launcher.ending\n"
+        "print(*(module.__file__ for name, module in sys.modules.items() if name.split('.')[0] in ('vmshell', 'tapnet')))"
+    )
+    done = subprocess.run([sys.executable, "-IS", "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    counted = {str(path) for _, patterns in PRIVILEGED.values() for pattern in patterns for path in TREE.glob(pattern)}
+    starter = str(TREE / "vmshell/launcher/__main__.py")
+    assert {*done.stdout.split(), starter} == {path for path in counted if path.endswith(".py")}
 
 
 def test_the_packages_are_listed() -> None:
@@ -257,7 +272,7 @@ def test_starters_are_isolated() -> None:
     assert first_line("etc/bin/vmshell-admin") == "#!/usr/bin/python3 -IS"
     for unit in ("broker", "front", "launcher", "relay", "tapnet", "names"):
         text = (TREE / f"etc/systemd/vmshell-{unit}.service").read_text(encoding="utf-8")
-        starter = "/usr/local/lib/vmshell/current/vmshell/__main__.py"
+        starter = f"/usr/local/lib/vmshell/current/vmshell/{'launcher/' if unit == 'launcher' else ''}__main__.py"
         assert text.count(starter) == text.count(f"/usr/bin/python3 -IS {starter}") == 1
 
 

@@ -1,7 +1,8 @@
 """The starter of our processes: `python3 -IS …/vmshell/__main__.py PROCESS ARGS…`, where PROCESS is the name of its folder.
 
 `-I -S` keep the environment, the current folder and site-packages out of the process. So the starter adds the one folder our code
-is in, and nothing else. (The installed login shell has a starter of its own, `etc/bin/vmshell`.)
+is in, and nothing else. (The launcher, which root runs, has a short starter of its own, `launcher/__main__.py`; so has the login
+shell of an installed host, `etc/bin/vmshell`.)
 
 An installed host has each version in a folder of its own, and a link to the one in force. The link is followed once, here: what a
 process imports later is of the version it began with.
@@ -26,14 +27,12 @@ def main(argv: list[str]) -> int:
     sys.path.insert(0, code)
     process, rest = (argv[1], argv[2:]) if len(argv) > 1 else ("", [])
     if process not in JOBS:
-        from vmshell.layout import hold_code
+        from vmshell.installed import hold_code
 
         hold_code(code)
     run: Callable[[list[str]], int]
     if process == "broker":
         from vmshell.broker.main import main as run
-    elif process == "launcher":
-        from vmshell.launcher.main import main as run
     elif process == "accounts":
         from vmshell.accounts.main import main as run
     elif process == "front":

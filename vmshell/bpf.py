@@ -7,13 +7,10 @@ Used by: the launch line's filter, the cages of storage jobs and of the front. S
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping, Sequence
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    # operation, value, where to go on if true and if false: the name of a place, or "next"
-    Instruction = tuple[int, int, str, str]
+# operation, value, where to go on if true and if false: the name of a place, or "next"
+Instruction = tuple[int, int, str, str]
 
 LOAD = 0x20  # BPF_LD | BPF_W | BPF_ABS
 EQUAL = 0x15  # BPF_JMP | BPF_JEQ | BPF_K

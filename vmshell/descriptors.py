@@ -83,15 +83,12 @@ def _regular(fd: int, mode: int) -> os.stat_result:
 
 def _unix_stream(fd: int) -> socket.socket:
     """A duplicate of *fd* as a socket object, which closes with its last reference."""
-    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode) or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:
         raise ValueError("no socket")
-    own = os.dup(fd)
-    try:
-        sock = socket.socket(fileno=own)
-    except OSError as exc:  # of a family whose sockets have no names, for which Python asks first
-        os.close(own)
-        raise ValueError("no Unix stream socket") from exc
-    if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+    # Told the family Python does not look for it, which fails for sockets without names; whether it is true the kernel says.
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, os.dup(fd))
+    found = [sock.getsockopt(socket.SOL_SOCKET, option) for option in (socket.SO_DOMAIN, socket.SO_TYPE)]
+    if found != [socket.AF_UNIX, socket.SOCK_STREAM]:
         sock.close()
         raise ValueError("no Unix stream socket")
     return sock

@@ -1,4 +1,4 @@
-"""A packet's bytes and the one JSON object in them. What comes in is hostile (rule R12): see `wire.py`.
+"""A packet's bytes and the one JSON object in them. What comes in is hostile (rule R12): see `packets.py`.
 
 Runs in: every process. Stdlib only, no I/O.
 """
@@ -27,13 +27,13 @@ def decode(data: bytes) -> dict[str, object]:
     """Return the object in *data*, or raise ProtocolError naming what is wrong with it."""
     if len(data) > FRAME_MAX:
         raise ProtocolError(problem=f"it is larger than {FRAME_MAX} bytes")
-    if data.count(b"{") + data.count(b"[") > DEPTH_MAX and _depth(data) > DEPTH_MAX:
-        raise ProtocolError(problem=f"it is nested deeper than {DEPTH_MAX}")
     try:
         text = data.decode("utf-8").strip(" \t\n\r")
         body, end = _scan(text, 0)
         if end != len(text):
             raise ValueError("something follows the object")
+        if data.count(b"{") + data.count(b"[") > DEPTH_MAX and _depth(body) > DEPTH_MAX:
+            raise ProtocolError(problem=f"it is nested deeper than {DEPTH_MAX}")
         if b"\\u" in data:
             # Escapes can smuggle in what UTF-8 cannot hold; encoding again finds it before it is stored anywhere.
             "".join(_UNICODE(body, 0)).encode("utf-8")
@@ -47,25 +47,10 @@ def decode(data: bytes) -> dict[str, object]:
     return body
 
 
-def _depth(data: bytes) -> int:
-    deepest = depth = 0
-    in_string = escaped = False
-    for byte in data:
-        if in_string:
-            if escaped:
-                escaped = False
-            elif byte == 0x5C:
-                escaped = True
-            elif byte == 0x22:
-                in_string = False
-        elif byte == 0x22:
-            in_string = True
-        elif byte in b"{[":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif byte in b"}]":
-            depth -= 1
-    return deepest
+def _depth(value: object) -> int:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return 1 + max(map(_depth, value), default=0) if isinstance(value, list) else 0
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -8,15 +8,11 @@ Runs in: every process. Stdlib only, no I/O at import.
 
 from __future__ import annotations
 
+# 3 to 6 and 8 are in `refusals.py`, whose classes alone have them.
 EX_DONE = 0
 EX_REFUSED = 1
 EX_USAGE = 2
-EX_NO_SUCH = 3
-EX_STATE = 4
-EX_LIMIT = 5
-EX_BUSY = 6
 EX_VM_FAILED = 7
-EX_TIMEOUT = 8
 EX_UNAVAILABLE = 69
 EX_INTERNAL = 70
 EX_INTERRUPTED = 130
@@ -29,18 +25,12 @@ def safe(text: object, limit: int = 400) -> str:
     (escape sequences, newlines, bidirectional overrides and lone surrogates become visible text).
     Longer than *limit* characters is cut with `…`.
     """
-    shown = []
-    for char in str(text)[: limit + 1]:
-        point = ord(char)
-        if char.isprintable():
-            shown.append(char)
-        elif point <= 0xFF:
-            shown.append(f"\\x{point:02x}")
-        else:
-            shown.append(f"\\u{point:04x}" if point <= 0xFFFF else f"\\U{point:08x}")
-    if len(shown) > limit:
-        return "".join(shown[:limit]) + "…"
-    return "".join(shown)
+    shown = [char if char.isprintable() else _escaped(char) for char in str(text)[: limit + 1]]
+    return "".join(shown) if len(shown) <= limit else "".join(shown[:limit]) + "…"
+
+
+def _escaped(char: str) -> str:
+    return f"\\x{ord(char):02x}" if char.isascii() else char.encode("ascii", "backslashreplace").decode("ascii")
 
 
 class VmshellError(Exception):
@@ -56,7 +46,8 @@ class VmshellError(Exception):
 
     def sentence(self) -> str:
         """The one sentence a person reads, its fields escaped."""
-        return _first_paragraph(type(self)).format_map(self.fields)
+        paragraph = (type(self).__doc__ or "").split("\n\n")[0]
+        return " ".join(paragraph.split()).format_map(self.fields)
 
     def advice(self) -> str:
         """What to do next, or an empty string."""
@@ -65,10 +56,6 @@ class VmshellError(Exception):
     def to_wire(self) -> dict[str, object]:
         """The error as it stands in a reply: `{"code", "text", "hint"}`."""
         return {"code": self.code, "text": self.sentence(), "hint": self.advice()}
-
-
-def _first_paragraph(kind: type[VmshellError]) -> str:
-    return " ".join((kind.__doc__ or "").split("\n\n")[0].split())
 
 
 class BadValue(VmshellError):
@@ -98,10 +85,6 @@ class ProtocolError(VmshellError):
 
     code = "protocol"
     exit_status = EX_INTERNAL
-
-
-class StrayDescriptors(ProtocolError):
-    """the message was not understood: it brings descriptors that nobody asked for"""
 
 
 class Internal(VmshellError):

@@ -11,12 +11,10 @@ Runs in: the launcher, the broker. Stdlib only, no I/O at import.
 
 from __future__ import annotations
 
-from .fields import Message, bad, choice, field, integer, parsed, table
-from .numbering import NUMBER_MAX
+from typing import Any
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
+from .fields import Message, bad, choice, field, integer, listing, parsed, table, text
+from .numbering import NUMBER_MAX
 
 NUMBER = integer(1, NUMBER_MAX)
 LENT_MAX = 128  # descriptors beside one request
@@ -25,15 +23,11 @@ TERM, KILL = "term", "kill"
 STORAGE, PROBE = "storage", "probe"
 
 
-def job_words(value: object, name: str) -> list[str]:
-    good = isinstance(value, list) and len(value) <= WORDS_MAX and all(_is_word(word) for word in value)
-    if not isinstance(value, list) or not good:
-        raise bad(name, value, f"at most {WORDS_MAX} words of at most {WORD_MAX} printable characters")
-    return value
-
-
-def _is_word(word: object) -> bool:
-    return isinstance(word, str) and len(word) <= WORD_MAX and word.isprintable()
+def word(value: object, name: str) -> str:
+    said = text(WORD_MAX)(value, name)
+    if not said.isprintable():
+        raise bad(name, value, "printable characters")
+    return said
 
 
 class ToLauncher(Message):
@@ -57,7 +51,7 @@ class Job(ToLauncher):
 
     verb = "job"
     kind: str = field(choice(STORAGE, PROBE))
-    words: list[str] = field(job_words, default=[])
+    words: tuple[str, ...] = field(listing(word, WORDS_MAX), default=())
 
 
 class Signal(ToLauncher):

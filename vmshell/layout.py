@@ -5,13 +5,6 @@ Runs in: every process. Stdlib only; nothing is created here.
 
 from __future__ import annotations
 
-import os
-
-PACKAGE_DIR = os.path.dirname(os.path.abspath(__file__))
-
-# What the starters (`vmshell/__main__.py` says why) run every process with.
-PYTHON_FLAGS = "-IS"
-
 # The form of the lasting state. `make install` brings older state to it (etc/migrate.sh); newer state is refused.
 STATE_VERSION = 2
 
@@ -163,15 +156,3 @@ def read_state_version(layout: Layout) -> int:
     except FileNotFoundError:
         return 0
     return int(words[1]) if words[:1] == ["state"] and words[1:2] and words[1].isdecimal() else 0
-
-
-def hold_code(folder: str) -> None:
-    """Keep *folder*, which our code is in, open for the life of this process: what is held an upgrade does not remove.
-
-    It shows in /proc/PID/fd. Never as 0, 1 or 2: where one of these is closed, somebody else has to fill it.
-    """
-    numbers = [os.open(folder, os.O_PATH | os.O_DIRECTORY)]
-    while numbers[-1] <= 2:
-        numbers.append(os.dup(numbers[-1]))
-    for number in numbers[:-1]:
-        os.close(number)

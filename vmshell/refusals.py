@@ -5,17 +5,13 @@ Runs in: the broker, the relay, tapnet, the jobs, the shell, vmshell-admin. Stdl
 
 from __future__ import annotations
 
-from .errors import (
-    EX_BUSY,
-    EX_LIMIT,
-    EX_NO_SUCH,
-    EX_STATE,
-    EX_TIMEOUT,
-    EX_UNAVAILABLE,
-    EX_USAGE,
-    EX_VM_FAILED,
-    VmshellError,
-)
+from .errors import EX_UNAVAILABLE, EX_USAGE, EX_VM_FAILED, VmshellError
+
+EX_NO_SUCH = 3
+EX_STATE = 4
+EX_LIMIT = 5
+EX_BUSY = 6
+EX_TIMEOUT = 8
 
 
 class ReportedError(VmshellError):

@@ -10,12 +10,9 @@ import fcntl
 import os
 import signal
 import sys
+from collections.abc import Mapping, Sequence
 
-from .layout import PACKAGE_DIR, PYTHON_FLAGS
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+from .installed import PACKAGE_DIR, PYTHON_FLAGS
 
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 FIRST_FD = 3
@@ -44,13 +41,13 @@ def spawn(argv: Sequence[str], fds: Mapping[int, int], *, stdout: int = -1, stde
         )
 
 
-def python(*arguments: str, uid: int | None = None, group: int | None = None) -> list[str]:
+def python(*arguments: str, uid: int | None = None, group: int | None = None, starter: str = "__main__.py") -> list[str]:
     """Return the command of one of our own processes: isolated interpreter, no privileges, no way to new ones.
 
-    With *uid* it runs as that, with *group* besides; None is whoever starts it.
+    With *uid* it runs as that, with *group* besides; None is whoever starts it. *starter* is where the process begins.
     """
     words = ["setpriv", "--no-new-privs", "--inh-caps=-all"]
     if uid is not None:
         groups = "--clear-groups" if group is None else f"--groups={group}"
         words += [f"--reuid={uid}", f"--regid={uid}", groups, "--bounding-set=-all"]
-    return [*words, "--", sys.executable, PYTHON_FLAGS, f"{PACKAGE_DIR}/__main__.py", *arguments]
+    return [*words, "--", sys.executable, PYTHON_FLAGS, f"{PACKAGE_DIR}/{starter}", *arguments]

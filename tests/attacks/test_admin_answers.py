@@ -26,7 +26,8 @@ from vmshell.admin.doctor_network import check_network
 from vmshell.admin.findings import FAIL, OK
 from vmshell.admin.verbs import Arguments, Context
 from vmshell.errors import ProtocolError, VmshellError
-from vmshell.layout import PACKAGE_DIR, Layout
+from vmshell.installed import PACKAGE_DIR
+from vmshell.layout import Layout
 from vmshell.messages import Whoami
 from vmshell.refusals import BrokerDown, CannotTell, ImageInUse, TimedOut
 

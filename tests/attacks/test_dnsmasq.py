@@ -23,7 +23,8 @@ import pytest
 from tests.process.networld import inside
 from tests.process.tapnets import Namespace, namespace, unable
 from vmshell.dnsmasq.configuration import FOLDERS, HOST_ADDRESS
-from vmshell.layout import PACKAGE_DIR, PYTHON_FLAGS, Layout
+from vmshell.installed import PACKAGE_DIR, PYTHON_FLAGS
+from vmshell.layout import Layout
 
 __all__ = ["namespace"]
 DNSMASQ = shutil.which("dnsmasq", path="/usr/sbin:/usr/bin") or ""

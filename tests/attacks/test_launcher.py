@@ -36,7 +36,7 @@ from tests.process.launchers import (
 )
 from tests.process.relays import until
 from vmshell import wire
-from vmshell.launch.plan import BARRIER, LAUNCHERS_OWN, LaunchPlan
+from vmshell.launch.plan import LAUNCHERS_OWN, OUTPUT, PIPE, LaunchPlan
 from vmshell.numbering import JOBS_MAX, NUMBER_MAX, tap_name
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be a launcher")]
@@ -90,7 +90,7 @@ GOOD = {
     "written": {"ours rw", "ours rw append", "ours rw 0000"},
     "listener": {"listener"},
     "stream": {"stream", "stream ours", "stream whose peer is gone"},
-    "barrier": {"fifo rw"},
+    "pipe": {"fifo rw"},
     f"tap {tap_name(VM, 0)}": {"tap"},
 }
 
@@ -198,14 +198,14 @@ def test_every_descriptor_of_every_kind_in_every_place(launcher: Launcher, lent:
     body, fds = lent.request(VM, table)
     kinds = descriptors_of_all_kinds(lent)
     plan = LaunchPlan(**table, number=VM, seccomp_fd=len(fds) + 2)
-    standard = [("stdin", len(fds), BARRIER), ("stdout", len(fds) + 1, BARRIER), ("stderr", len(fds) + 2, "stderr")]
+    standard = [("stdin", len(fds), PIPE), ("stdout", len(fds) + 1, PIPE), ("stderr", len(fds) + 2, OUTPUT)]
     places = [*plan.lent(), *standard]
-    assert {kind for _, _, kind in places} == {*GOOD, "stderr"}
+    assert {kind for _, _, kind in places} == {*GOOD, OUTPUT}
     assert len(places) == len(fds)
     wrong: list[tuple[str, str, object]] = []
     for name, number, kind in places:
         for what, fd in kinds.items():
-            if what in ({"pipe w", "fifo w"} if kind == "stderr" else GOOD[kind]):
+            if what in ({"pipe w", "fifo w"} if kind == OUTPUT else GOOD[kind]):
                 continue
             swapped = list(fds)
             swapped[number - 3] = fd

@@ -19,9 +19,9 @@ import pytest
 
 from tests.process.launchers import SOMEBODY, Launcher, Lent, processes_of, small_plan, status, uploads
 from tests.process.relays import until
+from vmshell.installed import PACKAGE_DIR
 from vmshell.launcher.ending import signal_all
 from vmshell.launcher.uids import occupant, processes
-from vmshell.layout import PACKAGE_DIR
 from vmshell.numbering import JOBS_MAX, UID_BASES
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be a launcher")]
@@ -140,6 +140,15 @@ def test_a_policy_that_others_can_write_is_refused(stopped: Launcher) -> None:
     os.chmod(stopped.layout.policy, 0o644)
     os.chown(stopped.layout.policy, SOMEBODY, SOMEBODY)
     assert f"belongs to uid {SOMEBODY}" in stopped.not_started()
+
+
+def test_without_the_service_managers_socket_it_does_not_start(short_tmp: Path) -> None:
+    """It makes none of its own, and says who has one."""
+    command = [sys.executable, "-IS", f"{PACKAGE_DIR}/launcher/__main__.py", f"{short_tmp}/policy.toml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "launcher: not started: it has no socket to listen at: systemctl start vmshell-launcher.socket\n"
+    assert os.listdir(short_tmp) == []
 
 
 def test_the_highest_uids_have_jails(short_tmp: Path) -> None:

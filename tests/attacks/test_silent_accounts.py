@@ -17,7 +17,8 @@ import pytest
 from tests.session import Client, Session
 from vmshell import wire
 from vmshell.errors import VmshellError
-from vmshell.layout import PACKAGE_DIR, STATE_VERSION, Layout
+from vmshell.installed import PACKAGE_DIR
+from vmshell.layout import STATE_VERSION, Layout
 from vmshell.messages import List, Whoami
 
 pytestmark = [

@@ -10,7 +10,8 @@ from typing import Any
 import pexpect
 import prompt_toolkit
 
-from vmshell.layout import PACKAGE_DIR, Layout
+from vmshell.installed import PACKAGE_DIR
+from vmshell.layout import Layout
 
 REPOSITORY = Path(PACKAGE_DIR).parent
 PROMPT = "vmshell> "

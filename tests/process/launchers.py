@@ -22,8 +22,9 @@ from tests.process.relays import _STARTER as STARTER
 from tests.process.relays import PATIENCE, until
 from vmshell import wire
 from vmshell.broker import serial
+from vmshell.installed import PACKAGE_DIR, PYTHON_FLAGS
 from vmshell.launcher.uids import processes
-from vmshell.layout import PACKAGE_DIR, PYTHON_FLAGS, Layout
+from vmshell.layout import Layout
 from vmshell.numbering import JOBS_MAX, NUMBER_MAX, tap_name, uids_of_jobs
 
 BROKER = 64_901  # the uid of the account `vmshell-broker` for those launchers
@@ -76,7 +77,7 @@ class Launcher:
 
     def spawn(self, *, managed: bool = False) -> None:
         """Start the process; *managed*: as if under a service manager, whose control groups tell who started what."""
-        code = [sys.executable, PYTHON_FLAGS, f"{PACKAGE_DIR}/__main__.py", "launcher", self.layout.to_args()]
+        code = [sys.executable, PYTHON_FLAGS, f"{PACKAGE_DIR}/launcher/__main__.py", self.layout.policy]
         with open(self.folder / "journal", "ab") as journal:
             self.process = subprocess.Popen(
                 [

@@ -16,7 +16,8 @@ from typing import Any
 from tests.consoles import Viewer
 from vmshell import wire
 from vmshell.broker import serial
-from vmshell.layout import PACKAGE_DIR, PYTHON_FLAGS, Layout
+from vmshell.installed import PACKAGE_DIR, PYTHON_FLAGS
+from vmshell.layout import Layout
 from vmshell.messages import Attach, Event, ToRelay, Watch
 
 PATIENCE = 60.0

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from vmshell import wire
-from vmshell.layout import PACKAGE_DIR, PYTHON_FLAGS, Layout
+from vmshell.installed import PACKAGE_DIR, PYTHON_FLAGS
+from vmshell.layout import Layout
 from vmshell.messages import Port, Segment, Settings, Settle, ToTapnet
 
 PATIENCE = 60.0

@@ -19,7 +19,8 @@ from vmshell.broker.accountslink import AccountsLink, Fact, Question, Stamp
 from vmshell.broker.host import Host
 from vmshell.broker.loop import Loop
 from vmshell.encoding import encode
-from vmshell.layout import PACKAGE_DIR, Layout
+from vmshell.installed import PACKAGE_DIR
+from vmshell.layout import Layout
 from vmshell.messages import GROUPS_IN_PART, NUMBERS_MAX, UID_MAX, AboutMembers, AboutUser
 
 NOBODY_HAS = 4_000_000_123

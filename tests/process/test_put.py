@@ -20,7 +20,8 @@ from tests.fakes.shell import run, starter
 from tests.session import Client, Session, descriptors_steady
 from vmshell import wire
 from vmshell.errors import VmshellError
-from vmshell.layout import PACKAGE_DIR, Layout
+from vmshell.installed import PACKAGE_DIR
+from vmshell.layout import Layout
 from vmshell.messages import Define, DiskAdd, Done, Drop, Objects, Put, Rm, Whoami
 
 pytestmark = pytest.mark.slow

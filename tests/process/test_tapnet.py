@@ -32,7 +32,7 @@ from tests.process.tapnets import (
     unable,
 )
 from vmshell import wire
-from vmshell.layout import PACKAGE_DIR, PYTHON_FLAGS
+from vmshell.installed import PACKAGE_DIR, PYTHON_FLAGS
 from vmshell.messages import Health, Open, Segment, Settings, Settle, Unplug
 
 __all__ = ["namespace"]

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.host.machine import Host
-from vmshell.errors import EX_LIMIT, EX_NO_SUCH, EX_UNAVAILABLE, EX_USAGE, EX_VM_FAILED
+from vmshell.errors import EX_UNAVAILABLE, EX_USAGE, EX_VM_FAILED
+from vmshell.refusals import EX_LIMIT, EX_NO_SUCH
 
 pytestmark = [pytest.mark.system, pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -86,7 +86,8 @@ def test_the_broker_sees_the_hosts_own_boot_id(host: Host) -> None:
 
 def test_only_the_launcher_is_root(host: Host) -> None:
     owners = host.sh("ps -eo user:20,args | grep '[/]usr/local/lib/vmshell/'").splitlines()
-    assert [line.split()[4] for line in owners if line.startswith("root ")] == ["launcher"]
+    starters = [line.split()[3] for line in owners if line.startswith("root ")]
+    assert starters == [f"{LIBDIR}/current/vmshell/launcher/__main__.py"]
 
 
 def test_no_line_of_a_unit_runs_with_more_rights_than_its_user(host: Host) -> None:

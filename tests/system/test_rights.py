@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -41,7 +42,7 @@ def test_doctor_says_so_in_one_line(host: Host) -> None:
 def test_nothing_of_ours_is_roots_but_the_launcher(host: Host) -> None:
     """`ps`, as a person would look."""
     rows = [row.split(None, 2) for row in host.exec("ps", "-eo", "pid,uid,args", "--no-headers").stdout.splitlines()]
-    ours = [int(pid) for pid, uid, words in rows if uid == "0" and "/vmshell/__main__.py" in words]
+    ours = [int(pid) for pid, uid, words in rows if uid == "0" and re.search(r"/vmshell/(launcher/)?__main__\.py", words)]
     assert ours == [main_pid(host, "vmshell-launcher.service")]
 
 

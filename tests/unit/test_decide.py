@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmshell.errors import EX_LIMIT, EX_REFUSED, BadValue, VmshellError
+from vmshell.errors import EX_REFUSED, BadValue, VmshellError
 from vmshell.model import policy
 from vmshell.model.decide import Usage, Verdict, apply_fixed, decide, fits, refuse
 from vmshell.model.definition import Definition, Disk, Forward, Geometry, Nic
@@ -16,7 +16,7 @@ from vmshell.model.limitkinds import FEATURES
 from vmshell.model.limits import LIMIT_KEYS
 from vmshell.model.policy import Effective, Limits
 from vmshell.names import MIB
-from vmshell.refusals import OverLimit, PolicyDenied
+from vmshell.refusals import EX_LIMIT, OverLimit, PolicyDenied
 
 WEB1 = Definition(name="web1")
 ONE = Usage(vms=1, running=1, cpus=1, memory=512)

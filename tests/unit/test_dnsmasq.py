@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from vmshell.dnsmasq.configuration import FOLDERS, configuration
-from vmshell.layout import PACKAGE_DIR, PYTHON_FLAGS, Layout
+from vmshell.installed import PACKAGE_DIR, PYTHON_FLAGS
+from vmshell.layout import Layout
 from vmshell.model.policy import parse
 
 POLICY = '[host]\nipv4_pool = "10.99.0.0/16"\nipv6_pool = "fd99::/48"\ndns_domain = "guests"\ndns_servers = ["192.0.2.1"]\n'

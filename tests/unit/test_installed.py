@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from vmshell.layout import PACKAGE_DIR, STATE_VERSION, Layout, read_state_version
+from vmshell.installed import PACKAGE_DIR
+from vmshell.layout import STATE_VERSION, Layout, read_state_version
 
 TREE = os.path.dirname(PACKAGE_DIR)
+HELD = "*(os.path.realpath(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd'))"
 
 
 @pytest.mark.parametrize(
@@ -39,9 +41,7 @@ def test_state_without_a_mark_is_of_no_version(layout: Layout) -> None:
 @pytest.mark.parametrize(
     ("mark", "said"), [("state 3 vmshell 9\n", "is of version 3, and"), ("state 1\n", "is not marked"), (None, "is not marked")]
 )
-def test_a_broker_does_not_start_on_state_of_another_version(
-    layout: Layout, mark: str | None, said: str
-) -> None:
+def test_a_broker_does_not_start_on_state_of_another_version(layout: Layout, mark: str | None, said: str) -> None:
     system = Layout(etc=layout.etc, state=layout.state, run=layout.run, log=layout.log, embedded=False)
     os.makedirs(system.state)
     if mark is not None:
@@ -54,7 +54,7 @@ def test_a_broker_does_not_start_on_state_of_another_version(
 
 def hold(closed: str = "") -> list[int]:
     """The descriptors of the code's folder that a new process has, after `hold_code`, begun with those in *closed* closed."""
-    script = f"import sys; sys.path.insert(0, {TREE!r}); from vmshell.layout import hold_code; hold_code({TREE!r})\n"
+    script = f"import sys; sys.path.insert(0, {TREE!r}); from vmshell.installed import hold_code; hold_code({TREE!r})\n"
     script += f"import os; out = os.open('/proc/self/fd', os.O_RDONLY); folder = {TREE!r}\n"
     script += "held = [n for n in os.listdir(out) if os.path.realpath(f'/proc/self/fd/{n}') == folder]\n"
     script += "os.write(int(sys.argv[1]), ' '.join(held).encode())"
@@ -73,18 +73,20 @@ def test_held_code_is_never_standard_input_or_output(closed: str) -> None:
     assert number > 2
 
 
-def test_the_starter_follows_the_link_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("process", "words"), [("shell", ["__main__.py", "shell"]), ("launcher", ["launcher/__main__.py"])])
+def test_the_starter_follows_the_link_once(tmp_path: Path, process: str, words: list[str]) -> None:
     """Who began with a version imports that one's modules, also when the link leads elsewhere by then."""
     for version in ("a", "b"):
         package = tmp_path / version / "vmshell"
         package.mkdir(parents=True)
-        for name in ("__init__.py", "__main__.py", "layout.py"):
+        (package / process).mkdir()
+        for name in ("__init__.py", "installed.py", words[0]):
             (package / name).write_bytes(Path(PACKAGE_DIR, name).read_bytes())
-        (package / "shell").mkdir()
-        (package / "shell/late.py").write_text(f"print('{version}')\n")
+        (package / process / "late.py").write_text(f"import os; print('{version}', {HELD})\n")
         move = f"import os; os.symlink('b', '{tmp_path}/new'); os.rename('{tmp_path}/new', '{tmp_path}/current')"
-        (package / "shell/main.py").write_text(f"def main(argv):\n    {move}\n    from . import late\n    return 0\n")
+        (package / process / "main.py").write_text(f"def main(argv):\n    {move}\n    from . import late\n    return 0\n")
     (tmp_path / "current").symlink_to("a")
-    command = [sys.executable, "-IS", f"{tmp_path}/current/vmshell/__main__.py", "shell"]
+    command = [sys.executable, "-IS", f"{tmp_path}/current/vmshell/{words[0]}", *words[1:]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "a\n", done.stderr
+    assert done.stdout.split()[0] == "a", done.stderr
+    assert f"{tmp_path}/a" in done.stdout.split()[1:], "and holds its folder"

@@ -101,7 +101,7 @@ def test_every_error_has_a_code_a_sentence_and_a_status() -> None:
 def test_an_error_survives_the_wire_and_nothing_in_it_reaches_a_terminal_raw() -> None:
     told = refusals.from_wire(refusals.NoSuchVm(vm="\x1b]0;x\x07\n").to_wire())
     assert told.code == "no-such-vm"
-    assert told.exit_status == errors.EX_NO_SUCH
+    assert told.exit_status == refusals.EX_NO_SUCH
     assert told.sentence() == "there is no VM named \\x1b]0;x\\x07\\x0a"
     assert told.advice() == "`list` shows yours"
 

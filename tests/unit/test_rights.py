@@ -20,6 +20,7 @@ from vmshell.numbering import uids_of_jobs
 
 UID = 990
 VMS = range(2_100_000_000, 2_100_000_100)
+LAUNCHER = ["/usr/bin/python3", "-IS", "/usr/local/lib/vmshell/current/vmshell/launcher/__main__.py"]
 STARTED = ["/usr/bin/python3", "-IS", "/usr/local/lib/vmshell/vmshell/__main__.py"]
 INSTALLED = "/etc/vmshell:/var/lib/vmshell:/run/vmshell:/var/log/vmshell:0"
 
@@ -111,6 +112,7 @@ def test_what_the_kernel_does_not_say_is_no_good_sign(text: str) -> None:
     [
         (status(0), [*STARTED, "broker", INSTALLED], "is our broker and runs as root"),
         (status(0), [*STARTED, "storage", "verify"], "is our storage and runs as root"),
+        (status(0), [*LAUNCHER, "/etc/vmshell/policy.toml"], "is our launcher and runs as root"),
         (status(UID, Uid="990\t0\t990\t990"), [*STARTED, "relay", INSTALLED], "is our relay"),
         (status(0), ["python3", "/usr/local/lib/vmshell-0.9/vmshell/__main__.py", "probe"], "is our probe"),
         (status(2_100_000_007, 1 << 12), ["qemu"], "runs under uid 2100000007, which is a VM's or a job's, and has net_admin"),
@@ -132,6 +134,7 @@ def test_what_has_more_rights_than_it_should(text: str, command: list[str], word
         (status(0), [*STARTED, "shell", "--layout", INSTALLED, "explain"]),
         (status(0), STARTED),
         (status(0), [*STARTED, "broker", "/root/.config/vmshell:/root/s:/run/user/0/vmshell:/root/l:1"]),
+        (status(0), [*LAUNCHER, "/root/.config/vmshell/policy.toml", "3"]),
         (status(UID), [*STARTED, "broker", INSTALLED]),
         (status(2_100_000_007), ["qemu-system-x86_64"]),
         (status(2_100_000_099), [*STARTED, "storage", "verify"]),
@@ -158,18 +161,24 @@ def test_the_uids_are_the_policys(tmp_path: Path) -> None:
 
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be seen as root")
-def test_a_process_of_ours_that_stays_roots_is_found_in_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("starter", "words", "kind"),
+    [("__main__.py", ["broker", INSTALLED], "broker"), ("launcher/__main__.py", ["/etc/vmshell/policy.toml"], "launcher")],
+)
+def test_a_process_of_ours_that_stays_roots_is_found_in_proc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starter: str, words: list[str], kind: str
+) -> None:
     """And what is on its way down, or has ended by the second look, is not."""
     monkeypatch.setattr(doctor_rights, "SECOND_LOOK", 0.05)
-    starter = tmp_path / "vmshell/__main__.py"
-    starter.parent.mkdir()
-    starter.write_text("import sys; print(flush=True); sys.stdin.read()")
-    command = [sys.executable, str(starter), "broker", INSTALLED]
+    path = tmp_path / "vmshell" / starter
+    path.parent.mkdir(parents=True)
+    path.write_text("import sys; print(flush=True); sys.stdin.read()")
+    command = [sys.executable, str(path), *words]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout and process.stdin
         process.stdout.readline()
         found = [finding.text for finding in doctor_rights._others(0, VMS)]
-        assert f"pid {process.pid} is our broker and runs as root" in found
+        assert f"pid {process.pid} is our {kind} and runs as root" in found
         assert not any(f"pid {process.pid} " in finding.text for finding in doctor_rights._others(process.pid, VMS))
         before = doctor_rights._look(0, VMS)
         process.stdin.close()

@@ -66,9 +66,9 @@ def test_without_fifos_there_are_none_to_open(tmp_path: Path) -> None:
 
 def refused(fds: list[int]) -> str:
     """Why the launcher starts no QEMU with these as its 0, 1 and 2."""
-    uids = cast(Any, SimpleNamespace(of_vm=lambda number: None))
-    policy = cast(Any, SimpleNamespace(has_cpu_model=lambda model: True))
-    runs = Runs(uids=uids, policy=policy, scopes=False, broker_uid=os.geteuid(), signal_all=None)
+    uids = cast(Any, SimpleNamespace(of_vm=lambda number: number, apart=False, managed=False, signal_all=None))
+    policy = cast(Any, SimpleNamespace(cpu_models=frozenset))
+    runs = Runs(uids=uids, policy=policy, broker_uid=os.geteuid())
     plan: dict[str, object] = {"accel": "tcg", "cpus": 1, "memory": 32, "file_size_max": 0}
     with contextlib.ExitStack() as stack:
         if len(fds) == 3:

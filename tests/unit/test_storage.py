@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.guests import option_rom
-from vmshell.layout import PACKAGE_DIR
+from vmshell.installed import PACKAGE_DIR
 from vmshell.shell.terminal import write_all
 from vmshell.storage import cage, qcow2
 from vmshell.storage import put as intake

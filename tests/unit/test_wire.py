@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmshell import encoding, wire
+from vmshell import encoding, packets, wire
 from vmshell.errors import ProtocolError
 
 
@@ -27,7 +27,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 def test_the_documented_packet_is_what_is_sent(pair: tuple[socket.socket, socket.socket]) -> None:
     wire.send(pair[0], {"id": 1, "verb": "boot", "vm": "web1"})
-    documented = [line.strip() for line in (wire.__doc__ or "").splitlines() if line.strip().startswith("7b 22")]
+    documented = [line.strip() for line in (packets.__doc__ or "").splitlines() if line.strip().startswith("7b 22")]
     assert pair[1].recv(100) == bytes.fromhex("".join(documented))
 
 

@@ -21,7 +21,8 @@ from tests.consoles import Viewer
 from tests.session import Session
 from vmshell import messages
 from vmshell.errors import VmshellError
-from vmshell.layout import PACKAGE_DIR, Layout
+from vmshell.installed import PACKAGE_DIR
+from vmshell.layout import Layout
 from vmshell.model.definition import emit
 from vmshell.refusals import ReportedError
 from vmshell.shell import wrapper

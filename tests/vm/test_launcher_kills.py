@@ -295,12 +295,12 @@ def test_launcher_and_broker_in_turn_and_at_random_under_load(many: Session, gue
 def test_a_session_has_no_code_that_signals_by_uid(session: Session) -> None:
     """C16: what would end all of a person's programs is not even loaded; nor may a session's launcher be asked for it."""
     code = (
-        "import sys; from vmshell.layout import Layout; from vmshell.launcher.main import _compose\n"
+        "import sys; from vmshell.launcher.main import compose\n"
         "import socket; ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
-        "_compose(Layout.from_args(sys.argv[1]), [f'--connection-fd={theirs.detach()}'])\n"
+        "compose(sys.argv[1], str(theirs.detach()))\n"
         "print('vmshell.launcher.runs' in sys.modules, 'vmshell.launcher.ending' in sys.modules)"
     )
     root = str(Path(__file__).resolve().parents[2])
-    words = ["python3", "-c", code, session.layout.to_args()]
+    words = ["python3", "-c", code, session.layout.policy]
     done = subprocess.run(words, env={"PYTHONPATH": root, "PATH": os.environ["PATH"]}, capture_output=True, text=True, check=True)
     assert done.stdout == "True False\n"

@@ -20,7 +20,8 @@ from tests.consoles import Viewer
 from tests.guests import READY, echo_image, spin_image
 from tests.session import PATIENCE, Session
 from vmshell.errors import VmshellError
-from vmshell.layout import PACKAGE_DIR, Layout
+from vmshell.installed import PACKAGE_DIR
+from vmshell.layout import Layout
 from vmshell.messages import Boot, Console, Info, Kill, List, New, Reboot, Reset, Rm, Shutdown
 
 pytestmark = pytest.mark.vm

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from vmshell.installed import PACKAGE_DIR
 from vmshell.launch import argv
-from vmshell.layout import PACKAGE_DIR
 from vmshell.probe.main import answer
 from vmshell.probe.trial import Tools
 

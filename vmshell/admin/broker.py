@@ -10,7 +10,7 @@ import sys
 
 from .. import messages
 from ..errors import EX_DONE, EX_REFUSED
-from ..layout import PACKAGE_DIR, PYTHON_FLAGS
+from ..installed import PACKAGE_DIR, PYTHON_FLAGS
 from ..refusals import TimedOut
 from .asking import ask
 from .verbs import Arguments, Context

@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import Iterator
 
 from ..errors import VmshellError, safe
-from ..layout import PACKAGE_DIR
+from ..installed import PACKAGE_DIR
 from ..messages import NetHealth, Version, Whoami
 from ..refusals import BrokerDown
 from . import own_records, users

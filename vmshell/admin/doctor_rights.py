@@ -30,7 +30,7 @@ CAPABILITIES = {
     NET_RAW: "net_raw",
 }
 EXACT, AT_MOST = ("CapBnd", "CapPrm", "CapEff"), ("CapInh", "CapAmb")
-STARTER = "/vmshell/__main__.py"
+STARTER, LAUNCHER_STARTER = "/vmshell/__main__.py", "/vmshell/launcher/__main__.py"
 # Root types these itself, or they end with one question.
 MAY_BE_ROOTS = ("admin", "shell", "auth")
 SECOND_LOOK = 1.0  # seconds; a process on its way down to its uid and rights is there by then
@@ -166,10 +166,14 @@ def suspicion(status: Status, command: list[str], uids: range) -> str:
 
 def _kind(command: list[str]) -> str:
     """Which process of ours *command* starts; nothing for other programs, and for what root runs in a session of its own."""
-    at = next((at for at, word in enumerate(command) if word.endswith(STARTER)), len(command))
-    kind, *rest = command[at + 1 :] or [""]
-    in_session = any(word.startswith("/") and word.endswith(":1") for word in rest)
-    return "" if in_session else kind
+    for at, word in enumerate(command):
+        rest = command[at + 1 :]
+        if word.endswith(LAUNCHER_STARTER):
+            return "" if len(rest) > 1 else "launcher"  # in a session its connection follows
+        if word.endswith(STARTER):
+            in_session = any(word.startswith("/") and word.endswith(":1") for word in rest)
+            return "" if in_session or not rest else rest[0]
+    return ""
 
 
 # --- the kernel's words -----------------------------------------------------------------------------------------------
@@ -208,7 +212,7 @@ def _command(pid: int) -> list[str]:
             return []
     except OSError:
         return []
-    return _read(f"/proc/{pid}/cmdline").split("\0")
+    return _read(f"/proc/{pid}/cmdline").removesuffix("\0").split("\0")
 
 
 def _started(pid: int) -> str:

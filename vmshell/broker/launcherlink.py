@@ -14,6 +14,7 @@ from .. import wire
 from ..errors import ProtocolError, VmshellError
 from ..launcher_messages import KILL, TERM, Ended, Job, Launch, RestartNames, Signal
 from ..refusals import LauncherDown
+from ..spawn import FIRST_FD, python
 from .host import Process
 from .journal import note
 from .link import Link, start_service
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .host import Host
     from .loop import Loop
 
+STARTER = "launcher/__main__.py"
 Started = Callable[[VmshellError | None, Process | None], None]
 
 
@@ -64,7 +66,7 @@ class LauncherLink(Link):
             packet.close()
             answered(error)
 
-        self.request(Job(kind=kind, words=words), started, fds)
+        self.request(Job(kind=kind, words=tuple(words)), started, fds)
 
     def terminate(self, number: int) -> None:
         """Ask every process of the VM to end."""
@@ -116,8 +118,8 @@ class LauncherLink(Link):
             return super()._open()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         with theirs:
-            options = [self._layout.to_args(), "--connection-fd=3"]
-            start_service(self._loop, self._host, self._layout, self.name, options, theirs.fileno())
+            command = python(self._layout.policy, str(FIRST_FD), starter=STARTER)
+            start_service(self._loop, self._host, self._layout, self.name, command, theirs.fileno())
         return wire.Socket(fileno=ours.detach())
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from .. import wire
 from ..errors import ProtocolError, VmshellError
 from ..refusals import from_wire
-from ..spawn import FIRST_FD, python
+from ..spawn import FIRST_FD
 from .journal import note, unexpected
 
 if TYPE_CHECKING:
@@ -198,11 +198,11 @@ def _copies(fds: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(made)
 
 
-def start_service(loop: Loop, host: Host, layout: Layout, name: str, options: list[str], fd: int) -> None:
-    """Start a service of a session as our child, with *fd* as its first descriptor; what it complains of is in `NAME.err`."""
+def start_service(loop: Loop, host: Host, layout: Layout, name: str, command: list[str], fd: int) -> None:
+    """Start *command*, a service of a session, as our child with *fd* as its first descriptor; it complains in `NAME.err`."""
     errors = os.open(f"{layout.run}/{name}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        process = host.spawn(python(name, *options), {FIRST_FD: fd}, stderr=errors)
+        process = host.spawn(command, {FIRST_FD: fd}, stderr=errors)
     finally:
         os.close(errors)
 

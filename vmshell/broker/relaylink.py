@@ -14,6 +14,7 @@ from .. import wire
 from ..errors import VmshellError
 from ..messages import Event, ToRelay
 from ..refusals import RelayDown
+from ..spawn import python
 from .link import Link, start_service
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class RelayLink(Link):
         os.makedirs(self._layout.log, mode=0o700, exist_ok=True)
         listener = wire.listen(self._layout.relay_socket, 0o600)
         try:
-            options = [self._layout.to_args(), "--listen-fd=3"]
-            start_service(self._loop, self._host, self._layout, self.name, options, listener.fileno())
+            command = python(self.name, self._layout.to_args(), "--listen-fd=3")
+            start_service(self._loop, self._host, self._layout, self.name, command, listener.fileno())
         finally:
             listener.close()

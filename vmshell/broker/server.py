@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable
 
 from .. import wire
-from ..errors import Internal, ProtocolError, StrayDescriptors, VmshellError
+from ..errors import Internal, ProtocolError, VmshellError
 from ..fields import request_id
 from ..messages import Request, parse_request
 from ..refusals import AnswerTooLarge, NotAllowed, TooManyRequests, Upgraded
@@ -93,12 +93,8 @@ class Client:
 
     def readable(self) -> None:
         try:
-            packet = wire.recv(self._sock)
+            packet = wire.recv(self._sock, fds_allowed=1)
         except BlockingIOError:
-            return
-        except StrayDescriptors:
-            # No request brings one (N2); those of the shells before the pipes did.
-            self._refuse_packet(Upgraded())
             return
         except ProtocolError as exc:
             self._refuse_packet(exc)
@@ -108,8 +104,12 @@ class Client:
             return
         if packet is None:
             self.close()
-            return
-        self._take(packet.body)
+        elif packet.fds:
+            # No request brings one (N2); those of the shells before the pipes did.
+            packet.close()
+            self._refuse_packet(Upgraded())
+        else:
+            self._take(packet.body)
 
     def _refuse_packet(self, error: VmshellError) -> None:
         journal.by_user(self.peer.uid, "bad-packet", problem=error)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import select
 import socket
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable
 from time import monotonic
@@ -250,6 +251,6 @@ def _said(worker: socket.socket) -> bytes:
 def _say(worker: socket.socket, what: bytes, fds: tuple[int, ...] = ()) -> None:
     """Tell a child *what*; of one that has ended, its end is heard next."""
     try:
-        wire.send_bytes(worker, what, fds)
+        worker.sendmsg([what], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else [], socket.MSG_NOSIGNAL)
     except OSError:
         pass

@@ -11,6 +11,8 @@ Used by: launcher, broker, probe. Touches nothing.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from itertools import count
 
 from .devices import DiskPlan, NicPlan
 from .plan import LaunchPlan
@@ -45,15 +47,16 @@ _DISK = {
     "fdc": "floppy",
 }
 _CDROM = {"sata": "ide-cd", "ide": "ide-cd", "scsi": "scsi-cd"}
-# Where the k-th drive of a bus is; `ide` is not so simple.
+# Where the k-th drive of a bus is.
 _PLACE = {
     "virtio": "",
     "sata": ",bus=ide.{k}",
+    "ide": ",bus=ide.{channel},unit={unit}",
     "scsi": ",bus=scsi0.0,scsi-id={k}",
     "usb": ",bus=usb0.0",
     "fdc": ",bus={fdc},unit={k}",
 }
-_IDE = [",bus=ide.0,unit=0", ",bus=ide.0,unit=1", ",bus=ide.1,unit=0", ",bus=ide.1,unit=1"]
+_IDE_CDROMS = (2, 3, 1, 0)  # which of the four on ide a CD-ROM is: the second channel's master first. Disks have what is left
 _FDC_BUS = {"q35": "fdc0.0", "pc": "floppy-bus.0"}
 
 _NIC = {"virtio": "virtio-net-pci", "e1000e": "e1000e", "e1000": "e1000", "rtl8139": "rtl8139"}
@@ -197,26 +200,14 @@ def _floppy_controller(plan: LaunchPlan) -> list[str]:
     return ["-device", ",".join(["isa-fdc,id=fdc0", *order])] if floppies else []
 
 
-def _places(plan: LaunchPlan) -> list[str]:
-    """Where each drive is plugged in: in the order of the plan, but the first CD-ROM on ide is the second channel's master."""
-    ide = iter(_ide_places([disk.kind for disk in plan.disks if disk.bus == "ide"]))
-    used = dict.fromkeys(_PLACE, 0)
-    places = []
+def _places(plan: LaunchPlan) -> Iterator[str]:
+    """Where each drive is plugged in: in the order of the plan, but for CD-ROMs on ide."""
+    numbers = {bus: count() for bus in _PLACE}
+    cdroms = sum(disk.kind == "cdrom" and disk.bus == "ide" for disk in plan.disks)
+    ide = {"cdrom": iter(_IDE_CDROMS), "disk": iter(sorted(_IDE_CDROMS[cdroms:]))}
     for disk in plan.disks:
-        if disk.bus == "ide":
-            places.append(next(ide))
-            continue
-        places.append(_PLACE[disk.bus].format(k=used[disk.bus], fdc=_FDC_BUS[plan.family]))
-        used[disk.bus] += 1
-    return places
-
-
-def _ide_places(kinds: list[str]) -> list[str]:
-    free = list(_IDE)
-    places = [""] * len(kinds)
-    for index in [index for index, kind in enumerate(kinds) if kind == "cdrom"]:
-        places[index] = free.pop(2 if len(free) > 2 else -1)
-    return [place or free.pop(0) for place in places]
+        k = next(ide[disk.kind] if disk.bus == "ide" else numbers[disk.bus])
+        yield _PLACE[disk.bus].format(k=k, channel=k // 2, unit=k % 2, fdc=_FDC_BUS[plan.family])
 
 
 def _layers(node: str, disk: DiskPlan) -> list[str]:
@@ -258,9 +249,7 @@ def _boot(plan: LaunchPlan) -> list[str]:
         words += ["-option-rom", f"/proc/self/fd/{fd}"]
     if plan.kernel_fd is not None:
         words += ["-kernel", f"/proc/self/fd/{plan.kernel_fd}"]
-    if plan.initrd_fd is not None:
-        words += ["-initrd", f"/proc/self/fd/{plan.initrd_fd}"]
-    if plan.kernel_fd is not None:
+        words += ["-initrd", f"/proc/self/fd/{plan.initrd_fd}"] if plan.initrd_fd is not None else []
         # Always given, so that the text never stands where an option could.
         words += ["-append", plan.cmdline]
     return words

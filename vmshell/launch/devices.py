@@ -15,9 +15,8 @@ LAYERS_MAX = 3  # one run's overlay, over a disk, over a catalogue image
 TRANSLATIONS = ("auto", "none", "lba", "large", "rechs")
 NIC_MODELS = ("virtio", "e1000e", "e1000", "rtl8139")
 FORWARDS_MAX = 64
-FD = integer(
-    3, (1 << 16) - 1
-)  # descriptor N becomes QEMU's set N, which refuses 0 to 2; sets that the relay adds begin behind them
+# Descriptor N becomes QEMU's set N, which refuses 0 to 2; sets that the relay adds begin behind them.
+FD = integer(3, (1 << 16) - 1)
 BOOTINDEX = optional(integer(1, 255))
 
 

@@ -55,17 +55,13 @@ def memory_ceiling(plan: LaunchPlan) -> int:
     return plan.memory + 128 + 8 * plan.cpus + plan.memory // 64 + translator + screen + tables
 
 
-def tasks_ceiling(plan: LaunchPlan) -> int:
-    """Threads: one for each CPU, up to 64 that do disk I/O, and QEMU's few own."""
-    return plan.cpus + 96
-
-
 def _scope(plan: LaunchPlan) -> list[str]:
     if plan.scope is None:
         return []
     return [
         *(SYSTEMD_RUN, "--scope", "--quiet", "--collect", f"--unit={plan.scope}", f"--slice={plan.slice}"),
-        *("-p", f"MemoryMax={memory_ceiling(plan)}M", "-p", f"TasksMax={tasks_ceiling(plan)}"),
+        # Threads: one for each CPU, up to 64 that do disk I/O, and QEMU's few own.
+        *("-p", f"MemoryMax={memory_ceiling(plan)}M", "-p", f"TasksMax={plan.cpus + 96}"),
         *("-p", f"CPUWeight={plan.cpu_weight}"),
         "--",
     ]

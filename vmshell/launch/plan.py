@@ -9,14 +9,12 @@ Used by: launcher, broker, probe. Touches nothing.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+
 from ..fields import Message, bad, boolean, choice, field, integer, listing, nested, optional, row, text
 from ..hardware import KEYMAPS
 from ..numbering import tap_name
 from .devices import FD, DiskPlan, NicPlan
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
 
 MACHINES = {"q35": "pc-q35-", "pc": "pc-i440fx-"}  # family → what its pinned versions begin with
 VIDEOS = ("none", "std", "virtio", "cirrus")
@@ -35,7 +33,7 @@ LAUNCHERS_OWN = frozenset(
     ("number", "uid", "gid", "kvm_gid", "seccomp_fd", "scope", "slice", "oom_score_adj", "info_fd", "paused")
 )
 # Of which kind a descriptor has to be; TAP is followed by the tap's name.
-READ, WRITTEN, LISTENER, STREAM, BARRIER, TAP = "read", "written", "listener", "stream", "barrier", "tap"
+READ, WRITTEN, LISTENER, STREAM, PIPE, OUTPUT, TAP = "read", "written", "listener", "stream", "pipe", "output", "tap"
 
 
 def machine(value: object, name: str) -> str:
@@ -133,22 +131,22 @@ class LaunchPlan(Message):
 
         A tap's kind is `tap` and its name, which follows from the VM's number.
         """
-        single = {"kernel_fd": READ, "initrd_fd": READ, "agent_fd": LISTENER, "qmp_fd": LISTENER}
-        for name, kind in {**single, "block_fd": BARRIER}.items():
-            if (fd := getattr(self, name)) is not None:
-                yield name, fd, kind
+        return ((name, fd, kind) for name, fd, kind in self._places() if fd is not None)
+
+    def _places(self) -> Iterator[tuple[str, int | None, str]]:
+        yield "kernel_fd", self.kernel_fd, READ
+        yield "initrd_fd", self.initrd_fd, READ
+        yield "agent_fd", self.agent_fd, LISTENER
+        yield "qmp_fd", self.qmp_fd, LISTENER
+        yield "block_fd", self.block_fd, PIPE
         yield from (("option_rom_fds", fd, READ) for fd in self.option_rom_fds)
         yield from (("firmware", fd, kind) for fd, kind in zip(self.firmware or (), (READ, WRITTEN), strict=False))
         for index, disk in enumerate(self.disks):
             for depth, (fd, _) in enumerate(disk.layers):
                 yield f"disks[{index}].layers[{depth}]", fd, WRITTEN if not depth and not disk.readonly else READ
         for index, nic in enumerate(self.nics):
-            for name, fd, kind in (
-                ("tap_fd", nic.tap_fd, f"{TAP} {tap_name(self.number, index)}"),
-                ("stream_fd", nic.stream_fd, STREAM),
-            ):
-                if fd is not None:
-                    yield f"nics[{index}].{name}", fd, kind
+            yield f"nics[{index}].tap_fd", nic.tap_fd, f"{TAP} {tap_name(self.number, index)}"
+            yield f"nics[{index}].stream_fd", nic.stream_fd, STREAM
 
     def all_fds(self) -> tuple[int, ...]:
         """Every descriptor beside the standard three that must be open, and inheritable, when the command starts."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from .. import descriptors
 from ..errors import LaunchRefused
@@ -18,19 +19,18 @@ from .uids import Uids
 
 
 class Jobs:
-    """*signal_all* ends whatever a job leaves behind; None in session mode, where jobs are oneself."""
+    """The jobs that have a uid of their own; in session mode none has."""
 
-    def __init__(self, *, uids: Uids, signal_all: Callable[[int, range, int], None] | None) -> None:
+    def __init__(self, uids: Uids) -> None:
         self._uids = uids
-        self._signal_all = signal_all
         self._taken: dict[int, set[int]] = {}  # by uid: the processes of its job that are held
 
     def found(self, uid: int, pid: int) -> None:
         """A job of an earlier launcher is still at work."""
         self._taken.setdefault(uid, set()).add(pid)
 
-    def start(self, message: Job, fds: Sequence[int]) -> tuple[int, int | None]:
-        """Start a job; its pid and its uid (None: ours). Raises LaunchRefused or OSError."""
+    def start(self, message: Job, fds: Sequence[int]) -> tuple[int, Callable[[], None]]:
+        """Start a job; its pid, and what to call when it has ended. Raises LaunchRefused or OSError."""
         if not fds:
             raise LaunchRefused(problem="output: there is no descriptor for it")
         *lent, output = fds
@@ -44,18 +44,18 @@ class Jobs:
         guests = [str(self._uids.jobs.start)] if message.kind == PROBE and self._uids.apart and uid is None else []
         argv = python(message.kind, *message.words, *guests, uid=uid, group=group)
         pid = spawn(argv, dict(enumerate(lent, FIRST_FD)), stdout=output, stderr=2)
-        if uid is not None:
-            self._taken[uid] = {pid}
-        return pid, uid
+        if uid is None:
+            return pid, lambda: None
+        self._taken[uid] = {pid}
+        return pid, partial(self.ended, uid, pid)
 
     def ended(self, uid: int, pid: int) -> None:
         """The job of this uid has ended; its uid is free again once nothing else of it is there."""
-        pids = self._taken.get(uid, set())
-        pids.discard(pid)
-        if not pids:
-            if self._signal_all is not None:
-                self._signal_all(uid, self._uids.all, signal.SIGKILL)
-            self._taken.pop(uid, None)
+        self._taken[uid].discard(pid)
+        if not self._taken[uid]:
+            if self._uids.signal_all is not None:
+                self._uids.signal_all(uid, signal.SIGKILL)
+            del self._taken[uid]
 
     def _free(self) -> int:
         uid = next((uid for uid in self._uids.jobs if uid not in self._taken), None)

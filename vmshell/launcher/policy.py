@@ -6,7 +6,7 @@ Runs in: the launcher. Reads the policy file.
 from __future__ import annotations
 
 import contextlib
-import os
+import functools
 import tomllib
 
 from ..errors import BadPolicy
@@ -20,45 +20,36 @@ class Policy:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._stamp: tuple[int, int] | None = None
-        self._models: frozenset[str] = frozenset()
-        document = self._read()
-        base = _section(document, "host").get("uid_base", UID_BASE)
+        base = self._read().get("uid_base", UID_BASE)
         if type(base) is not int or base not in UID_BASES:
             raise BadPolicy(path=path, problem=f"[host] uid_base must be from {UID_BASES.start} to {UID_BASES.stop - 1}")
         self.uid_base = base
 
-    def has_cpu_model(self, text: str | None) -> bool:
-        """Is *text* what -cpu takes for a model of root's catalogue? None is what the host offers."""
-        if self._changed():
-            with contextlib.suppress(BadPolicy):
-                self._read()
-        return text is None or text in self._models
-
-    def _changed(self) -> bool:
-        return _stamp(self._path) != self._stamp
+    def cpu_models(self) -> frozenset[str]:
+        """What -cpu takes for each model of root's catalogue."""
+        with contextlib.suppress(BadPolicy):
+            self._read()
+        return self._models
 
     def _read(self) -> dict[str, object]:
-        self._stamp = _stamp(self._path)
+        """Take the CPU models of the file; return its section [host]."""
         try:
-            document = tomllib.loads(read(self._path))
+            document = _parsed(read(self._path))
         except FileNotFoundError:
             document = {}
         except (ValueError, RecursionError) as exc:
             raise BadPolicy(path=self._path, problem=str(exc)) from exc
         models = {**CPU_MODELS, **_section(document, "cpu_models")}
         self._models = frozenset(text for text in models.values() if isinstance(text, str))
-        return document
+        return _section(document, "host")
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(text: str) -> dict[str, object]:
+    # Of a host with thousands of users it takes longer than all else of a launch; reading the file takes nothing.
+    return tomllib.loads(text)
 
 
 def _section(document: dict[str, object], name: str) -> dict[str, object]:
     table = document.get(name, {})
     return table if isinstance(table, dict) else {}
-
-
-def _stamp(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns

@@ -8,12 +8,13 @@ Runs in: the launcher. Holds a pidfd of every process it started, or found at it
 from __future__ import annotations
 
 import os
-import select
+import selectors
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 
-from .. import wire
+from .. import packets
 from ..errors import Internal, LaunchRefused, ProtocolError, VmshellError, safe
 from ..fields import request_id
 from ..launcher_messages import LENT_MAX, Ended, Job, Launch, RestartNames, Signal, parse_to_launcher
@@ -25,30 +26,37 @@ RESTART_NAMES = ("systemctl", "--no-block", "restart", "vmshell-names.service")
 
 
 class Server:
-    """*listener* is None in session mode: then *connection* is all there is, and its end is ours."""
+    """It listens in system mode; in session mode one connection is all there is, and its end is ours."""
 
-    def __init__(
-        self, *, runs: Runs, jobs: Jobs, broker_uid: int, listener: socket.socket | None, connection: socket.socket | None
-    ) -> None:
+    def __init__(self, *, runs: Runs, jobs: Jobs, broker_uid: int) -> None:
         self._runs = runs
         self._jobs = jobs
         self._broker_uid = broker_uid
+        self._listener: socket.socket | None = None
+        self._connection: socket.socket | None = None
+        self._selector = selectors.DefaultSelector()  # what is called when there is something to read: each one's `data`
+
+    def listen(self, listener: socket.socket) -> None:
+        """Let the broker connect at *listener*."""
+        listener.setblocking(False)
         self._listener = listener
+        self._selector.register(listener, selectors.EVENT_READ, partial(self._accept, listener))
+
+    def serve(self, connection: socket.socket) -> None:
+        """Let the broker ask by *connection*, and by no earlier one."""
+        self._hang_up()
+        connection.set_inheritable(False)
+        connection.setblocking(False)  # whoever does not read is hung up on, see `_send`
         self._connection = connection
-        self._poll = select.poll()
-        self._watched: dict[int, Callable[[], None]] = {}
-        for sock, call in ((listener, self._accept), (connection, self._serve)):
-            if sock is not None:
-                sock.setblocking(False)
-                self._watch(sock.fileno(), call)
+        self._selector.register(connection, selectors.EVENT_READ, partial(self._requested, connection))
 
     def run(self) -> None:
         """Serve until there is nobody left who could ask."""
         while self._listener is not None or self._connection is not None:
-            for fd, _ in self._poll.poll():
-                call = self._watched.get(fd)
-                if call is not None:
-                    self._call(call)
+            for key, _ in self._selector.select():
+                # The one before it may have ended it.
+                if key.fd in self._selector.get_map():
+                    self._call(key.data)
 
     def _call(self, call: Callable[[], None]) -> None:
         """What fails for one process or connection (no memory to fork with, say) is said, and the others go on."""
@@ -63,44 +71,35 @@ class Server:
         asker = self._connection
 
         def over() -> None:
-            self._unwatch(pidfd)
+            self._selector.unregister(pidfd)
             status = _exit_status(pidfd)
             os.close(pidfd)
             ended()
             if run and status is not None and asker is not None and asker is self._connection:
                 self._send(Ended(run=run, status=status).to_body())
 
-        self._watch(pidfd, over)
+        self._selector.register(pidfd, selectors.EVENT_READ, over)
         return pidfd
 
     # --- the connection -----------------------------------------------------------------------------------------------
 
-    def _accept(self) -> None:
-        assert self._listener is not None
-        try:
-            sock, _ = self._listener.accept()
-        except OSError as exc:
-            report(f"accepting failed: {exc}")
-            return
-        sock.setblocking(False)  # whoever does not read is hung up on, see `_send`
-        if wire.peer_uid(sock) != self._broker_uid:
-            report(f"refused a connection of uid {wire.peer_uid(sock)}")
+    def _accept(self, listener: socket.socket) -> None:
+        sock, _ = listener.accept()
+        if packets.peer_uid(sock) != self._broker_uid:
+            report(f"refused a connection of uid {packets.peer_uid(sock)}")
             sock.close()
             return
-        self._hang_up()
-        self._connection = sock
-        self._watch(sock.fileno(), self._serve)
+        self.serve(sock)
 
     def _hang_up(self) -> None:
         if self._connection is not None:
-            self._unwatch(self._connection.fileno())
+            self._selector.unregister(self._connection)
             self._connection.close()
             self._connection = None
 
-    def _serve(self) -> None:
-        assert self._connection is not None
+    def _requested(self, connection: socket.socket) -> None:
         try:
-            packet = wire.recv(self._connection, fds_allowed=LENT_MAX)
+            packet = packets.recv(connection, fds_allowed=LENT_MAX)
         except (OSError, ProtocolError) as exc:
             report(f"the connection ends: {exc}")
             packet = None
@@ -121,7 +120,7 @@ class Server:
         finally:
             packet.close()
 
-    def _answer(self, ident: int, packet: wire.Packet) -> None:
+    def _answer(self, ident: int, packet: packets.Packet) -> None:
         """Carry out one request and answer it; raises what it is refused with."""
         message = parse_to_launcher(packet.body)
         if packet.fds and not isinstance(message, Launch | Job):
@@ -131,13 +130,12 @@ class Server:
                 self._runs.signal(message)
                 self._send({"id": ident, "ok": {}})
             elif isinstance(message, Launch):
-                number, pid = message.number, self._runs.launch(message, packet.fds, self._connection)
-                self._started(ident, pid, lambda: self._runs.ended(number, pid))
+                pid, ended = self._runs.launch(message, packet.fds, self._connection)
+                self._started(ident, pid, ended)
                 if self._connection is None:
-                    self._runs.forget(pid)
+                    self._runs.kill_child(pid)  # nobody could be told of it: its barrier never opens
             elif isinstance(message, Job):
-                job, uid = self._jobs.start(message, packet.fds)
-                self._started(ident, job, lambda: None if uid is None else self._jobs.ended(uid, job))
+                self._started(ident, *self._jobs.start(message, packet.fds))
             elif isinstance(message, RestartNames):
                 self._started(ident, spawn(RESTART_NAMES, {}, stderr=2), lambda: None)
         except OSError as exc:
@@ -152,20 +150,10 @@ class Server:
         if self._connection is None:
             return
         try:
-            wire.send(self._connection, body, fds)
+            packets.send(self._connection, body, fds)
         except OSError as exc:
             report(f"the broker does not take its answers: {exc}")
             self._hang_up()
-
-    # --- what is waited for -------------------------------------------------------------------------------------------
-
-    def _watch(self, fd: int, call: Callable[[], None]) -> None:
-        self._watched[fd] = call
-        self._poll.register(fd, select.POLLIN)
-
-    def _unwatch(self, fd: int) -> None:
-        del self._watched[fd]
-        self._poll.unregister(fd)
 
 
 def _exit_status(pidfd: int) -> int | None:

@@ -7,32 +7,38 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ..numbering import JOBS_MAX, NUMBER_MAX, uids_of_jobs
 
 # Behind the name and the password: of an account its uid and its group, of a group its gid. Subordinate ids are ranges.
 _ACCOUNTS = {"/etc/passwd": slice(1, 3), "/etc/group": slice(1, 2)}
 _RANGES = ("/etc/subuid", "/etc/subgid")
+SYSTEMD = "/run/systemd/system"
 
 
 class Uids:
-    """`apart`: QEMU gets a uid of its own, which takes root. `helpers_apart`: so do jobs, but in nobody's session."""
+    """The uids of VMs and of jobs, and who gets one: QEMU if `apart`, which takes root; jobs, too, if `helpers_apart`.
 
-    def __init__(self, base: int, *, embedded: bool) -> None:
+    `managed`: a service manager gives each VM a scope, and its control groups tell what a launcher started. `signal_all` signals
+    all processes of a uid; in a session, where that may be a person with other programs, there is none.
+    """
+
+    def __init__(self, base: int, *, session: bool) -> None:
         self.apart = os.geteuid() == 0
-        self.helpers_apart = self.apart and not embedded
+        self.helpers_apart = self.apart and not session
+        self.managed = self.helpers_apart and os.path.isdir(SYSTEMD)
         self.all = range(base, base + NUMBER_MAX + 1 + JOBS_MAX)
         self.jobs = uids_of_jobs(base)
-        self._base = base
+        self.signal_all: Callable[[int, int], None] | None = None
+        if self.helpers_apart:
+            from .ending import signal_all
 
-    def of_vm(self, number: int) -> int | None:
-        """The uid of VM *number*'s QEMU; None: our own."""
-        return self._base + number if self.apart else None
+            self.signal_all = lambda uid, number: signal_all(uid, self.all, number)
 
-    def number_of(self, uid: int) -> int:
-        """The VM whose uid this is."""
-        return uid - self._base
+    def of_vm(self, number: int) -> int:
+        """The uid of VM *number*'s QEMU, if it gets one of its own."""
+        return self.all.start + number
 
 
 def occupant(uids: range, root: str = "") -> str:

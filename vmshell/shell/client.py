@@ -72,7 +72,7 @@ class Pending:
             answer = body.get("ok")
             if not isinstance(answer, dict):
                 raise ProtocolError(problem="the answer is neither a result nor an error")
-            return answer, packet.take_fds()
+            return answer, wire.take_fds(packet)
         finally:
             packet.close()
 

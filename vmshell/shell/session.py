@@ -15,7 +15,7 @@ import time
 
 from .. import wire
 from ..errors import safe
-from ..layout import PACKAGE_DIR, PYTHON_FLAGS
+from ..installed import PACKAGE_DIR, PYTHON_FLAGS
 from ..refusals import BrokerDown
 from .process import PATH, SESSION_VARIABLES
 
