@@ -90,9 +90,9 @@ back() {
     for unit in $LATER; do rm -f "$UNITDIR/$unit"; done
     sed -i '/^Service=/d' "$UNITDIR/vmshell-broker.socket" # the older broker is there for users itself
     systemctl daemon-reload # or whoever asks for the broker from now on would have the later sockets made again
-    systemctl stop vmshell-broker.service
+    # What is kept for the relay goes with it: the older one takes viewers' pipes for sockets.
+    systemctl stop vmshell-broker.service vmshell-relay.service
     systemctl kill -s KILL vmshell-broker.service 2>/dev/null || true # what it had started: nobody may write while root walks
-    systemctl stop vmshell-relay.service # what is kept for it goes with it: the older one takes viewers' pipes for sockets
     old_addresses
     folders take
     move root "$STATE/net/addresses.json" "$STATE/addresses.json"

@@ -87,6 +87,10 @@ class ProtocolError(VmshellError):
     exit_status = EX_INTERNAL
 
 
+class StrayDescriptors(ProtocolError):
+    """the message was not understood: it brings descriptors that nobody asked for"""
+
+
 class Internal(VmshellError):
     """something went wrong inside vmshell (reference {reference})"""
 

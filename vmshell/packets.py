@@ -20,11 +20,9 @@ import os
 import struct
 
 from .encoding import FRAME_MAX, decode, encode
-from .errors import ProtocolError
+from .errors import ProtocolError, StrayDescriptors
 
 FDS_MAX = 4  # descriptors beyond those asked for that are seen, and refused, one by one
-
-_UCRED = struct.Struct("iII")  # pid, uid, gid
 
 
 class Packet:
@@ -58,7 +56,7 @@ def close_fd(fd: int) -> None:
 
 def peer_uid(sock: _socket.socket) -> int:
     """The uid that connected (SO_PEERCRED: who *connected*, whatever that process became later)."""
-    return int(_UCRED.unpack(sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, _UCRED.size))[1])
+    return int(struct.unpack("iII", sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12))[1])  # pid, uid, gid
 
 
 def send(sock: _socket.socket, body: dict[str, object], fds: tuple[int, ...] = ()) -> None:
@@ -87,7 +85,7 @@ def recv(sock: _socket.socket, fds_allowed: int = 0) -> Packet | None:
         if not data and not fds:
             return None
         if len(fds) > fds_allowed:
-            raise ProtocolError(problem="it brings descriptors that nobody asked for")
+            raise StrayDescriptors()
         packet.body = decode(data)
     except BaseException:
         packet.close()

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable
 
 from .. import wire
-from ..errors import Internal, ProtocolError, VmshellError
+from ..errors import Internal, ProtocolError, StrayDescriptors, VmshellError
 from ..fields import request_id
 from ..messages import Request, parse_request
 from ..refusals import AnswerTooLarge, NotAllowed, TooManyRequests, Upgraded
@@ -93,8 +93,12 @@ class Client:
 
     def readable(self) -> None:
         try:
-            packet = wire.recv(self._sock, fds_allowed=1)
+            packet = wire.recv(self._sock)
         except BlockingIOError:
+            return
+        except StrayDescriptors:
+            # No request brings one (N2); those of the shells before the pipes did.
+            self._refuse_packet(Upgraded())
             return
         except ProtocolError as exc:
             self._refuse_packet(exc)
@@ -104,12 +108,8 @@ class Client:
             return
         if packet is None:
             self.close()
-        elif packet.fds:
-            # No request brings one (N2); those of the shells before the pipes did.
-            packet.close()
-            self._refuse_packet(Upgraded())
-        else:
-            self._take(packet.body)
+            return
+        self._take(packet.body)
 
     def _refuse_packet(self, error: VmshellError) -> None:
         journal.by_user(self.peer.uid, "bad-packet", problem=error)
