@@ -24,6 +24,7 @@ from . import journal
 from .context import Context, read_policy
 from .host import Host
 from .loop import Loop
+from .revocation import Revocation
 from .server import Server
 
 LINGER = 3.0  # seconds for which a session's broker stays when the last VM and the last shell are gone
@@ -78,6 +79,8 @@ def _serve(layout: Layout, rules: Policy) -> int:
     context.facts.find_out()
     context.machines.autostart()
     server = Server(context, _listener(layout))
+    if not layout.embedded:
+        Revocation(context, server).begin()
     _act_on_signals(context)
     if layout.embedded:
         loop.after(LINGER, lambda: _linger(context, server, 0))
