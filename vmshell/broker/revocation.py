@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..messages import ATTACHED_IN_PART, ATTACHED_MAX, Attached, Detach
+from ..messages import ALIVE, ATTACHED_IN_PART, ATTACHED_MAX, Attached, Detach
 from ..refusals import AccessEnded
 from .access import label_of
 from .accountslink import Question
@@ -100,7 +100,7 @@ class Revocation:
 
     def _ask_relay(self) -> None:
         """Ask who has consoles, if any are attached; a relay that is away is asked again at the next look."""
-        if not any(vm.viewers for vm in self._context.registry):
+        if not any(vm.viewers and vm.state in ALIVE for vm in self._context.registry):
             self._viewers = []
             return
         self._coming = []
