@@ -199,7 +199,7 @@ class Relay:
                 stack.callback(os.close, keys)
                 stack.callback(os.close, output)
                 self.call(Watch(number=number, log_max=LOG_MAX), serial.open_both(self.layout.vm_run(number), stack))
-                self.call(Attach(number=number, label="bench"), (keys, output))
+                self.call(Attach(number=number, uid=1001, label="bench"), (keys, output))
             os.read(shown, CHUNK)  # hello
             yield guest, console(shown, typed)
         finally:

@@ -3,6 +3,7 @@
     relay → viewer   frames: the length of what follows in two bytes (big-endian), a tag byte, at most DATA_MAX bytes
                          `d` the guest's bytes
                          `n` {"notice": "hello" | "pen" | "refused" | "who" | "gap" | "state" | "end", …}
+                             `end` has a `code` where not the VM has ended but what this user may do
     viewer → relay   cells of CELL bytes: the length of the payload in one byte, a tag byte, the payload, zeros up to the end
                          `d` keys
                          `c` {"do": "pen" | "who" | "break"}

@@ -161,6 +161,9 @@ OPENINGS_MAX = 256
 NUMBERS_MAX = 4096
 ASKED_MAX, SHOWN_MAX = 16, 5  # images or accounts of one question, and how many things of each are named: all fits into a packet
 UID_MAX = (1 << 32) - 2
+LABEL_MAX = 80  # characters of a console's label
+ATTACHED_IN_PART = 100  # users of consoles, of the longest labels there can be, escaped
+ATTACHED_MAX = 1 << 14  # descriptors that a relay can have
 GROUPS_IN_PART = 20  # of the longest names there can be, escaped: a packet has 64 KiB
 SHELF = "shelf"  # where a VM is named: the objects that belong to no VM
 NUMBER = integer(1, NUMBER_MAX)
@@ -505,10 +508,14 @@ class Arrived(Message):
 
 
 class ToRelay(Message):
+    """What the relay may be asked."""
+
+
+class ToRelayAboutVm(ToRelay):
     number: int = field(NUMBER)
 
 
-class Watch(ToRelay):
+class Watch(ToRelayAboutVm):
     """Take care of a VM: read its serial port and connect to its `qmp.sock`.
 
     Brings the serial port's two FIFOs, input and output (none if an earlier version started the VM: it has a `console.sock`), and
@@ -521,14 +528,35 @@ class Watch(ToRelay):
     log: bool = field(boolean, default=True)
 
 
-class Attach(ToRelay):
-    """A viewer; brings the pipe its keys come from, and the pipe for the guest's output. `label` is how `who` names it."""
+class Attach(ToRelayAboutVm):
+    """A viewer of user `uid`; brings the pipe its keys come from, and the pipe for the guest's output.
+
+    `label` is how `who` names it: the account's name, as much of it as there is room for.
+    """
 
     verb = "attach"
     fds = 2
-    label: str = field(text(80))
+    uid: int = field(integer(0, UID_MAX))
+    label: str = field(text(LABEL_MAX))
     readonly: bool = field(boolean, default=False)
     replay: bool = field(boolean, default=True)
+
+
+class Attached(ToRelay):
+    """Who has consoles? Replies with `users`, a list of `[uid, label]`: of all of them the next ATTACHED_IN_PART after *skip*."""
+
+    verb = "attached"
+    skip: int = field(integer(0, ATTACHED_MAX), default=0)
+
+
+class Detach(ToRelay):
+    """End all consoles of `uid` that are labelled `label`, whichever VM they show: its user is told `reason`, with its `code`."""
+
+    verb = "detach"
+    uid: int = field(integer(0, UID_MAX))
+    label: str = field(text(LABEL_MAX))
+    code: str = field(text(40))
+    reason: str = field(text(200))
 
 
 ORDERS = (
@@ -552,7 +580,7 @@ ORDERS = (
 NIC_MODELS = ("virtio", "e1000e", "e1000", "rtl8139")
 
 
-class Order(ToRelay):
+class Order(ToRelayAboutVm):
     """One of the few things we ever tell QEMU; its arguments are numbers of ours, never anybody's text."""
 
     verb = "order"
@@ -565,13 +593,13 @@ class Order(ToRelay):
     port: bool = field(boolean, default=False)
 
 
-class Drain(ToRelay):
+class Drain(ToRelayAboutVm):
     """QEMU is gone: hand on what it said last. The answer comes after all that its monitor said."""
 
     verb = "drain"
 
 
-class Forget(ToRelay):
+class Forget(ToRelayAboutVm):
     """The VM has ended: tell its viewers `reason`, close everything; with `purge` delete its log."""
 
     verb = "forget"
@@ -579,7 +607,7 @@ class Forget(ToRelay):
     purge: bool = field(boolean, default=False)
 
 
-TO_RELAY: dict[str, type[ToRelay]] = {kind.verb: kind for kind in (Watch, Attach, Order, Drain, Forget)}
+TO_RELAY: dict[str, type[ToRelay]] = {kind.verb: kind for kind in (Watch, Attach, Attached, Detach, Order, Drain, Forget)}
 
 
 class Event(Message):

@@ -247,6 +247,13 @@ class NotAllowed(VmshellError):
     code = "not-allowed"
 
 
+class AccessEnded(VmshellError):
+    """you may no longer use vmshell here: {why}"""
+
+    code = "access-ended"
+    hint = "your VMs run on; the administrator can let you in again"
+
+
 class NotRoot(VmshellError):
     """{what} on this host's installation needs root"""
 

@@ -69,7 +69,7 @@ def test_n7_a_console_is_two_pipes(relay: RelayProcess, qemus: Qemus, kinds: dic
     """One that is read and one that is written: the relay waits for nothing else that a viewer holds the other end of."""
     boot(relay, qemus)
     before = descriptors(relay)
-    attach = Attach(number=1, label="alice")
+    attach = Attach(number=1, uid=1001, label="alice")
     with console_pipes() as ((keys, output), _):
         for name, fd in kinds.items():
             for use, fds in {"keys": (fd, output), "output": (keys, fd)}.items():

@@ -5,6 +5,7 @@ Its accounts helper is stopped by a signal, as one that waits for a directory se
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -16,6 +17,8 @@ import pytest
 
 from tests.session import Client, Session
 from vmshell import wire
+from vmshell.broker.accounts import LOOK
+from vmshell.broker.accountslink import PATIENCE
 from vmshell.errors import VmshellError
 from vmshell.installed import PACKAGE_DIR
 from vmshell.layout import STATE_VERSION, Layout
@@ -123,17 +126,34 @@ def test_g19_a_broker_that_is_killed_leaves_no_helper_that_hangs(crowd: Crowd) -
     crowd.wait_for(lambda: crowd.pids("accounts") == [], "the helper to end", 60)
 
 
-def test_g19_a_broker_that_is_started_in_an_outage_knows_who_was_who(crowd: Crowd) -> None:
-    assert crowd.whoami("alice") == "alice"
+def start_without_helper(crowd: Crowd, *known: str) -> None:
+    """Another broker, that remembers *known*: in its namespace the folder of the helper's code is empty."""
     saved = Path(crowd.layout.broker_run, "accounts.json")
-    crowd.wait_for(lambda: saved.exists() and "vmusers" in saved.read_text(), "it to be kept", 60)
+    crowd.wait_for(
+        lambda: saved.exists() and all(f'["user", "{name}"' in saved.read_text() for name in known), "it to be kept", 60
+    )
     crowd.kill_broker()
     crowd.wait_for(lambda: crowd.pids() == [], "everything to end", 60)
-    # In this namespace the folder of the helper's code is empty: it ends at once, every time.
     crowd.wrap = (*crowd.wrap[:3], "-ec", f'mount -t tmpfs none "{PACKAGE_DIR}/accounts"; {BIND}', *crowd.wrap[5:])
     crowd.start_broker()
+
+
+def test_g19_a_broker_that_is_started_in_an_outage_knows_who_was_who(crowd: Crowd) -> None:
+    assert crowd.whoami("alice") == "alice"
+    start_without_helper(crowd, "alice")
     assert crowd.whoami("alice") == "alice"
     assert refused(crowd, "carol") == "accounts-silent"
+
+
+def test_g19_nobody_loses_a_connection_in_an_outage(crowd: Crowd) -> None:
+    """Nobody is a member any more, and no helper ever says so."""
+    assert [crowd.whoami(name) for name in ("alice", "bob")] == ["alice", "bob"]
+    start_without_helper(crowd, "alice", "bob")
+    with crowd.as_user("alice") as alice, crowd.as_user("bob") as bob:
+        assert bob.ask(Whoami())["user"] == "bob"
+        crowd.set_accounts({"alice": 31001}, ())
+        time.sleep(3 * LOOK + PATIENCE)
+        assert bob.ask(Whoami())["user"] == "bob" and alice.ask(Whoami())["user"] == "alice"
 
 
 def test_d21_out_of_the_group_is_out_with_the_next_request(crowd: Crowd) -> None:
@@ -142,10 +162,30 @@ def test_d21_out_of_the_group_is_out_with_the_next_request(crowd: Crowd) -> None
         crowd.set_accounts(UIDS, ("alice",))
         with pytest.raises(VmshellError) as caught:
             bob.ask(Whoami())
-        assert caught.value.code == "not-allowed"
+        assert caught.value.code in ("not-allowed", "access-ended")
         assert refused(crowd, "bob") == "not-allowed"
-        crowd.set_accounts(UIDS, MEMBERS)
-        assert bob.ask(Whoami())["user"] == "bob"
+    crowd.set_accounts(UIDS, MEMBERS)
+    assert crowd.whoami("bob") == "bob"
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["left the group", "account deleted"])
+def test_g18_who_is_out_loses_every_connection_unasked(crowd: Crowd, gone: bool) -> None:
+    """Each hears why; nobody else hears anything."""
+    with contextlib.ExitStack() as stack:
+        alice = stack.enter_context(crowd.as_user("alice"))
+        bobs = [stack.enter_context(crowd.as_user("bob")) for _ in range(3)]
+        for client in (alice, *bobs):
+            assert client.ask(Whoami())["user"] in ("alice", "bob")
+        crowd.set_accounts({name: uid for name, uid in UIDS.items() if name != "bob" or not gone}, ("alice", "carol"))
+        for client in bobs:
+            with pytest.raises(VmshellError) as caught:
+                client.receive()
+            why = "the account bob is gone" if gone else "you are no longer a member of the group vmusers"
+            assert (caught.value.code, str(caught.value)) == ("access-ended", f"you may no longer use vmshell here: {why}")
+            assert wire.recv(client.sock) is None
+        assert alice.ask(Whoami())["user"] == "alice"
+    assert refused(crowd, "bob") == "not-allowed"
+    assert '"event": "access-ended", "uid": 31002, "user": "bob", "connections": 3' in crowd.errors()
 
 
 def test_d22_a_connection_is_its_accounts_and_not_the_next_ones(crowd: Crowd) -> None:
@@ -155,7 +195,7 @@ def test_d22_a_connection_is_its_accounts_and_not_the_next_ones(crowd: Crowd) ->
         crowd.set_accounts({"alice": 31001, "dave": UIDS["bob"]}, ("alice", "dave"))
         with pytest.raises(VmshellError) as caught:
             bob.ask(Whoami())
-        assert caught.value.code == "not-allowed"
+        assert caught.value.code in ("not-allowed", "access-ended")
     assert crowd.whoami("bob") == "dave"
 
 

@@ -35,5 +35,7 @@ class People:
     def must_know(self, *questions: Question) -> None:
         """Nobody is silent here."""
 
+    def look(self) -> None: ...
+
     def watch(self) -> None:
         """Nothing changes but by a test."""

@@ -188,10 +188,10 @@ class RelayProcess:
             console = serial.open_both(self.layout.vm_run(number), stack)
             self.tell(Watch(number=number, **options), *console, *errors)
 
-    def attach(self, number: int, label: str = "alice", **options: Any) -> Viewer:
+    def attach(self, number: int, label: str = "alice", uid: int = 1001, **options: Any) -> Viewer:
         """Attach a viewer."""
         with console_pipes() as (theirs, ours):
-            self.tell(Attach(number=number, label=label, **options), *theirs)
+            self.tell(Attach(number=number, uid=uid, label=label, **options), *theirs)
             return Viewer(tuple(os.dup(fd) for fd in ours))
 
     def wait_word(self, number: int, word: str, seconds: float = PATIENCE, count: int = 0) -> None:

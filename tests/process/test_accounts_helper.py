@@ -90,6 +90,17 @@ def test_urgent_questions_come_before_others_and_none_is_asked_twice(asking: Ask
     assert [question.key for question, _ in asking.answers] == [NOBODY_HAS + 1, NOBODY_HAS + 3, NOBODY_HAS + 2]
 
 
+def test_early_questions_come_before_others_and_after_urgent_ones(asking: Asking) -> None:
+    for number in (1, 2, 3, 4):
+        asking.link.ask(Question("uid", NOBODY_HAS + number), urgent=False)
+    for number in (3, 4, 4):
+        asking.link.ask(Question("uid", NOBODY_HAS + number), urgent=False, early=True)
+    asking.link.ask(Question("uid", NOBODY_HAS + 4), urgent=True)
+    asking.link.ask(Question("uid", NOBODY_HAS + 4), urgent=False, early=True)
+    asking.turn(lambda: len(asking.answers) == 4)
+    assert [question.key for question, _ in asking.answers] == [NOBODY_HAS + number for number in (1, 4, 3, 2)]
+
+
 def test_a_full_queue_is_no_answer(asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accountslink, "QUEUE_MAX", 1)
     for number in range(4):

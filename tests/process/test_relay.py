@@ -26,7 +26,7 @@ from tests.process.relays import PATIENCE, RelayProcess, ServiceManager, console
 from vmshell import wire
 from vmshell.consoles import CELL, CONTROL, DATA, cells
 from vmshell.layout import Layout
-from vmshell.messages import Attach, Forget, Order, Watch
+from vmshell.messages import Attach, Attached, Detach, Forget, Order, Watch
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -156,7 +156,7 @@ def test_an_order_that_nobody_takes_is_answered(relay: RelayProcess, qemus: Qemu
 
 def test_an_unknown_vm_is_an_error(relay: RelayProcess) -> None:
     with console_pipes() as (theirs, _):
-        assert relay.ask(Attach(number=9, label="alice"), *theirs)["error"]["code"] == "not-watched"
+        assert relay.ask(Attach(number=9, uid=1001, label="alice"), *theirs)["error"]["code"] == "not-watched"
         assert relay.ask(Order(number=9, what="cont"))["error"]["code"] == "not-watched"
 
 
@@ -711,6 +711,39 @@ def test_a_relay_killed_at_any_moment_leaves_no_half_message(layout: Layout, qem
     assert len(re.findall(rb"\[said\]", shown)) > 1000
 
 
+def test_who_has_consoles_is_told_and_whose_end(layout: Layout, short_tmp: Path, qemus: Qemus) -> None:
+    """G18: by uid and name, whichever VMs they show, also after a restart; everybody else's go on."""
+    manager = ServiceManager(str(short_tmp))
+    try:
+        with RelayProcess(layout, manager) as relay:
+            guests = [boot(relay, qemus, number)[1] for number in (1, 2)]
+            alices = [relay.attach(number, "alice", 1001) for number in (1, 2, 2)]
+            bob, namesake = relay.attach(1, "bob", 1002), relay.attach(2, "alice", 1003)
+            everybody = [[1001, "alice"], [1002, "bob"], [1003, "alice"]]
+            assert relay.ask(Attached())["ok"] == {"users": everybody}
+            assert relay.ask(Attached(skip=2))["ok"] == {"users": everybody[2:]}
+            until(lambda: len(manager.names()) == 14, "two descriptors a VM, and two a console")
+            relay.end(signal.SIGKILL)
+            relay.start()
+            for number in (1, 2):
+                relay.watch(number)
+                relay.wait_word(number, "ready")
+            assert relay.ask(Attached())["ok"] == {"users": everybody}
+            relay.tell(Detach(uid=1001, label="alice", code="access-ended", reason="you are out"))
+            for viewer in alices:
+                assert viewer.wait_notice("end") == {"notice": "end", "reason": "you are out", "code": "access-ended"}
+                wait_closed(viewer)
+            assert relay.ask(Attached())["ok"] == {"users": everybody[1:]}
+            relay.tell(Detach(uid=1001, label="alice", code="access-ended", reason="nobody is left to hear it"))
+            until(lambda: len(manager.names()) == 8, "theirs to be dropped from the store")
+            for guest, viewer in zip(guests, (bob, namesake), strict=True):
+                guest.sendall(b"goes on")
+                viewer.wait_output("goes on")
+                viewer.close()
+    finally:
+        manager.close()
+
+
 def lingering(seconds: int) -> socket.socket:
     """A TCP socket whose last close takes so long: what it has sent is never taken."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -950,7 +983,7 @@ def test_only_a_pair_of_pipes_is_a_console(relay: RelayProcess, qemus: Qemus) ->
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with console_pipes() as ((keys, output), (shown, typed)), ours, theirs:
         for fds in ((theirs.fileno(),), (theirs.fileno(), theirs.fileno()), (output, keys), (keys, keys), (keys,), ()):
-            answer = relay.ask(Attach(number=1, label="alice"), *fds)
+            answer = relay.ask(Attach(number=1, uid=1001, label="alice"), *fds)
             assert answer["error"]["code"] == "protocol", fds
     assert descriptors(relay) == before
 
@@ -959,7 +992,7 @@ def test_too_many_viewers_are_refused(relay: RelayProcess, qemus: Qemus) -> None
     boot(relay, qemus)
     viewers = [relay.attach(1, f"v{index}") for index in range(64)]
     with console_pipes() as (theirs, _):
-        assert relay.ask(Attach(number=1, label="one too many"), *theirs)["error"]["code"] == "too-many"
+        assert relay.ask(Attach(number=1, uid=1001, label="one too many"), *theirs)["error"]["code"] == "too-many"
     viewers.pop().close()
     relay.wait_word(1, "viewers", count=63)
     relay.attach(1).close()
@@ -973,7 +1006,7 @@ def test_too_many_consoles_of_one_person_are_refused(relay: RelayProcess, qemus:
         boot(relay, qemus, number)
     viewers = [relay.attach(1 + index % 2, "alice") for index in range(64)]
     with console_pipes() as (theirs, _):
-        error = relay.ask(Attach(number=2, label="alice"), *theirs)["error"]
+        error = relay.ask(Attach(number=2, uid=1001, label="alice"), *theirs)["error"]
     assert (error["code"], error["text"]) == ("too-many", "you have 64 consoles open and the limit is 64")
     viewers.append(relay.attach(2, "bob"))
     viewers.pop(0).close()

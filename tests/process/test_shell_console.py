@@ -307,7 +307,28 @@ def test_a_stopped_vm_can_be_booted_from_there(broker: FakeBroker, short_tmp: Pa
     assert done.returncode == 4 and b"web1 is off" in done.stderr
 
 
+OUT = {"notice": "end", "reason": "you are out", "code": "access-ended"}
+
+
+def test_whoever_may_look_no_longer_is_told_why(broker: FakeBroker, attached: Any) -> None:
+    """G18: the VM has not ended, and that is not said."""
+    broker.next_console().notice(**OUT)
+    attached.expect_exact("[vmshell: you are out]")
+    attached.expect_exact(EDITOR)
+    assert "ended" not in attached.before
+
+
 # --- as a pipe ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pipe_whose_user_may_look_no_longer_ends_with_1(broker: FakeBroker, short_tmp: Path) -> None:
+    command = [starter(short_tmp), "--layout", broker.layout.to_args(), "console", "web1"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as child:
+        end = broker.next_console()
+        end.hello()
+        end.notice(**OUT)
+        _, errors = child.communicate(timeout=LONG)
+    assert child.returncode == 1 and b"you are out" in errors
 
 
 def test_a_pipe_sends_its_input_and_ends_after_the_last_output(broker: FakeBroker, short_tmp: Path) -> None:
@@ -401,6 +422,14 @@ def test_wait_ends_with_7_when_the_vm_does(broker: FakeBroker, short_tmp: Path) 
         broker.next_console().notice(notice="end", reason="switched off")
         _, errors = child.communicate(timeout=LONG)
     assert child.returncode == 7 and b"switched off" in errors
+
+
+def test_wait_ends_with_1_when_one_may_look_no_longer(broker: FakeBroker, short_tmp: Path) -> None:
+    """G18: it is not the VM that has ended."""
+    with waiting(short_tmp, broker, "login:") as child:
+        broker.next_console().notice(**OUT)
+        _, errors = child.communicate(timeout=LONG)
+    assert child.returncode == 1 and b"vmshell: you are out\n" in errors and b"stopped" not in errors
 
 
 def test_a_pattern_that_never_ends_can_be_interrupted_and_times_out(broker: FakeBroker, short_tmp: Path) -> None:

@@ -26,6 +26,7 @@ class Bench:
 
     def __init__(self, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[Question] = []
+        self.early: set[Question] = set()
         self.changes = 0
         self.in_use: list[Question] = []
         self.stamp: Stamp = ((1, 1, 1),)
@@ -43,7 +44,8 @@ class Bench:
     def _changed(self) -> None:
         self.changes += 1
 
-    def ask(self, question: Question, *, urgent: bool) -> None:
+    def ask(self, question: Question, *, urgent: bool, early: bool = False) -> None:
+        self.early.update([question] if early else [])
         if question not in self.asked:
             self.asked.append(question)
 
@@ -201,6 +203,38 @@ def test_what_depends_on_somebody_hears_of_a_change_and_of_nothing_else(bench: B
     bench.turn(lambda: bench.changes == 1)
     bench.accounts.watch()
     assert bench.asked == []
+
+
+def test_g18_who_is_here_is_asked_about_anew_every_few_seconds(bench: Bench) -> None:
+    """Before whoever owns something, of whom there may be thousands, and whoever else is told of a change hears of it, too."""
+    heard: list[bool] = []
+    bench.in_use = [ALICE, UID]
+    bench.accounts.follow(lambda: [ALICE, ALICE], lambda: heard.append(True))
+    bench.accounts.look()
+    assert sorted(bench.asked) == sorted([ALICE, UID]) and bench.asked[0] == ALICE and bench.early == {ALICE}
+    bench.answer(ALICE, STAFF)
+    bench.answer(UID, NAMED)
+    for entry in bench.accounts._memory.values():
+        entry.when -= accounts_module.FRESH + 0.1
+    bench.accounts.look()
+    assert bench.asked == [ALICE], "not yet of what is merely in use"
+    bench.answer(ALICE, Fact(True, 1001))
+    bench.turn(lambda: heard)
+    assert bench.changes == 1
+
+
+def test_g19_only_what_all_databases_said_since_we_were_started_is_sure(
+    bench: Bench, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.wait(ALICE, UID)
+    bench.answer(ALICE, Fact(True, 1001, whole=False))
+    bench.answer(UID, NAMED)
+    assert not bench.accounts.is_sure(ALICE) and bench.accounts.is_sure(UID) and not bench.accounts.is_sure(Question("uid", 7))
+    bench.accounts.watch()
+    after = Bench(layout, monkeypatch)
+    after.accounts._load()
+    assert after.accounts.knows(UID) and not after.accounts.is_sure(UID)
+    after.loop._epoll.close()
 
 
 def test_what_was_read_before_it_was_known_is_news_when_it_is(bench: Bench) -> None:

@@ -130,7 +130,7 @@ class QuietRelay:
 @pytest.mark.parametrize("left", [0, 1])
 def test_a_console_without_descriptors_left_leaks_none(context: Context, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
     vm, client, relay = defined(context, "web1"), FakeClient(), QuietRelay()
-    client.peer = SimpleNamespace(label="alice")
+    client.peer = SimpleNamespace(uid=1001, label="alice")
     context.relay = cast(Any, relay)
     vm.state = RUNNING
     real, made = os.pipe2, 0

@@ -31,6 +31,8 @@ from vmshell.relay.viewers import Audience
 from vmshell.relay.vm import Kept, Vm
 from vmshell.relay.words import Words
 
+ALICE = 1001, "alice"
+
 
 class Owner:
     def __init__(self) -> None:
@@ -796,7 +798,7 @@ def test_after_our_restart_kept_viewers_are_not_told_what_they_know(machine: Vm)
     kept = Kept()
     ends = Ends()
     for end, fd in zip(("keys", "output"), ends.theirs, strict=True):
-        kept.viewers.append((f"viewer-7-1-w-{b'alice'.hex()}-{end}", fd))
+        kept.viewers.append((f"viewer-7-1-w-1001-{b'alice'.hex()}-{end}", fd))
     with contextlib.closing(ends):
         machine.resume(kept)
         machine.monitor_ready("running")
@@ -812,7 +814,7 @@ def test_a_viewer_of_whom_half_was_kept_is_let_go(machine: Vm) -> None:
     """The store was full, say: it sees its end and attaches again."""
     kept = Kept()
     halves = [Ends() for _ in range(3)]
-    stem = f"viewer-7-%d-w-{b'alice'.hex()}"
+    stem = f"viewer-7-%d-w-1001-{b'alice'.hex()}"
     kept.viewers.append((f"{stem % 1}-keys", halves[0].theirs[0]))
     kept.viewers.append((f"{stem % 2}-output", halves[1].theirs[1]))
     kept.viewers += [(f"{stem % 3}-keys", halves[2].theirs[1]), (f"{stem % 3}-output", halves[2].theirs[0])]
@@ -828,10 +830,24 @@ def test_a_viewer_of_whom_half_was_kept_is_let_go(machine: Vm) -> None:
     machine.forget("done", False)
 
 
+def test_whose_a_kept_viewer_is_outlives_our_restart(machine: Vm) -> None:
+    """Of one that an earlier version kept nobody knows it: it could not be revoked, so it attaches again."""
+    kept, ends, old = Kept(), Ends(), Ends()
+    for stem, viewer in ((f"viewer-7-1-w-1001-{b'alice'.hex()}", ends), (f"viewer-7-2-w-{b'bob'.hex()}", old)):
+        kept.viewers += [(f"{stem}-{end}", fd) for end, fd in zip(("keys", "output"), viewer.theirs, strict=True)]
+    with contextlib.closing(ends), contextlib.closing(old):
+        machine.resume(kept)
+        assert [viewer.user for viewer in machine.console.audience.viewers] == [ALICE]
+        assert os.read(old.shown, 1) == b""
+        machine.console.audience.cut_off(ALICE, "access-ended", "out")
+        assert machine.console.audience.viewers == [] and ends.frames() != [] and os.read(ends.shown, 1) == b""
+        machine.forget("done", False)
+
+
 def test_a_fresh_vms_viewers_are_told_that_it_runs(machine: Vm) -> None:
     ends = Ends()
     with contextlib.closing(ends):
-        machine.console.audience.attach(*ends.theirs, "alice", False, True)
+        machine.console.audience.attach(*ends.theirs, ALICE, False, True)
         machine.monitor_ready("prelaunch")
         assert ends.states() == []
         machine.monitor_event("RESUME", {})
@@ -875,7 +891,7 @@ class Room:
 
     def join(self, label: str, readonly: bool = False) -> None:
         self.ends[label] = Ends()
-        self.audience.attach(*self.ends[label].theirs, label, readonly, True)
+        self.audience.attach(*self.ends[label].theirs, (1001, label), readonly, True)
 
     def send(self, label: str, message: bytes) -> None:
         """Send a tag and what follows it in cells."""
@@ -954,6 +970,57 @@ def test_a_reader_never_gets_the_pen(room: Room) -> None:
         room.send("reader", packet)
     assert room.holder() is None and room.host.typed == b"" and room.host.breaks == 0
     assert [notice["notice"] for notice in room.notices("reader")] == ["refused"], "at most one in a second"
+
+
+OUT = {"notice": "end", "reason": "you are out", "code": "access-ended"}
+
+
+def test_whoever_is_cut_off_hears_why_and_sees_no_more(room: Room) -> None:
+    """G18: the pen goes on; others, of the same name under another uid, too, stay."""
+    for label in ("alice", "bob"):
+        room.join(label)
+    other = Ends()
+    room.audience.attach(*other.theirs, (1002, "alice"), False, True)
+    room.notices("alice")
+    os.write(room.ends["alice"].typed, cells(b"d", b"too late"))
+    room.audience.cut_off((1001, "alice"), "access-ended", "you are out")
+    assert room.notices("alice") == [OUT] and os.read(room.ends["alice"].shown, 1) == b""
+    assert room.host.typed == b"" and room.holder() == "bob"
+    assert [viewer.user for viewer in room.audience.viewers] == [(1001, "bob"), (1002, "alice")]
+    other.close()
+    run(room.loop, 0.01)
+
+
+def say(room: Room, size: int) -> None:
+    for _ in range(size // 1024):
+        for view in room.ring.space(1024):
+            view[:] = b"x" * len(view)
+        room.ring.advance(1024)
+        room.audience.deliver()
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_whoever_reads_nothing_is_cut_off_at_once(room: Room, reads: bool) -> None:
+    """G18: without a word, if there is no room for it; and of what the guest has said and it has not read nothing comes."""
+    room.join("alice")
+    say(room, 1 << 17)
+    (viewer,) = room.audience.viewers
+    assert viewer.blocked
+    ends = room.ends["alice"]
+    if reads:
+        ends.frames()
+    else:
+        with pytest.raises(BlockingIOError):
+            while True:
+                os.write(viewer.output, b"\0")  # no room for a word either
+    room.audience.cut_off((1001, "alice"), "access-ended", "you are out")
+    assert viewer.closed and room.audience.viewers == [] and room.audience.blocked == 0
+    if reads:
+        assert ends.notices() == [OUT]
+    else:
+        while (rest := os.read(ends.shown, 1 << 17)) != b"":
+            assert b"access-ended" not in rest
+    assert os.read(ends.shown, 1) == b""
 
 
 def test_who_and_break(room: Room) -> None:

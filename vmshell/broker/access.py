@@ -6,7 +6,7 @@ Runs in: the broker. Pure: looks at the registry, touches nothing.
 
 from __future__ import annotations
 
-from ..messages import SHELF, List, Request, StoreRequest, VmRequest
+from ..messages import LABEL_MAX, SHELF, List, Request, StoreRequest, VmRequest
 from ..refusals import BadName, NoSuchVm, NotAllowed
 from .vms import Registry, Vm
 
@@ -24,7 +24,12 @@ class Peer:
     @property
     def label(self) -> str:
         """How other viewers of a console see this peer."""
-        return self.user[:80]
+        return label_of(self.user)
+
+
+def label_of(user: str) -> str:
+    """As much of the name *user* as the relay keeps whole: in whatever letters, LABEL_MAX bytes."""
+    return user.encode()[:LABEL_MAX].decode("utf-8", "ignore")
 
 
 def authorise(peer: Peer, request: Request, registry: Registry) -> Vm | None:

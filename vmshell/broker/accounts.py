@@ -3,8 +3,8 @@
 What a request needs to know is asked first, and the request goes on when it is known (`when_known`). An answer holds for FRESH
 seconds and as long as /etc/passwd and /etc/group are what they were when it was given. Then it is asked anew; when that takes
 long, what was answered last goes on to hold: an outage is not a deletion (G19). Only whom nobody remembers is refused.
-What others depend on without asking (whose VMs run, who is confined) is asked every now and then, and `changed` called when an
-answer is another than before.
+What others depend on without asking (whose VMs run, who is confined) is asked every now and then, about who is here more often,
+and `changed` called when an answer is another than before.
 Runs in: the broker.
 """
 
@@ -66,7 +66,8 @@ class Accounts:
         self._loop = loop
         self._path = f"{layout.broker_run}/accounts.json"
         self._in_use = in_use
-        self._changed = changed
+        self._present: Callable[[], Iterable[Question]] = tuple
+        self._changed = [changed]
         self._people = AccountsLink(loop, host, layout, self._answered, self._be_slow)
         # Of its own: to list everybody takes long without anything being wrong, and nobody else is to wait for it.
         self._lists = AccountsLink(loop, host, layout, self._answered, lambda: None, LIST_PATIENCE)
@@ -96,16 +97,26 @@ class Accounts:
     def watch(self) -> None:
         """Ask about what is in use as soon as the files have changed, and every now and then."""
         self._loop.after(LOOK, self.watch)
-        stamp, used = stamp_of_files(), set(self._in_use())
-        due = [question for question in used if not self._is_fresh(question, stamp, KEPT_FRESH)]
+        self.look()
+
+    def look(self) -> None:
+        """Ask about all of what is in use that may be another by now."""
+        stamp, here, used = stamp_of_files(), set(self._present()), set(self._in_use())
+        due = [question for question in here if not self._is_fresh(question, stamp, FRESH)]
+        due += [question for question in used - here if not self._is_fresh(question, stamp, KEPT_FRESH)]
         if self._slow:
             due = random.sample(due, min(1, len(due)))  # enough to notice when it is over
         else:
-            self._forget(used)
+            self._forget(used | here)
         for question in due:
-            self._ask(question, urgent=False)
+            self._ask(question, urgent=False, early=question in here)
         if self._unsaved:
             self._save()
+
+    def follow(self, present: Callable[[], Iterable[Question]], changed: Callable[[], None]) -> None:
+        """Keep what *present* names as fresh as what is asked for a request, and call *changed*, too."""
+        self._present = present
+        self._changed.append(changed)
 
     def close(self) -> None:
         self._people.close()
@@ -116,6 +127,11 @@ class Accounts:
     def knows(self, question: Question) -> bool:
         """Was it ever answered?"""
         return question in self._memory
+
+    def is_sure(self, question: Question) -> bool:
+        """Have all databases answered it since we were started, so that it is no outage if something is missing?"""
+        entry = self._memory.get(question)
+        return entry is not None and entry.fact.whole and entry.stamp != ()
 
     def must_know(self, *questions: Question) -> None:
         """Raise AccountsSilent if one of them was never answered."""
@@ -188,8 +204,8 @@ class Accounts:
         """Is what is remembered of it good enough, for the helper takes too long?"""
         return self._slow and question in self._memory
 
-    def _ask(self, question: Question, *, urgent: bool) -> None:
-        (self._lists if question.kind == "members" else self._people).ask(question, urgent=urgent)
+    def _ask(self, question: Question, *, urgent: bool, early: bool = False) -> None:
+        (self._lists if question.kind == "members" else self._people).ask(question, urgent=urgent, early=early)
 
     def _answered(self, question: Question, fact: Fact | None, stamp: Stamp) -> None:
         if question.kind != "members":
@@ -237,7 +253,8 @@ class Accounts:
 
     def _tell(self) -> None:
         self._news = None
-        self._changed()
+        for changed in self._changed:
+            changed()
 
     # --- those who wait -----------------------------------------------------------------------------------------------
 

@@ -94,7 +94,9 @@ class AccountsLink(Link):
         self._on_slow = on_slow
         self._patience = patience
         self._process: Process | None = None
-        self._urgent: dict[Question, None] = {}  # in the order of asking
+        # What waits, in the order of asking: for a request; about who is here; about anybody else.
+        self._urgent: dict[Question, None] = {}
+        self._early: dict[Question, None] = {}
         self._later: dict[Question, None] = {}
         self._asked: Question | None = None  # what the helper is about
         self._stamp: Stamp = ()
@@ -103,12 +105,15 @@ class AccountsLink(Link):
         self._overdue = False
         self._repeated: Question | None = None
 
-    def ask(self, question: Question, *, urgent: bool) -> None:
-        """Ask when it is its turn, *urgent* ones first; what waits already is not asked twice."""
-        if question == self._asked or question in self._urgent or (not urgent and question in self._later):
+    def ask(self, question: Question, *, urgent: bool, early: bool = False) -> None:
+        """Ask when it is its turn, *urgent* ones first, then *early* ones; what waits already is not asked twice."""
+        queues = [self._urgent, self._early, self._later]
+        turn = 0 if urgent else 1 if early else 2
+        if question == self._asked or any(question in queue for queue in queues[: turn + 1]):
             return
-        self._later.pop(question, None)
-        queue = self._urgent if urgent else self._later
+        for queue in queues[turn + 1 :]:
+            queue.pop(question, None)
+        queue = queues[turn]
         if len(queue) >= QUEUE_MAX:
             if urgent:
                 self._on_answer(question, None, ())
@@ -118,7 +123,7 @@ class AccountsLink(Link):
 
     def _next(self) -> None:
         """Ask what waits the longest, unless something is being asked or the helper has only just been lost."""
-        queue = self._urgent or self._later
+        queue = self._urgent or self._early or self._later
         if not queue or self._asked is not None or self._again is not None or self._closed:
             return
         self._asked = question = next(iter(queue))

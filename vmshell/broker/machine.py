@@ -174,7 +174,8 @@ class Machines:
                     call.keep_fds((shown, typed))
                 done(error)
 
-            message = Attach(number=vm.number, label=call.peer.label, readonly=readonly, replay=replay)
+            peer = call.peer
+            message = Attach(number=vm.number, uid=peer.uid, label=peer.label, readonly=readonly, replay=replay)
             self._context.relay.send(message, answered, (keys, output))
 
     # --- after our own restart ----------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from .context import Context, read_policy
 from .frontlink import FrontLink
 from .host import Host
 from .loop import Loop
+from .revocation import Revocation
 from .server import Server
 
 LINGER = 3.0  # seconds for which a session's broker stays when the last VM and the last shell are gone
@@ -81,6 +82,7 @@ def _serve(layout: Layout, rules: Policy) -> int:
     front = FrontLink(loop, layout, server.admit)
     if not layout.embedded:
         front.connect()
+        Revocation(context, server).begin()
     _act_on_signals(context)
     if layout.embedded:
         loop.after(LINGER, lambda: _linger(context, server, 0))

@@ -111,7 +111,8 @@ def handle_net_health(context: Context, call: Call, request: NetHealth) -> None:
             call.reply({**health, "confined": context.networks.upkeep.confined()})
 
     host = context.policy.host
-    # Whoever has just made somebody a member asks for this: what was known of the members a moment ago does not do (A06).
+    # Whoever has just made somebody a member, or no longer one, asks for this: what was known a moment ago does not do (A06).
+    context.accounts.look()
     members = [Question("members", host.group)] if host.ssh_forwarding else []
     context.accounts.when_known(members, lambda: call.guard(lambda: context.networks.health(request.repair, answered)))
 

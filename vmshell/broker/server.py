@@ -189,16 +189,31 @@ class Server:
         self._context.accounts.when_known(wanted, lambda: call.guard(lambda: self._act(call, request)))
 
     def _act(self, call: Call, request: Request) -> None:
-        """Do what is asked, if the peer still is who it was when it connected (D21, D22)."""
+        """Do what is asked, if the peer still is who it was when it connected, and with the rights that it has now (D21, D22)."""
         if self._context.accounts.user_of(call.peer.uid) not in ("", call.peer.user):
             raise NotAllowed(what="this connection", who="the account that opened it")
-        self._identify(call.peer.uid)
+        call.peer = self._identify(call.peer.uid)
         vm = authorise(call.peer, request, self._context.registry)  # again: time may have gone by
         handler = HANDLERS[type(request)]
         if vm is None:
             handler(self._context, call, request)
         else:
             handler(self._context, call, request, vm)
+
+    def users(self) -> set[tuple[int, str]]:
+        """Who is connected: uid and name; root and who has not been let in yet are not in it."""
+        peers = [client.peer for clients in self._clients.values() for client in clients]
+        return {(peer.uid, peer.user) for peer in peers if peer.uid and peer.user}
+
+    def revoke(self, uid: int, user: str, error: VmshellError) -> int:
+        """End all connections of *user*, with *error* as their last word; returns how many.
+
+        It is said to the connection, not to a request: whoever waits for an answer has it by that.
+        """
+        theirs = [client for client in self._clients.get(uid, ()) if client.peer.user == user]
+        for client in theirs:
+            client.refuse(error)
+        return len(theirs)
 
     def dropped(self, client: Client, fd: int) -> None:
         self._context.loop.unwatch(fd)

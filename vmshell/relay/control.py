@@ -1,4 +1,4 @@
-"""The broker's connection: Watch, Attach, Order and Forget in; an answer to each, and Events, out.
+"""The broker's connection: Watch, Attach, Detach, Order and Forget in; an answer to each, and Events, out.
 
 The relay listens; whoever connects must be of the broker's account or of the relay's own uid (the kernel says who it is). One
 connection at a time: a broker that comes back replaces the one that is gone, and re-sends Watch for every VM it knows. What it
@@ -25,11 +25,12 @@ from .vm import Kept, Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from ..layout import Layout
     from .loop import Loop
     from .service import Service
+    from .viewer import User
 
 QUEUE_MAX = 4096  # packets a broker may leave unread; then it is cut off and learns everything anew when it returns
 CONSOLES_MAX = 64  # of one person: two pipes each, whose memory the kernel counts as the broker's
@@ -105,7 +106,7 @@ class Link:
 
 
 class Control:
-    """The table of VMs, and the four things the broker may say about them."""
+    """The table of VMs, and what the broker may say about them and their viewers."""
 
     def __init__(self, loop: Loop, layout: Layout, service: Service, listener: socket.socket) -> None:
         self.loop = loop
@@ -120,6 +121,8 @@ class Control:
         self._handlers: dict[type[messages.ToRelay], Callable[..., None]] = {
             messages.Watch: self._on_watch,
             messages.Attach: self._on_attach,
+            messages.Attached: self._on_attached,
+            messages.Detach: self._on_detach,
             messages.Order: self._on_order,
             messages.Drain: self._on_drain,
             messages.Forget: self._on_forget,
@@ -227,9 +230,19 @@ class Control:
         vm = self._vm(attach.number)
         if len(packet.fds) != attach.fds:
             raise ProtocolError(problem=f"a console is two pipes, and {len(packet.fds)} descriptors came")
-        if self._attached(attach.label) >= CONSOLES_MAX:
+        user = attach.uid, attach.label
+        if sum(other == user for other in self._users()) >= CONSOLES_MAX:
             raise TooManyRequests(count=CONSOLES_MAX, what="consoles", limit=CONSOLES_MAX)
-        vm.console.audience.attach(packet.take_fd(), packet.take_fd(), attach.label, attach.readonly, attach.replay)
+        vm.console.audience.attach(packet.take_fd(), packet.take_fd(), user, attach.readonly, attach.replay)
+        reply.ok()
+
+    def _on_attached(self, attached: messages.Attached, packet: wire.Packet, reply: _Reply) -> None:
+        users = sorted(set(self._users()))
+        reply.ok(users=users[attached.skip : attached.skip + messages.ATTACHED_IN_PART])
+
+    def _on_detach(self, detach: messages.Detach, packet: wire.Packet, reply: _Reply) -> None:
+        for vm in self.vms.values():
+            vm.console.audience.cut_off((detach.uid, detach.label), detach.code, detach.reason)
         reply.ok()
 
     def _on_order(self, order: messages.Order, packet: wire.Packet, reply: _Reply) -> None:
@@ -260,9 +273,9 @@ class Control:
 
     # --- the table ---
 
-    def _attached(self, label: str) -> int:
-        """How many consoles *label* has, of whichever VMs."""
-        return sum(viewer.label == label for vm in self.vms.values() for viewer in vm.console.audience.viewers)
+    def _users(self) -> Iterator[User]:
+        """The user of each console, of whichever VMs."""
+        return (viewer.user for vm in self.vms.values() for viewer in vm.console.audience.viewers)
 
     def _vm(self, number: int) -> Vm:
         vm = self.vms.get(number)
@@ -307,9 +320,9 @@ class _Reply:
         self._link = link
         self._number = number
 
-    def ok(self) -> None:
+    def ok(self, **fields: object) -> None:
         if self._number:
-            self._link.send({"id": self._number, "ok": {}})
+            self._link.send({"id": self._number, "ok": fields})
 
     def error(self, exc: VmshellError) -> None:
         if self._number:

@@ -19,6 +19,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .viewers import Audience
 
+    User = tuple[int, str]  # uid and label
+
 PATIENCE = 0.2  # seconds
 FLOOR = 1_000_000  # bytes a second; twice what a serial port under emulation can say
 IDLE_CELLS_PER_SECOND = 1000  # controls, and keys without the pen: more than a person or a paste makes
@@ -32,16 +34,16 @@ class Viewer:
     """One attached shell: its keys come from the pipe *keys*, what the guest says goes into the pipe *output*."""
 
     __slots__ = (
-        "audience", "blocked", "closed", "ending", "forfeit", "kept", "keys", "label", "noise", "noise_since", "notices",
-        "output", "patience", "paused", "position", "readonly", "refused_at", "rest", "since",
+        "audience", "blocked", "closed", "ending", "forfeit", "kept", "keys", "noise", "noise_since", "notices",
+        "output", "patience", "paused", "position", "readonly", "refused_at", "rest", "since", "user",
     )  # fmt: skip
 
-    def __init__(self, audience: Audience, keys: int, output: int, label: str, readonly: bool, position: int) -> None:
+    def __init__(self, audience: Audience, keys: int, output: int, user: User, readonly: bool, position: int) -> None:
         self.audience = audience
         self.keys = keys
         self.output = output
         self.rest = b""  # of a cell that came in pieces
-        self.label = label
+        self.user = user
         self.kept: tuple[str, str] = ("", "")  # the pipes' names in the service manager's descriptor store
         self.readonly = readonly
         self.position = position
@@ -56,6 +58,10 @@ class Viewer:
         self.noise_since = 0.0
         self.ending = False
         self.closed = False
+
+    @property
+    def label(self) -> str:
+        return self.user[1]
 
     # --- towards the viewer ---
 
@@ -215,6 +221,16 @@ class Viewer:
         if not self.closed:
             self.listen()
             self.audience.loop.after(LINGER, self.close, self)
+
+    def cut_off(self, code: str, reason: str) -> None:
+        """End at once: what it has not read yet it may no longer see. The reason is told if there is room for it."""
+        self.ending = True
+        self.position = self.audience.ring.head
+        self.notices.clear()
+        self.tell("end", reason=reason, code=code)
+        if self.blocked:
+            self.pump()  # it may have read meanwhile
+        self.close()
 
     def close(self) -> None:
         if self.closed:

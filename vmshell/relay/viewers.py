@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .loop import Loop, Timer
     from .ring import Ring
     from .service import Service
+    from .viewer import User
 
     class Host(Protocol):
         """The console they are attached to."""
@@ -85,8 +86,8 @@ class Audience:
 
     # --- coming and going ---
 
-    def attach(self, keys: int, output: int, label: str, readonly: bool, replay: bool) -> None:
-        """Take two pipes (their closing is ours from here on) as a viewer; raises BadDescriptor or TooManyRequests."""
+    def attach(self, keys: int, output: int, user: User, readonly: bool, replay: bool) -> None:
+        """Take two pipes (their closing is ours from here on) as a viewer for *user*; raises BadDescriptor or TooManyRequests."""
         with contextlib.ExitStack() as stack:
             stack.callback(os.close, keys)
             stack.callback(os.close, output)
@@ -94,7 +95,7 @@ class Audience:
             if len(self.viewers) >= VIEWERS_MAX:
                 raise TooManyRequests(count=VIEWERS_MAX, what="consoles of this VM", limit=VIEWERS_MAX)
             stack.pop_all()
-        viewer = self._add(keys, output, label, readonly, self.ring.start if replay else self.ring.head)
+        viewer = self._add(keys, output, user, readonly, self.ring.start if replay else self.ring.head)
         viewer.tell("hello", **self._pen_fields(viewer), viewers=len(self.viewers), **self.host.describe())
         if not viewer.closed:
             self.host.viewers_changed(len(self.viewers))
@@ -102,7 +103,8 @@ class Audience:
     def restore(self, kept: list[tuple[str, int]]) -> None:
         """Go on with the viewers whose pipes survived our restart, by the names they were kept under.
 
-        A viewer of whom only one pipe is left sees its end and attaches again.
+        A viewer of whom only one pipe is left, or of whom nobody wrote down whose it is (as an earlier version did not), sees its
+        end and attaches again.
         """
         pairs: dict[str, dict[str, int]] = {}
         for name, fd in kept:
@@ -111,20 +113,19 @@ class Audience:
             pairs.setdefault(stem, {})[end] = fd
         # In the order in which they came; so a name given anew is never one that is still to be read.
         for stem, pair in sorted(pairs.items(), key=lambda item: _from_store(item[0])[0]):
-            _, label, readonly = _from_store(stem)
-            try:
-                check_viewer(pair.get(KEYS, -1), pair.get(OUTPUT, -1))
-            except BadDescriptor:
+            _, user, readonly = _from_store(stem)
+            if user is None or not _is_viewer(pair):
                 for fd in pair.values():
                     os.close(fd)
             else:
-                self._add(pair[KEYS], pair[OUTPUT], label, readonly, self.ring.head)
+                self._add(pair[KEYS], pair[OUTPUT], user, readonly, self.ring.head)
         self._pen_moved()
 
-    def _add(self, keys: int, output: int, label: str, readonly: bool, position: int) -> Viewer:
+    def _add(self, keys: int, output: int, user: User, readonly: bool, position: int) -> Viewer:
         self._count += 1
-        viewer = Viewer(self, keys, output, label, readonly, position)
-        stem = f"{self._prefix}-{self._count}-{'r' if readonly else 'w'}-{label.encode()[:LABEL_KEPT].hex()}"
+        viewer = Viewer(self, keys, output, user, readonly, position)
+        uid, label = user
+        stem = f"{self._prefix}-{self._count}-{'r' if readonly else 'w'}-{uid}-{label.encode()[:LABEL_KEPT].hex()}"
         viewer.kept = f"{stem}-{KEYS}", f"{stem}-{OUTPUT}"
         for name, fd in zip(viewer.kept, (keys, output), strict=True):
             os.set_blocking(fd, False)
@@ -142,6 +143,12 @@ class Audience:
                 self._pen_moved()
             self.host.viewers_changed(len(self.viewers))
             self.host.review()
+
+    def cut_off(self, user: User, code: str, reason: str) -> None:
+        """End the viewers of *user*, who may look no longer; the VM and everybody else go on."""
+        for viewer in tuple(self.viewers):
+            if viewer.user == user:
+                viewer.cut_off(code, reason)
 
     def end(self, reason: str) -> None:
         """Tell everyone that this was all, and close; slow ones get `LINGER` seconds."""
@@ -276,10 +283,21 @@ class Audience:
                 viewer.tell("pen", **self._pen_fields(viewer))
 
 
-def _from_store(name: str) -> tuple[int, str, bool]:
-    """Count, label and read-only from what the names that `_add` made begin with: `viewer-<number>-<count>-<r|w>-<label>`."""
-    parts = name.split("-")
+def _is_viewer(pair: dict[str, int]) -> bool:
     try:
-        return int(parts[2]), bytes.fromhex(parts[4]).decode("utf-8", "replace"), parts[3] != "w"
-    except (IndexError, ValueError):
-        return 0, "?", True
+        check_viewer(pair.get(KEYS, -1), pair.get(OUTPUT, -1))
+    except BadDescriptor:
+        return False
+    return True
+
+
+def _from_store(stem: str) -> tuple[int, User | None, bool]:
+    """Count, user and read-only from what the names that `_add` made begin with; no user if it is no such name.
+
+    It is `viewer-<number>-<count>-<r|w>-<uid>-<label>`.
+    """
+    try:
+        _, _, count, mode, uid, label = stem.split("-")
+        return int(count), (int(uid), bytes.fromhex(label).decode("utf-8", "replace")), mode != "w"
+    except ValueError:
+        return 0, None, True

@@ -11,6 +11,7 @@ from time import monotonic
 
 from ..errors import BadValue, safe
 from ..refusals import RelayDown, TimedOut, VmStopped
+from .notices import refusal
 from .termfilter import Filter, plain
 from .terminal import write_all
 
@@ -78,6 +79,8 @@ class Waiter:
                     continue
                 tag, data, notice = link.receive()
                 if tag == "end":
+                    if refused := refusal(notice):
+                        raise refused
                     self._explain()
                     reason = safe(notice.get("reason") or "it ended", 200)
                     raise VmStopped(vm=self._vm, problem=reason)

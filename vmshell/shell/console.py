@@ -214,8 +214,9 @@ class Viewer:
         elif tag == "notice":
             self._heard(notice)
         elif tag == "end":
-            self.notice(notices.ended(self.vm, notice))
-            self._result = self._pipe_status
+            refusal = notices.refusal(notice)
+            self.notice(refusal.sentence() if refusal else notices.ended(self.vm, notice))
+            self._result = refusal.exit_status if refusal else self._pipe_status
         elif tag == "gone":
             self._lost()
 

@@ -6,7 +6,8 @@ Runs in: the shell. Pure functions.
 
 from __future__ import annotations
 
-from ..errors import safe
+from ..errors import VmshellError, safe
+from ..refusals import from_wire
 
 
 def banner(vm: str, key: str, hello: dict[str, object], *, readonly: bool) -> str:
@@ -36,6 +37,11 @@ def silence(vm: str, state: str, quiet_s: object) -> str:
 def ended(vm: str, notice: dict[str, object]) -> str:
     reason = notice.get("reason")
     return f"{vm} has ended: {safe(reason, 200)}" if isinstance(reason, str) and reason else f"{vm} has ended"
+
+
+def refusal(notice: dict[str, object]) -> VmshellError | None:
+    """Why this viewer may look no longer, if that is why the console ends; None if the VM has ended."""
+    return from_wire({"code": notice["code"], "text": notice.get("reason")}) if "code" in notice else None
 
 
 def text(vm: str, key: str, notice: dict[str, object]) -> str:
