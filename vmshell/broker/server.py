@@ -20,7 +20,8 @@ from . import journal
 from .access import Peer, authorise
 from .accountslink import Question
 from .context import Context
-from .verbs import HANDLERS
+from .rates import CONNECTIONS
+from .verbs import HANDLERS, RATES
 
 PENDING_MAX = 16  # calls of one connection that wait for something
 CONNECTIONS_IN_ALL = 800
@@ -188,6 +189,8 @@ class Server:
             raise NotAllowed(what="this connection", who="the account that opened it")
         self._identify(call.peer.uid)
         vm = authorise(call.peer, request, self._context.registry)  # again: time may have gone by
+        if rate := RATES[type(request)]:
+            self._context.rates.take(call.peer, rate)
         handler = HANDLERS[type(request)]
         if vm is None:
             handler(self._context, call, request)
@@ -230,6 +233,7 @@ class Server:
             return
         try:
             client.peer = self._identify(client.peer.uid)
+            self._context.rates.take(client.peer, CONNECTIONS)
             self._context.networks.upkeep.meet(client.peer.uid)
         except VmshellError as exc:
             client.refuse(exc)
