@@ -26,8 +26,10 @@ class World:
 
     def __init__(self, places: int) -> None:
         self.now = 100.0
+        self.crowd = 1.0  # so many want each CPU
         self.loads: dict[int, float] = {}  # by pid, which is the VM's number
         self.used: dict[int, float] = {}
+        self.wanted: dict[int, float] = {}  # as if there were always a CPU for it
         self.started: list[str] = []
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
@@ -66,7 +68,8 @@ class World:
     def _spend(self, seconds: float) -> None:
         self.now += seconds
         for number, load in self.loads.items():
-            self.used[number] = self.used.get(number, 0.0) + load * seconds
+            self.used[number] = self.used.get(number, 0.0) + load * seconds / self.crowd
+            self.wanted[number] = self.wanted.get(number, 0.0) + load * seconds
 
 
 @pytest.fixture
@@ -75,6 +78,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], World]:
         new = World(places)
         monkeypatch.setattr(admission, "time", SimpleNamespace(monotonic=lambda: new.now))
         monkeypatch.setattr(admission, "cpu_seconds", lambda pid: new.used.get(pid, 0.0))
+        monkeypatch.setattr(admission, "cpu_demand", lambda pid: new.wanted.get(pid, 0.0))
         return new
 
     return made
@@ -168,6 +172,19 @@ def test_a_guest_that_does_not_run_yet_is_not_idle(world: Callable[[int], World]
     vm.state = RUNNING
     host.go_on(GIVEN_BACK)
     assert host.started == ["a0", "a1"]
+
+
+@pytest.mark.parametrize(("spoke", "load", "started"), [(False, 1.0, 1), (False, 0.1, 2), (True, 1.0, 2)])
+def test_on_a_busy_host_a_silent_guest_that_waits_for_a_cpu_is_not_idle(
+    world: Callable[[int], World], spoke: bool, load: float, started: int
+) -> None:
+    host = world(1)
+    host.crowd = 20.0
+    vm = host.boot(ALICE, "a0", load=load)
+    vm.seen_output = spoke
+    host.boot(ALICE, "a1")
+    host.go_on(GIVEN_BACK)
+    assert len(host.started) == started
 
 
 def test_a_start_that_takes_for_ever_keeps_no_place(world: Callable[[int], World]) -> None:

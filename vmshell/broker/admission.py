@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from ..messages import QUEUED, STARTING
-from .host import cpu_seconds
+from .host import cpu_demand, cpu_seconds
 from .loop import Loop
 from .vms import Vm
 
@@ -30,14 +30,15 @@ Entry = tuple[Vm, Callable[[], None]]
 
 
 class _Boot:
-    __slots__ = ("began", "ran", "sampled", "spoke", "used", "vm")
+    __slots__ = ("began", "ran", "sampled", "spoke", "used", "vm", "wanted")
 
     def __init__(self, vm: Vm) -> None:
         self.vm = vm
         self.began = self.sampled = time.monotonic()
         self.ran = False  # when the present sample began
         self.spoke: float | None = None
-        self.used = 0.0
+        self.used = 0.0  # of CPU time, by the beginning of the present sample
+        self.wanted = 0.0  # with the time in which there was no CPU for it
 
 
 class Admission:
@@ -150,11 +151,15 @@ class Admission:
             return True
         if now - boot.sampled < SAMPLE:
             return False
-        used = cpu_seconds(self._pid_of(boot.vm))
-        load = (used - boot.used) / (now - boot.sampled)
+        pid = self._pid_of(boot.vm)
+        used, wanted = cpu_seconds(pid), cpu_demand(pid)
+        # A silent one that waits for a CPU is not idle. One that has printed may only wake up now and then, and wait each time.
+        busy = used - boot.used if boot.vm.seen_output else max(used - boot.used, wanted - boot.wanted)
+        load = busy / (now - boot.sampled)
         # Before its first instruction every guest is silent and idle: of a silent one no sample counts in which it began to run.
         judged = boot.vm.seen_output or boot.ran
-        boot.used, boot.sampled, boot.ran = used, now, boot.vm.state not in (QUEUED, STARTING)
+        boot.used, boot.wanted, boot.sampled = used, wanted, now
+        boot.ran = boot.vm.state not in (QUEUED, STARTING)
         return (judged and load < IDLE) or (boot.spoke is None and used >= SILENT_CPU)
 
     def _look_for_silence(self, vm: Vm) -> None:
