@@ -181,7 +181,12 @@ class Server:
         wanted = [Question("uid", peer.uid), Question("user", peer.user)]
         if vm is not None and vm.owner != peer.user:
             wanted += [Question("uid", vm.uid), Question("user", vm.owner)]
-        self._context.accounts.when_known(wanted, lambda: call.guard(lambda: self._act(call, request)))
+
+        def act() -> None:
+            call.guard(lambda: self._act(call, request))
+
+        counted = RATES[type(request)] is not None
+        self._context.accounts.when_known(wanted, (lambda: self._context.turns.enter(peer.uid, act)) if counted else act)
 
     def _act(self, call: Call, request: Request) -> None:
         """Do what is asked, if the peer still is who it was when it connected (D21, D22)."""
