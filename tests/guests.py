@@ -23,6 +23,7 @@ _ECHO = bytes.fromhex(
     "ba0406b80020eff4ebfd50bafd03eca82074fb58b2f8eec3"
 )
 _SPIN = bytes.fromhex("faebfe")  # cli; jmp to itself: all of a CPU, never a byte
+_HALT = bytes.fromhex("faf4ebfd")  # cli; hlt; jmp to the hlt: no CPU, never a byte
 
 
 def echo_image(layout: Layout, name: str = "echo") -> None:
@@ -33,6 +34,11 @@ def echo_image(layout: Layout, name: str = "echo") -> None:
 def spin_image(layout: Layout, name: str = "spin") -> None:
     """A guest that hangs with its CPU spinning, as some do."""
     disk_image(layout, name, _SPIN)
+
+
+def halt_image(layout: Layout, name: str = "halt") -> None:
+    """A guest that never prints and does nothing, as one whose only output is a screen at rest."""
+    disk_image(layout, name, _HALT)
 
 
 def disk_image(layout: Layout, name: str, code: bytes) -> None:

@@ -241,6 +241,14 @@ class TooManyRequests(VmshellError):
     hint = "close one and try again"
 
 
+class TooFast(VmshellError):
+    """that is more than {limit} {what} a minute ({rule} in {section})"""
+
+    code = "too-fast"
+    exit_status = EX_BUSY
+    hint = "try again in {seconds} s"
+
+
 class NotAllowed(VmshellError):
     """{what} is for {who} only"""
 

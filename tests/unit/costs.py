@@ -44,6 +44,10 @@ user_memory = "900T"
 user_disk = "900T"
 user_snapshots = 100000
 published_max = 4096
+changes_per_minute = 0
+boots_per_minute = 0
+consoles_per_minute = 0
+connections_per_minute = 0
 disks_max = 32
 nics_max = 16
 user_nics = 100000
@@ -107,6 +111,7 @@ class Bench:
         self.server = Server.__new__(Server)
         self.server._context = context
         self.server._group = "vmusers"
+        context.turns.enter = lambda uid, action: action()  # type: ignore[method-assign]
         context.facts.known = True
         context.registry.load()
         context.addresses.load()

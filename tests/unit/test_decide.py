@@ -379,8 +379,9 @@ def test_the_answers_have_one_order_and_name_only_rules_that_exist() -> None:
     strict = ask(f"{FIXED}\ndeny = {list(FEATURES)}\nimages = []", full)
     assert [verdict.rule for verdict in strict] == [verdict.rule for verdict in ask(FIXED + "\ndeny = []", full)]
     assert {verdict.rule for verdict in strict} - {"half of memory.size"} <= set(LIMIT_KEYS)
-    # Every key of the policy is asked about but for the four that are not about a definition.
-    others = {"cpu_weight", "wrapper_options", "net_rate", "published_max"}
+    # Every key of the policy is asked about but for those that are not about a definition.
+    rates = {f"{what}_per_minute" for what in ("changes", "boots", "consoles", "connections")}
+    others = {"cpu_weight", "wrapper_options", "net_rate", "published_max", *rates}
     assert set(LIMIT_KEYS) - {verdict.rule for verdict in strict} == others
     for verdict in strict:
         assert verdict.nearest and verdict.asked and verdict.vm == "web1"

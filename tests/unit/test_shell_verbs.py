@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -11,7 +13,7 @@ from vmshell import messages
 from vmshell.refusals import Usage
 from vmshell.shell import actions, candidates, helptext, verbs
 from vmshell.shell.checks import CHECKS
-from vmshell.shell.show import greeting
+from vmshell.shell.show import account, greeting
 
 
 def test_every_word_means_one_verb() -> None:
@@ -137,6 +139,15 @@ def test_greetings() -> None:
     assert "no VMs yet" in greeting([], more=False)
     assert greeting([{"name": "web1", "state": "running"}], more=False).startswith("You have 1 VM: web1 is running.")
     assert "2 VMs, 1 running" in greeting([{"state": "running"}, {"state": "off"}], more=False)
+
+
+@pytest.mark.parametrize(("limit", "shown"), [(240, True), (0, False)])
+def test_whoami_shows_rates_where_there_are_any(limit: int, shown: bool) -> None:
+    said: list[str] = []
+    context = SimpleNamespace(say=said.append, terminal=SimpleNamespace(columns=lambda: 0, colour=False))
+    limits = {"vms_max": 10, "changes_per_minute": limit}
+    account(cast(Any, context), {"user": "alice", "uid": 1000, "mode": "system", "limits": limits, "used": {"vms": 2}})
+    assert ["changes", "a", "minute", "240"] in [line.split() for line in said] if shown else "minute" not in "".join(said)
 
 
 def test_no_action_is_without_a_verb() -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.guests import echo_image
+from tests.guests import echo_image, halt_image
 from tests.images import run_admin
 from tests.session import Session
 from vmshell import messages
+from vmshell.broker.admission import SILENT_CPU
+from vmshell.broker.host import cpu_seconds
 from vmshell.layout import Layout
 from vmshell.refusals import ReportedError
 
@@ -154,3 +156,21 @@ def test_a_run_that_is_refused_leaves_no_vm(limited: Session) -> None:
             limited.ask(messages.Define(vm="kvm", text=text, new=True, once=True))
         assert caught.value.code == code
         assert limited.ask(messages.List())["vms"] == []
+
+
+def test_silent_guests_give_their_places_back_without_using_a_cpu(layout: Layout) -> None:
+    """F15: four of them in turn on one place, then one that speaks; each would have kept the place for a minute."""
+    halt_image(layout)
+    echo_image(layout)
+    Path(layout.policy).write_text('[host]\naccel = "tcg"\nboots_at_once = 1\n')
+    names = ["h0", "h1", "h2", "h3", "echo"]
+    with Session(layout) as session:
+        for name in names:
+            session.ask(messages.New(vm=name, image=name if name == "echo" else "halt", memory=16))
+        with session.client() as client:
+            for name in names:
+                client.send(messages.Boot(vm=name))
+            answers = [client.receive()[0]["name"] for _ in names]
+        assert answers == names, "in the order in which they were asked for"
+        spent = [cpu_seconds(session.ask(messages.Info(vm=name))["pid"]) for name in names[:-1]]
+        assert max(spent) < SILENT_CPU / 2, spent

@@ -25,8 +25,10 @@ from .launcherlink import LauncherLink
 from .loop import Loop
 from .machine import Machines
 from .networks import Networks
+from .rates import Rates
 from .relaylink import RelayLink
 from .resolving import Resolving
+from .turns import Turns
 from .uploads import Uploads
 from .vms import Registry, Vm
 
@@ -52,6 +54,8 @@ class Context:
     resolving: Resolving = field(init=False)
     accounts: Accounts = field(init=False)
     uploads: Uploads = field(init=False)
+    rates: Rates = field(init=False)
+    turns: Turns = field(init=False)
 
     def __post_init__(self) -> None:
         self.registry = Registry(self.layout)
@@ -68,6 +72,8 @@ class Context:
         self.networks = Networks(self)
         self.resolving = Resolving(self)
         self.accounts = Accounts(self.loop, self.host, self.layout, self._accounts_in_use, self.networks.refresh)
+        self.rates = Rates(self.effective)
+        self.turns = Turns(self.loop)
         self.relay = RelayLink(self.loop, self.host, self.layout, self.machines.heard, self.machines.watch_all)
 
     # --- the policy ---------------------------------------------------------------------------------------------------

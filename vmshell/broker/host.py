@@ -157,6 +157,16 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICKS if fields else 0.0
 
 
+def cpu_demand(pid: int) -> float:
+    """The seconds in which the threads of *pid* ran or, on a busy host, waited for a CPU (proc(5), schedstat)."""
+    spent = 0
+    with contextlib.suppress(OSError):  # it has ended
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/schedstat", encoding="ascii") as file:
+                spent += sum(int(field) for field in file.read().split()[:2])
+    return spent / 1e9
+
+
 def resident_bytes(pid: int) -> int:
     fields = _stat(pid)
     return int(fields[21]) * _PAGE if fields else 0

@@ -22,7 +22,8 @@ from . import journal
 from .access import Peer, authorise
 from .accountslink import Question
 from .context import Context
-from .verbs import HANDLERS
+from .rates import CONNECTIONS
+from .verbs import HANDLERS, RATES
 
 PENDING_MAX = 16  # calls of one connection that wait for something
 CONNECTIONS_IN_ALL = 800
@@ -186,7 +187,12 @@ class Server:
         wanted = [Question("uid", peer.uid), Question("user", peer.user)]
         if vm is not None and vm.owner != peer.user:
             wanted += [Question("uid", vm.uid), Question("user", vm.owner)]
-        self._context.accounts.when_known(wanted, lambda: call.guard(lambda: self._act(call, request)))
+
+        def act() -> None:
+            call.guard(lambda: self._act(call, request))
+
+        counted = RATES[type(request)] is not None
+        self._context.accounts.when_known(wanted, (lambda: self._context.turns.enter(peer.uid, act)) if counted else act)
 
     def _act(self, call: Call, request: Request) -> None:
         """Do what is asked, if the peer still is who it was when it connected, and with the rights that it has now (D21, D22)."""
@@ -194,6 +200,8 @@ class Server:
             raise NotAllowed(what="this connection", who="the account that opened it")
         call.peer = self._identify(call.peer.uid)
         vm = authorise(call.peer, request, self._context.registry)  # again: time may have gone by
+        if rate := RATES[type(request)]:
+            self._context.rates.take(call.peer, rate)
         handler = HANDLERS[type(request)]
         if vm is None:
             handler(self._context, call, request)
@@ -255,6 +263,7 @@ class Server:
             return
         try:
             client.peer = self._identify(client.peer.uid)
+            self._context.rates.take(client.peer, CONNECTIONS)
             self._context.networks.upkeep.meet(client.peer.uid)
         except VmshellError as exc:
             client.refuse(exc)

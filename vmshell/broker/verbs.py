@@ -58,6 +58,7 @@ from ..refusals import NoQemu, NotAllowed, VmBusy, WrongState
 from . import administration, defining, explaining, keeping, passt, publishing, reaching, snapshots, start
 from .access import visible
 from .host import cpu_seconds, resident_bytes
+from .rates import BOOTS, CHANGES, CONNECTIONS, CONSOLES, Rate
 
 if TYPE_CHECKING:
     from .catalogue import Image
@@ -314,4 +315,42 @@ HANDLERS: dict[type[Request], Callable[..., None]] = {
     HostKey: reaching.handle_host_key,
     Whoami: handle_whoami,
     Version: handle_version,
+}
+
+# What a request counts as; None: it looks, it ends what has been counted, or it is an administrator's, who is not counted.
+RATES: dict[type[Request], Rate | None] = {
+    List: None,
+    Info: None,
+    New: CHANGES,
+    Define: CHANGES,
+    Change: CHANGES,
+    Boot: BOOTS,
+    Shutdown: None,
+    Kill: None,
+    Reset: BOOTS,
+    Reboot: BOOTS,
+    Rm: CHANGES,
+    Console: CONSOLES,
+    Display: CONSOLES,
+    Snapshot: CHANGES,
+    Objects: None,
+    DiskAdd: CHANGES,
+    Put: CHANGES,
+    Done: None,
+    Drop: CHANGES,
+    Explain: None,
+    LaunchLine: None,
+    Reload: None,
+    ImageUsers: None,
+    Owned: None,
+    Unreadable: None,
+    Images: None,
+    Networks: None,
+    Net: None,
+    NetHealth: None,
+    Connect: CONNECTIONS,
+    Publish: CHANGES,
+    HostKey: CHANGES,
+    Whoami: None,
+    Version: None,
 }

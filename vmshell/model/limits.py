@@ -62,6 +62,10 @@ class Limits:
     forward_ports: str = ""
     published_max: int = 16
     net_rate: int = 0
+    changes_per_minute: int = 240
+    boots_per_minute: int = 120
+    consoles_per_minute: int = 240
+    connections_per_minute: int = 600
     deny: tuple[str, ...] = ("usb-storage",)
     # Plain values by the keys of a definition, as TOML gives them. Not part of the hash, being a dict; never changed.
     fixed: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -95,6 +99,10 @@ SESSION_LIMITS = Limits(
     initrd_size_max=16 * GIB,
     option_roms_max=8,
     forward_ports="1024-65535",
+    changes_per_minute=0,
+    boots_per_minute=0,
+    consoles_per_minute=0,
+    connections_per_minute=0,
     deny=(),
 )
 
@@ -160,6 +168,10 @@ LIMIT_KEYS = _rows(
     ("forward_ports", PortRange(), "ports of the host, LOW-HIGH, that may lead to a guest; empty: none"),
     ("published_max", Int(0, 4096), "ports that one user may publish; 0: none"),
     ("net_rate", Int(0, 100_000_000), "kbit/s of one network card, each way; 0: no limit"),
+    ("changes_per_minute", _COUNT, "VMs, disks and other things that one user makes, changes and deletes; 0: no limit"),
+    ("boots_per_minute", _COUNT, "boots, reboots and resets of one user; 0: no limit"),
+    ("consoles_per_minute", _COUNT, "consoles and screens that one user opens; 0: no limit"),
+    ("connections_per_minute", _COUNT, "connections of one user to the service, and to ports of guests; 0: no limit"),
     ("deny", Features(), "what VMs may not have at all"),
     ("fixed", Fixed(), "keys of a VM's definition that have this value and no other"),
     ("machines", Names("machine"), "machines to choose from"),

@@ -32,6 +32,7 @@ ACCOUNT_LIMITS = (
     ("memory of one VM", "", "memory_max"),
     ("disks of one VM", "", "disk_size_max"),
 )
+RATES = ("changes", "boots", "consoles", "connections")  # `…_per_minute` is the limit, 0 being none
 
 
 def rows(value: object) -> list[Row]:
@@ -201,6 +202,8 @@ def account(context: Context, answer: Row) -> None:
             for what, name, limit in ACCOUNT_LIMITS
             if limit in limits
         ]
+        rates = [(f"{what} a minute", limits.get(f"{what}_per_minute")) for what in RATES]
+        cells += [{"LIMIT": what, "USED": "", "OF": str(number(limit))} for what, limit in rates if limit]
         table(context, ["LIMIT", "USED", "OF"], cells)
 
 
