@@ -34,7 +34,7 @@ from . import cage
 SERVE, MANY, DOWN = b"serve", b"many", b"down"
 HAVE, GO = b"have", b"go"
 CONNECTIONS_MAX = 128  # of one user; the policy's limit, which is the broker's to hold, is lower
-BATCH = 64  # refused connections that one child drops
+BATCH = 250  # refused connections that one child drops
 DESCRIPTORS_MAX = 2  # beside an answer
 CPU_SECONDS, SECONDS = 2, 10  # for one request
 LOOK = 0.005  # seconds between two looks whether the user has read
