@@ -28,8 +28,8 @@ def main(argv: list[str]) -> int:
     child.warm_up()
     gc.collect()
     gc.freeze()  # what is here now is shared with every child, and no collection writes into it
-    children = zygote.start()
     given = {name: socket.socket(fileno=fd) for name, fd in passed()}
+    children = zygote.start(*given.values())
     users = given.get("broker") or wire.listen(layout.broker_socket, 0o666)
     control = given.get("front") or wire.listen(layout.front_socket, 0o600)
     try:

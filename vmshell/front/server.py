@@ -47,6 +47,8 @@ class Server:
         self._due: float | None = None
         self._poll = select.poll()
         self._calls: dict[int, Callable[[], None]] = {}
+        # First, so that nobody is accepted whom no child can serve any more.
+        self._watch(children, self._on_zygote)
         for sock, call in ((users, self._accept), (control, self._on_broker)):
             sock.setblocking(False)
             self._watch(sock, call)
@@ -75,6 +77,10 @@ class Server:
         """Look again in *seconds*, or sooner."""
         due = monotonic() + seconds
         self._due = due if self._due is None else min(due, self._due)
+
+    def _on_zygote(self) -> None:
+        """It says nothing unless it is asked: what can be read is its end."""
+        raise OSError("the zygote has ended")
 
     # --- the broker ---------------------------------------------------------------------------------------------------
 
@@ -214,7 +220,7 @@ class Server:
         worker, self._spare = self._spare, zygote.new_child(self._children)
 
         def heard() -> None:
-            if socks and _said(worker) == HAVE:
+            if socks and _said(worker) == HAVE and not _has_ended(worker):
                 for sock in socks:
                     sock.close()
                 socks.clear()
@@ -277,6 +283,16 @@ def _said(worker: socket.socket) -> bytes:
         return worker.recv(16)
     except OSError:
         return b""
+
+
+def _has_ended(worker: socket.socket) -> bool:
+    """Was it killed just after it had spoken? Then ours is the last reference to what it held, and not to be dropped here."""
+    try:
+        return not worker.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _say(worker: socket.socket, what: bytes, fds: tuple[int, ...] = ()) -> None:
