@@ -1,5 +1,6 @@
 """Somebody who works on the host: asks who they are, and types at the console of their VM, again and again.
 
+With `stays` they have a console open, and an upload under way, and do nothing else.
 Runs in: a host, as a user, with the library that is installed there. Says how many seconds each answer took, or what was `lost`.
 """
 
@@ -21,6 +22,8 @@ PAUSE = 0.02  # seconds between two rounds
 
 def main() -> int:
     todo = json.loads(sys.stdin.readline())
+    if todo.get("stays"):
+        return stay(todo["socket"])
     number = 0
     while not select.select([sys.stdin], [], [], PAUSE)[0]:
         number += 1
@@ -29,6 +32,15 @@ def main() -> int:
         except (OSError, AssertionError) as exc:
             said = {"lost": f"{type(exc).__name__}: {exc}"[:300]}
         print(json.dumps(said), flush=True)
+    return 0
+
+
+def stay(path: str) -> int:
+    with wire.connect(path, PATIENCE) as sock:
+        ask(sock, {"id": 1, "verb": "console", "vm": VM, "consoles": "pipes"})
+        ask(sock, {"id": 2, "verb": "put", "vm": "shelf", "object": "o.iso", "format": "file"})
+        print(json.dumps({"there": True}), flush=True)
+        sys.stdin.read()
     return 0
 
 

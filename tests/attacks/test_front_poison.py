@@ -1,6 +1,6 @@
 """Descriptors whose closing waits, wherever a packet of a user's can come to lie: nobody else waits, nor does PID 1.
 
-Rows R1, R12, C19; N1, N2. alice sends them, bob works. What is measured is printed (`pytest -s`); what must hold is that nothing hangs.
+Rows R1, R12, C19; N1, N2. alice sends them, bob works. What is measured is printed (`pytest -s`); that nothing hangs must hold.
 """
 
 from __future__ import annotations
