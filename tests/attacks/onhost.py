@@ -21,7 +21,7 @@ FOLDER = "/opt/attacks"
 PARTS = {
     "tests": ("consoles.py",),
     "tests/fakes": ("poison.py",),
-    "tests/attacks": ("poisoner.py", "neighbour.py", "killer.py"),
+    "tests/attacks": ("poisoner.py", "neighbour.py", "killer.py", "hoarder.py", "worker.py"),
 }
 LIBRARY = "/usr/local/lib/vmshell/current"
 PATIENCE = 120.0  # seconds, on a busy machine
