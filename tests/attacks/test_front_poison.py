@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -50,10 +51,10 @@ def bob(shared: Host) -> Iterator[Program]:
         yield program
 
 
-def poisoners(host: Host, way: str) -> list[Program]:
+def poisoners(host: Host, way: str, count: int = CROWD) -> list[Program]:
     """alice's two, a kind of descriptor each."""
     return [
-        Program(host, "alice", "tests.attacks.poisoner", socket=SOCKET, way=way, kind=kind, requests=EACH, count=CROWD)
+        Program(host, "alice", "tests.attacks.poisoner", socket=SOCKET, way=way, kind=kind, requests=EACH, count=count)
         for kind in ("socket", "file")
     ]
 
@@ -115,6 +116,28 @@ def test_r1_poison_beside_every_request(shared: Host, bob: Program) -> None:
 def test_c19_five_thousand_poisoned_connections_beyond_the_limit(shared: Host, bob: Program) -> None:
     """C19, N1: the server drops none of them, so it waits for none."""
     under_attack(shared, bob, "crowd")
+
+
+def test_n1_the_users_socket_is_taken_away(shared: Host, bob: Program) -> None:
+    """At the end of the host, say: what lies in its queue, which nobody has accepted, is not the service manager's to drop."""
+    server = shared.sh("systemctl show -P MainPID vmshell-front").strip()
+    shared.sh(f"kill -STOP {server}")  # so that all that alice sends lies there
+    attacks = poisoners(shared, "crowd", 100)
+    try:
+        for attack in attacks:
+            attack.said()
+        ending = threading.Thread(target=shared.exec, args=("systemctl", "stop", "vmshell-broker.socket"))
+        begun = time.monotonic()
+        ending.start()
+        manager_answers(shared, "while the socket ends")
+        ending.join(HANGS)
+        print(f"systemctl stop vmshell-broker.socket {time.monotonic() - begun:.2f} s")
+        assert not ending.is_alive()
+    finally:
+        for attack in attacks:
+            attack.end()
+    shared.sh("systemctl start vmshell-broker.socket vmshell-front vmshell-broker")
+    works_again(bob)
 
 
 def test_nothing_is_left_of_it(shared: Host, bob: Program) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import gc
 import os
 import resource
+import signal
 import socket
+import stat
 
 from .. import brokeraccount, wire
 from ..layout import Layout
@@ -32,10 +34,27 @@ def main(argv: list[str]) -> int:
     children = zygote.start(*given.values())
     users = given.get("broker") or wire.listen(layout.broker_socket, 0o666)
     control = given.get("front") or wire.listen(layout.front_socket, 0o600)
+    signal.signal(signal.SIGTERM, lambda number, frame: _leave(users, layout.broker_socket))
     try:
         server = Server(users=users, control=control, children=children, broker_uid=brokeraccount.uid())
         notify("READY=1")
         server.run()
     except OSError as exc:
         child.report(f"it ends: {exc}")
-    return 1
+    # Not by Python's own end, which would close users' connections one by one, and that may take as long as they like.
+    os._exit(1)
+
+
+def _leave(users: socket.socket, path: str) -> None:
+    """End, as the service manager says. Where nobody may connect any more, nobody will come after us to take who waits.
+
+    It has closed the way in because the socket goes, too. It closes that next, and with it everything that lies in its queue,
+    which may take as long as users like: so that ends with this process.
+    """
+    waited = []
+    try:
+        while stat.S_IMODE(os.stat(path).st_mode) == 0:
+            waited.append(users.accept())
+    except OSError:
+        pass  # nobody is left
+    os._exit(0)
