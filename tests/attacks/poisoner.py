@@ -40,13 +40,13 @@ class Poisoner:
         self.count: Counter[str] = Counter()
 
     def connect(self) -> socket.socket:
-        """A connection; waits while there is no room in the queue."""
+        """A connection, if there is anybody who takes one; waits while there is no room in the queue."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(PATIENCE), 0))
         try:
             sock.connect(self._path)
-        except BlockingIOError:
-            self.count["no room"] += 1
+        except OSError:
+            self.count["not taken"] += 1
         sock.setblocking(False)
         return sock
 
@@ -132,20 +132,27 @@ def crowd(poisoner: Poisoner, requests: list[bytes], count: int) -> Iterator[Non
         yield
 
 
+def go_on(count: Counter[str], turns: Iterator[None], pause: float) -> None:
+    """Take turns until the input ends, and say after each round what was done."""
+    rounds = 0
+    for _ in turns:
+        if count["rounds"] > rounds:
+            rounds = count["rounds"]
+            print(json.dumps(count), flush=True)
+        if select.select([sys.stdin], [], [], pause)[0]:
+            break
+    print(json.dumps(count), flush=True)
+
+
 def main() -> int:
     todo = json.loads(sys.stdin.readline())
     poisoner = Poisoner(todo["socket"], todo["kind"])
     requests = [request.encode() for request in todo["requests"]]
     turns = storm(poisoner, requests) if todo["way"] == "storm" else crowd(poisoner, requests, todo["count"])
-    rounds = 0
-    for _ in turns:
-        if poisoner.count["rounds"] > rounds:
-            rounds = poisoner.count["rounds"]
-            print(json.dumps(poisoner.count), flush=True)
-        if select.select([sys.stdin], [], [], PAUSE[todo["way"]])[0]:
-            break
-    print(json.dumps(poisoner.count), flush=True)
-    poisoner.end()
+    try:
+        go_on(poisoner.count, turns, PAUSE[todo["way"]])
+    finally:
+        poisoner.end()
     return 0
 
 
