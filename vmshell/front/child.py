@@ -137,7 +137,8 @@ class Connection:
             body = decode(data)
             ident = request_id(body)
             request = _checked(body)
-            self._broker.send(encode({"id": ident, **request.to_body()}))
+            if not self._hand_on({"id": ident, **request.to_body()}):
+                return False
             self._owed = ident if request.brings_fds() else None
         except VmshellError as exc:
             broken = ident == 0 and isinstance(exc, ProtocolError | Upgraded)
@@ -149,6 +150,16 @@ class Connection:
             reference = os.urandom(4).hex()
             report(f"{reference}: {type(exc).__name__}: {exc}")
             self._answer({"id": ident, "error": Internal(reference=reference).to_wire()})
+        return True
+
+    def _hand_on(self, body: dict[str, object]) -> bool:
+        """Send *body* to the broker. If that has ended the connection, what it said last, why, is still there for the user."""
+        try:
+            self._broker.send(encode(body))
+        except (BrokenPipeError, ConnectionResetError):
+            while self._from_broker():
+                pass
+            return False
         return True
 
     def _from_broker(self) -> bool:
