@@ -12,6 +12,8 @@ import resource
 import signal
 import socket
 import stat
+import sys
+from typing import NoReturn
 
 from .. import brokeraccount, wire
 from ..layout import Layout
@@ -20,7 +22,7 @@ from . import child, zygote
 from .server import Server
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> NoReturn:
     """Serve for the layout in `argv[0]` until the service manager ends it."""
     layout = Layout.from_args(argv[0])
     os.umask(0o077)
@@ -41,8 +43,12 @@ def main(argv: list[str]) -> int:
         server.run()
     except OSError as exc:
         child.report(f"it ends: {exc}")
-    # Not by Python's own end, which would close users' connections one by one, and that may take as long as they like.
-    os._exit(1)
+        # Here and at once: whatever the failed calls held, and then all else, would be closed one by one as Python ends, and to
+        # close a user's connection may take as long as they like.
+        os._exit(1)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
 
 
 def _leave(users: socket.socket, path: str) -> None:

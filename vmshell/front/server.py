@@ -13,6 +13,7 @@ import socket
 from collections import Counter, deque
 from collections.abc import Callable
 from time import monotonic
+from typing import NoReturn
 
 from .. import wire
 from ..messages import Arrived
@@ -53,7 +54,7 @@ class Server:
             sock.setblocking(False)
             self._watch(sock, call)
 
-    def run(self) -> None:
+    def run(self) -> NoReturn:
         """Serve for ever. Raises OSError when the zygote has ended: the service manager starts all of it anew."""
         more = False
         while True:
