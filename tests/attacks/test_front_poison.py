@@ -82,6 +82,13 @@ def services_restart(host: Host, when: str) -> None:
         print(f"{when}: systemctl restart {unit} {seconds(host, 'systemctl', 'restart', unit, timeout=HANGS):.2f} s")
 
 
+def zygote_ends(host: Host, when: str) -> None:
+    """Three times, and with it the server, which holds connections at that time: it does not wait for what lies in them."""
+    todo = {"socket": SOCKET, "asks": "bob", "victims": ["zygote"], "rounds": 3, "seed": 1}
+    with Program(host, "root", "tests.attacks.killer", **todo) as killer:
+        print(f"{when}: after kill -9 of the zygote {[round(killer.said(HANGS)['next'], 2) for _ in range(3)]}")
+
+
 def works_again(bob: Program) -> None:
     """What was under way while services restarted may have been lost; what is asked afterwards is answered."""
     until = time.monotonic() + 60
@@ -99,6 +106,7 @@ def under_attack(host: Host, bob: Program, way: str) -> None:
         figures(way, [bob.said() for _ in range(ROUNDS)])
         manager_answers(host, way)
         services_restart(host, way)
+        zygote_ends(host, when=way)
         works_again(bob)
         figures(f"{way}, after restarts", [bob.said() for _ in range(ROUNDS)])
     finally:
