@@ -297,8 +297,9 @@ def _has_ended(worker: socket.socket) -> bool:
 
 
 def _say(worker: socket.socket, what: bytes, fds: tuple[int, ...] = ()) -> None:
-    """Tell a child *what*; of one that has ended, its end is heard next."""
+    """Tell a child *what*. One that cannot be told is told to end, if it has not; its end is heard next."""
     try:
         wire.send_bytes(worker, what, fds)
     except OSError:
-        pass
+        # Also where too many descriptors are in flight on this host: it would wait for ever, and the user with it.
+        worker.shutdown(socket.SHUT_RDWR)
