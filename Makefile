@@ -1,7 +1,7 @@
 # make demo       boot a guest and type on it (root or not; sets itself up first)
 # make test       every test;  make check: the fast ones, under a minute
 # make install    on this host, for its users (root, systemd);  make uninstall
-# make soak       kill -9 of launcher and broker, 100 rounds, 50 VMs (ROUNDS=, SEED=, VMS=)
+# make soak       kill -9 of launcher, broker and front, 100 rounds, 50 VMs (ROUNDS=, SEED=, VMS=)
 # make lint       ruff and mypy;  make bench: the figures;  make setup: what all of these need
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -30,7 +30,8 @@ check: setup
 
 # The rounds of kill -9 of which `make test` runs five: another SEED, other moments.
 soak: setup
-	VMSHELL_ROUNDS=$(or $(ROUNDS),100) VMSHELL_SEED=$(or $(SEED),9) VMSHELL_VMS=$(or $(VMS),50) $(PYTEST) tests/vm/test_launcher_kills.py
+	VMSHELL_ROUNDS=$(or $(ROUNDS),100) VMSHELL_SEED=$(or $(SEED),9) VMSHELL_VMS=$(or $(VMS),50) \
+		$(PYTEST) tests/vm/test_launcher_kills.py tests/attacks/test_front_processes.py
 
 lint: setup
 	$(VENV)/bin/ruff check .

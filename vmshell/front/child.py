@@ -18,7 +18,6 @@ import signal
 import socket
 import struct
 import sys
-from time import monotonic
 from typing import NoReturn
 
 from .. import wire
@@ -34,10 +33,10 @@ from . import cage
 SERVE, MANY, DOWN = b"serve", b"many", b"down"
 HAVE, GO = b"have", b"go"
 CONNECTIONS_MAX = 128  # of one user; the policy's limit, which is the broker's to hold, is lower
-BATCH = 64  # refused connections that one child drops
+BATCH = 250  # refused connections that one child drops
 DESCRIPTORS_MAX = 2  # beside an answer
 CPU_SECONDS, SECONDS = 2, 10  # for one request
-LOOK = 0.005  # seconds between two looks whether the user has read
+LOOK, LOOK_MOST = 0.005, 0.2  # seconds between two looks whether the user has read, doubled each time
 _OUTQ = 0x5411  # SIOCOUTQ
 
 
@@ -90,11 +89,18 @@ class Connection:
         self._broker = broker
         self._control = control
         self._owed: int | None = None  # the request whose answer will bring descriptors
+        self._given = False  # descriptors that the user may not have taken yet
         user.setblocking(False)
         broker.settimeout(SECONDS)
 
     def serve(self) -> None:
-        """Serve until either side has gone."""
+        """Serve until either side has gone, and what was given has been taken."""
+        try:
+            self._serve()
+        finally:
+            self._wait_until_taken()
+
+    def _serve(self) -> None:
         user, broker = self._user.fileno(), self._broker.fileno()
         poll = select.poll()
         for fd in (user, broker, self._control.fileno()):
@@ -111,6 +117,7 @@ class Connection:
         """Hand one request on, or answer what is wrong with it; False at the connection's end."""
         if self._owed is not None:
             return True
+        self._wait_until_taken()
         _bound_time()
         # Without room for control data: a descriptor that comes along is never ours, and goes in the kernel.
         data, _, flags, _ = self._user.recvmsg(FRAME_MAX)
@@ -130,7 +137,8 @@ class Connection:
             body = decode(data)
             ident = request_id(body)
             request = _checked(body)
-            self._broker.send(encode({"id": ident, **request.to_body()}))
+            if not self._hand_on({"id": ident, **request.to_body()}):
+                return False
             self._owed = ident if request.brings_fds() else None
         except VmshellError as exc:
             broken = ident == 0 and isinstance(exc, ProtocolError | Upgraded)
@@ -144,26 +152,42 @@ class Connection:
             self._answer({"id": ident, "error": Internal(reference=reference).to_wire()})
         return True
 
+    def _hand_on(self, body: dict[str, object]) -> bool:
+        """Send *body* to the broker. If that has ended the connection, what it said last, why, is still there for the user."""
+        try:
+            self._broker.send(encode(body))
+        except (BrokenPipeError, ConnectionResetError):
+            while self._from_broker():
+                pass
+            return False
+        return True
+
     def _from_broker(self) -> bool:
         packet = wire.recv(self._broker, fds_allowed=DESCRIPTORS_MAX)
         if packet is None:
             return False
-        if packet.fds and not self._has_read_all():
-            return False
+        if packet.fds:
+            self._wait_until_taken()
+            self._given = True
         self._answer(packet.body, tuple(packet.fds))
         packet.close()
         if packet.body.get("id") == self._owed and "progress" not in packet.body:
             self._owed = None
         return True
 
-    def _has_read_all(self) -> bool:
-        """Wait until the user has taken what was sent before; False if that is not worth waiting for any longer."""
-        poll, until = select.poll(), monotonic() + SECONDS
-        poll.register(self._user.fileno(), 0)
-        while fcntl.ioctl(self._user.fileno(), _OUTQ, bytes(4)) != bytes(4):
-            if poll.poll(LOOK * 1000) or monotonic() >= until:
-                return False
-        return True
+    def _wait_until_taken(self) -> None:
+        """Wait until the user has read the descriptors that were given, or has gone, or the server has, however long that takes.
+
+        They are in flight until then at the cost of all fronts, and counted by this connection: so nothing that the user sends
+        is read, which could end this process, and nothing else ends it (N3).
+        """
+        poll, wait = select.poll(), LOOK
+        poll.register(self._control.fileno(), 0)
+        while self._given and fcntl.ioctl(self._user.fileno(), _OUTQ, bytes(4)) != bytes(4):
+            if poll.poll(wait * 1000):
+                return
+            wait = min(2 * wait, LOOK_MOST)
+        self._given = False
 
     def _answer(self, body: dict[str, object], fds: tuple[int, ...] = ()) -> None:
         """Send. Raises OSError for a user who has gone, or lets answers pile up, who is not worth a byte of anybody's memory."""

@@ -9,7 +9,11 @@ from __future__ import annotations
 import gc
 import os
 import resource
+import signal
 import socket
+import stat
+import sys
+from typing import NoReturn
 
 from .. import brokeraccount, wire
 from ..layout import Layout
@@ -18,7 +22,7 @@ from . import child, zygote
 from .server import Server
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> NoReturn:
     """Serve for the layout in `argv[0]` until the service manager ends it."""
     layout = Layout.from_args(argv[0])
     os.umask(0o077)
@@ -28,14 +32,35 @@ def main(argv: list[str]) -> int:
     child.warm_up()
     gc.collect()
     gc.freeze()  # what is here now is shared with every child, and no collection writes into it
-    children = zygote.start()
     given = {name: socket.socket(fileno=fd) for name, fd in passed()}
+    children = zygote.start(*given.values())
     users = given.get("broker") or wire.listen(layout.broker_socket, 0o666)
     control = given.get("front") or wire.listen(layout.front_socket, 0o600)
+    signal.signal(signal.SIGTERM, lambda number, frame: _leave(users, layout.broker_socket))
     try:
         server = Server(users=users, control=control, children=children, broker_uid=brokeraccount.uid())
         notify("READY=1")
         server.run()
     except OSError as exc:
         child.report(f"it ends: {exc}")
-    return 1
+        # Here and at once: whatever the failed calls held, and then all else, would be closed one by one as Python ends, and to
+        # close a user's connection may take as long as they like.
+        os._exit(1)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+
+
+def _leave(users: socket.socket, path: str) -> None:
+    """End, as the service manager says. Where nobody may connect any more, nobody will come after us to take who waits.
+
+    It has closed the way in because the socket goes, too. It closes that next, and with it everything that lies in its queue,
+    which may take as long as users like: so that ends with this process.
+    """
+    waited = []
+    try:
+        while stat.S_IMODE(os.stat(path).st_mode) == 0:
+            waited.append(users.accept())
+    except OSError:
+        pass  # nobody is left
+    os._exit(0)

@@ -14,6 +14,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable
 from time import monotonic
+from typing import NoReturn
 
 from .. import wire
 from ..messages import Arrived
@@ -23,8 +24,9 @@ from .child import BATCH, CONNECTIONS_MAX, DOWN, GO, HAVE, MANY, SERVE, report
 WAITING_MAX = 1024  # connections for which there is no broker, or no child
 REFUSED_MAX = 4096  # refused connections of one user that wait for a child to drop them
 BROKER_PATIENCE = 30.0  # seconds in which a broker that is away may come back, as at an upgrade
-PACE = 1.0  # seconds for which nobody is accepted when there is no room
+PACE = 0.2  # seconds for which nobody is accepted when there is no room
 TRIES = 3  # for a connection whose child was killed before it had it
+AT_ONCE = 64  # connections that are accepted before anything else is looked at
 AGAIN = 0.02  # seconds until a broker that does not read is told again who has come
 
 
@@ -40,21 +42,24 @@ class Server:
         self._gone_at = monotonic()  # since when there is no broker
         self._spare = zygote.new_child(children)
         self._connections: Counter[int] = Counter()  # by user: those that wait and those that are served
-        self._waiting: deque[tuple[int, socket.socket, int]] = deque()  # and how often they were given to a child
+        # By user, whose turn is next first: connections, and how often each was given to a child.
+        self._waiting: dict[int, deque[tuple[socket.socket, int]]] = {}
         self._refused: dict[tuple[int, bytes], list[socket.socket]] = {}
         self._refusing: set[tuple[int, bytes]] = set()  # for these a child is at work
         self._due: float | None = None
         self._poll = select.poll()
         self._calls: dict[int, Callable[[], None]] = {}
+        # First, so that nobody is accepted whom no child can serve any more.
+        self._watch(children, self._on_zygote)
         for sock, call in ((users, self._accept), (control, self._on_broker)):
             sock.setblocking(False)
             self._watch(sock, call)
 
-    def run(self) -> None:
+    def run(self) -> NoReturn:
         """Serve for ever. Raises OSError when the zygote has ended: the service manager starts all of it anew."""
+        more = False
         while True:
-            wait = None if self._due is None else max(0.0, self._due - monotonic()) * 1000
-            for fd, _ in self._poll.poll(wait):
+            for fd, _ in self._poll.poll(0 if more else self._milliseconds()):
                 call = self._calls.get(fd)
                 if call is not None:
                     call()
@@ -62,14 +67,22 @@ class Server:
                 self._due = None
                 if self._users.fileno() not in self._calls:
                     self._watch(self._users, self._accept)
-                self._serve_waiting()
                 for key in list(self._refused):
                     self._drop_refused(*key)
+            more = self._serve_next()
+
+    def _milliseconds(self) -> float | None:
+        """How long nothing has to be done unless somebody says something."""
+        return None if self._due is None else max(0.0, self._due - monotonic()) * 1000
 
     def _later(self, seconds: float) -> None:
         """Look again in *seconds*, or sooner."""
         due = monotonic() + seconds
         self._due = due if self._due is None else min(due, self._due)
+
+    def _on_zygote(self) -> None:
+        """It says nothing unless it is asked: what can be read is its end."""
+        raise OSError("the zygote has ended")
 
     # --- the broker ---------------------------------------------------------------------------------------------------
 
@@ -87,7 +100,6 @@ class Server:
         sock.setblocking(False)
         self._broker = sock
         self._watch(sock, self._lose_broker)  # it says nothing: what can be read is its end
-        self._serve_waiting()
 
     def _lose_broker(self) -> None:
         if self._broker is not None:
@@ -99,34 +111,62 @@ class Server:
     # --- users --------------------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
-        try:
-            sock, _ = self._users.accept()
-        except OSError as exc:
-            report(f"accepting failed: {exc}")
-            self._pace()
-            return
-        uid = wire.peer_uid(sock)
+        """Take those who have connected out of the queue, where one user's would stand before everybody else's."""
+        for _ in range(AT_ONCE):
+            try:
+                sock, _ = self._users.accept()
+            except BlockingIOError:
+                return
+            except OSError as exc:
+                report(f"accepting failed: {exc}")
+                self._pace()
+                return
+            self._admit(wire.peer_uid(sock), sock)
+            if self._users.fileno() not in self._calls:
+                return  # there is no room for more
+
+    def _admit(self, uid: int, sock: socket.socket) -> None:
         if self._connections[uid] >= CONNECTIONS_MAX and uid != 0:
             self._refuse(uid, MANY, sock)
             return
         self._connections[uid] += 1
-        self._waiting.append((uid, sock, 0))
-        self._serve_waiting()
-        if len(self._waiting) >= WAITING_MAX:
+        self._wait(uid, sock, 0)
+        if sum(map(len, self._waiting.values())) >= WAITING_MAX:
             self._pace()
 
-    def _serve_waiting(self) -> None:
-        """Hand over as many as can be. What nobody takes for too long is refused."""
-        while self._waiting and self._broker is not None and self._has_child():
-            if not self._serve(*self._waiting[0]):
-                break
-            self._waiting.popleft()
-        if self._waiting and self._broker is None:
-            if monotonic() - self._gone_at < BROKER_PATIENCE:
-                self._later(BROKER_PATIENCE - (monotonic() - self._gone_at))
-                return
-            while self._waiting:
-                uid, sock, _ = self._waiting.popleft()
+    def _wait(self, uid: int, sock: socket.socket, tries: int) -> None:
+        self._waiting.setdefault(uid, deque()).append((sock, tries))
+
+    def _serve_next(self) -> bool:
+        """Hand over one connection, of whoever's turn it is; are there more that can be?
+
+        One at a time, for it takes a new child: meanwhile others may have come, who are not to wait for all of somebody else's.
+        """
+        if self._broker is None:
+            self._refuse_waiting()
+            return False
+        if not self._waiting or not self._has_child():
+            return False
+        uid = next(iter(self._waiting))
+        queue = self._waiting.pop(uid)
+        served = self._serve(uid, *queue[0])
+        if served:
+            queue.popleft()
+        if queue:
+            self._waiting[uid] = queue  # behind everybody else
+        return served and bool(self._waiting)
+
+    def _refuse_waiting(self) -> None:
+        """There is no broker: whoever has waited for one long enough is told so."""
+        if not self._waiting:
+            return
+        left = BROKER_PATIENCE - (monotonic() - self._gone_at)
+        if left > 0:
+            self._later(left)
+            return
+        waiting, self._waiting = self._waiting, {}
+        for uid, queue in waiting.items():
+            for sock, _ in queue:
                 self._left(uid)
                 self._refuse(uid, DOWN, sock)
 
@@ -159,8 +199,7 @@ class Server:
     def _served(self, uid: int, sock: socket.socket, tries: int, *, had: bool) -> None:
         """A child has ended. If it never *had* the connection, another may."""
         if not had and tries + 1 < TRIES:
-            self._waiting.append((uid, sock, tries + 1))
-            self._serve_waiting()
+            self._wait(uid, sock, tries + 1)
             return
         self._left(uid)
         if not had:
@@ -183,7 +222,7 @@ class Server:
         worker, self._spare = self._spare, zygote.new_child(self._children)
 
         def heard() -> None:
-            if socks and _said(worker) == HAVE:
+            if socks and _said(worker) == HAVE and not _has_ended(worker):
                 for sock in socks:
                     sock.close()
                 socks.clear()
@@ -203,7 +242,7 @@ class Server:
         refused = self._refused.setdefault((uid, why), [])
         refused += socks
         if len(refused) >= REFUSED_MAX:
-            report(f"uid {uid} has {len(refused)} connections too many that do not end; nobody is accepted for a while")
+            report(f"uid {uid} makes connections beyond the limit faster than they end; nobody is accepted for a moment")
             self._pace()
         self._drop_refused(uid, why)
 
@@ -248,9 +287,20 @@ def _said(worker: socket.socket) -> bytes:
         return b""
 
 
+def _has_ended(worker: socket.socket) -> bool:
+    """Was it killed just after it had spoken? Then ours is the last reference to what it held, and not to be dropped here."""
+    try:
+        return not worker.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
 def _say(worker: socket.socket, what: bytes, fds: tuple[int, ...] = ()) -> None:
-    """Tell a child *what*; of one that has ended, its end is heard next."""
+    """Tell a child *what*. One that cannot be told is told to end, if it has not; its end is heard next."""
     try:
         worker.sendmsg([what], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else [], socket.MSG_NOSIGNAL)
     except OSError:
-        pass
+        # Also where too many descriptors are in flight on this host: it would wait for ever, and the user with it.
+        worker.shutdown(socket.SHUT_RDWR)

@@ -15,12 +15,16 @@ from . import child
 FORK, NONE = b"f", b"n"
 
 
-def start() -> socket.socket:
-    """Fork the zygote; the server's end of its connection. Call it while nothing of any user's is open."""
+def start(*listening: socket.socket) -> socket.socket:
+    """Fork the zygote, which keeps none of the *listening* sockets; the server's end of its connection.
+
+    Call it while nothing of any user's is open.
+    """
     server, own = _pair()
     if os.fork() == 0:
         try:
-            server.close()
+            for sock in (server, *listening):
+                sock.close()
             _run(own)
         finally:
             os._exit(0)
