@@ -38,7 +38,6 @@ BATCH = 64  # refused connections that one child drops
 DESCRIPTORS_MAX = 2  # beside an answer
 CPU_SECONDS, SECONDS = 2, 10  # for one request
 LOOK = 0.005  # seconds between two looks whether the user has read
-_OUTQ = 0x5411  # SIOCOUTQ
 
 
 def run(control: socket.socket) -> NoReturn:
@@ -160,7 +159,7 @@ class Connection:
         """Wait until the user has taken what was sent before; False if that is not worth waiting for any longer."""
         poll, until = select.poll(), monotonic() + SECONDS
         poll.register(self._user.fileno(), 0)
-        while fcntl.ioctl(self._user.fileno(), _OUTQ, bytes(4)) != bytes(4):
+        while fcntl.ioctl(self._user.fileno(), cage.SIOCOUTQ, bytes(4)) != bytes(4):
             if poll.poll(LOOK * 1000) or monotonic() >= until:
                 return False
         return True
