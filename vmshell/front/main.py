@@ -2,6 +2,7 @@
 
 Runs as its own uid without rights. Takes two listening sockets from the service manager: the users', and the broker's, by their
 names (`broker` and `front`). What children need is imported before the first of them is forked, so that they share it.
+Runs in: the front.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import gc
 import os
 import resource
 import socket
+from typing import NoReturn
 
 from .. import brokeraccount, wire
 from ..layout import Layout
@@ -18,7 +20,7 @@ from . import child, zygote
 from .server import Server
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> NoReturn:
     """Serve for the layout in `argv[0]` until the service manager ends it."""
     layout = Layout.from_args(argv[0])
     os.umask(0o077)
@@ -28,14 +30,16 @@ def main(argv: list[str]) -> int:
     child.warm_up()
     gc.collect()
     gc.freeze()  # what is here now is shared with every child, and no collection writes into it
-    children = zygote.start()
     given = {name: socket.socket(fileno=fd) for name, fd in passed()}
     users = given.get("broker") or wire.listen(layout.broker_socket, 0o666)
     control = given.get("front") or wire.listen(layout.front_socket, 0o600)
+    children = zygote.start(users, control)
     try:
         server = Server(users=users, control=control, children=children, broker_uid=brokeraccount.uid())
         notify("READY=1")
         server.run()
-    except OSError as exc:
-        child.report(f"it ends: {exc}")
-    return 1
+    except Exception as exc:
+        child.report(f"it ends: {type(exc).__name__}: {exc}")
+    finally:
+        # Not by way of the interpreter, which would close users' connections; a process that ends waits for nothing in them.
+        os._exit(1)

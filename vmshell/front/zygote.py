@@ -15,12 +15,16 @@ from . import child
 FORK, NONE = b"f", b"n"
 
 
-def start() -> socket.socket:
-    """Fork the zygote; the server's end of its connection. Call it while nothing of any user's is open."""
+def start(*listening: socket.socket) -> socket.socket:
+    """Fork the zygote; the server's end of its connection. Call it while nothing of any user's is open.
+
+    It keeps none of *listening*: who has those could give them away, to somebody who then is the front for users and broker.
+    """
     server, own = _pair()
     if os.fork() == 0:
         try:
-            server.close()
+            for sock in (server, *listening):
+                sock.close()
             _run(own)
         finally:
             os._exit(0)
