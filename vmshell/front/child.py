@@ -111,13 +111,20 @@ class Connection:
         if self._owed is not None:
             return True
         _bound_time()
-        # Without room for control data: a descriptor that comes along is never ours, and goes in the kernel.
-        data, _, flags, _ = self._user.recvmsg(FRAME_MAX)
+        try:
+            data, flags = self._packet()
+        except ConnectionResetError:
+            data, flags = self._packet()  # has gone with an answer unread, which the kernel says before it gives out what came last
         if not data and not flags & _socket.MSG_CTRUNC:
             return False
         going_on = self._request(data, flags)
         signal.alarm(0)
         return going_on
+
+    def _packet(self) -> tuple[bytes, int]:
+        # Without room for control data: a descriptor that comes along is never ours, and goes in the kernel.
+        data, _, flags, _ = self._user.recvmsg(FRAME_MAX)
+        return data, flags
 
     def _request(self, data: bytes, flags: int) -> bool:
         ident = 0
@@ -192,9 +199,9 @@ def warm_up() -> None:
         {"verb": "define", "vm": "a", "text": "["},
         {"verb": "none"},
     )
-    for body in bodies:
+    for data in (*map(encode, bodies), b"{"):
         try:
-            _checked(decode(encode(body)))
+            _checked(decode(data))
         except VmshellError as exc:
             exc.to_wire()
 
