@@ -8,10 +8,12 @@ Runs in: the front. Holds a user's connection until a child has said that it hol
 
 from __future__ import annotations
 
+import contextlib
 import select
+import signal
 import socket
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import monotonic
 
 from .. import wire
@@ -25,6 +27,8 @@ BROKER_PATIENCE = 30.0  # seconds in which a broker that is away may come back, 
 PACE = 1.0  # seconds for which nobody is accepted when there is no room
 TRIES = 3  # for a connection whose child was killed before it had it
 AGAIN = 0.02  # seconds until a broker that does not read is told again who has come
+DROP = 0.02  # seconds that closing a connection may take
+_SO_PASSRIGHTS = 83
 
 
 class Server:
@@ -45,12 +49,15 @@ class Server:
         self._due: float | None = None
         self._poll = select.poll()
         self._calls: dict[int, Callable[[], None]] = {}
-        for sock, call in ((users, self._accept), (control, self._on_broker)):
+        # The broker first: who comes with it is not told that there is none.
+        for sock, call in ((control, self._on_broker), (users, self._accept)):
             sock.setblocking(False)
             self._watch(sock, call)
+        self._watch(children, self._lose_zygote)
 
     def run(self) -> None:
         """Serve for ever. Raises OSError when the zygote has ended: the service manager starts all of it anew."""
+        signal.signal(signal.SIGALRM, lambda *_: None)  # it ends a wait, see `_drop`
         while True:
             wait = None if self._due is None else max(0.0, self._due - monotonic()) * 1000
             for fd, _ in self._poll.poll(wait):
@@ -64,6 +71,10 @@ class Server:
                 self._serve_waiting()
                 for key in list(self._refused):
                     self._drop_refused(*key)
+
+    def _lose_zygote(self) -> None:
+        # Now, and not when the next user has come, whose connection would be lost with it.
+        raise OSError("the zygote has ended")
 
     def _later(self, seconds: float) -> None:
         """Look again in *seconds*, or sooner."""
@@ -143,6 +154,7 @@ class Server:
         assert self._broker is not None
         inner, outer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         with inner, outer:
+            _bring_no_descriptors(outer)
             try:
                 wire.send(self._broker, Arrived(uid=uid).to_body(), (outer.fileno(),))
             except BlockingIOError:
@@ -183,10 +195,11 @@ class Server:
 
         def heard() -> None:
             if socks and _said(worker) == HAVE:
-                for sock in socks:
-                    sock.close()
+                _drop(socks)
                 socks.clear()
-                self._poll.modify(worker.fileno(), 0)  # what it says from now on is not its own any more; only its end is
+                # What it says from now on is not its own any more, and could bring descriptors: it says nothing, it ends.
+                worker.shutdown(socket.SHUT_RD)
+                self._poll.modify(worker.fileno(), 0)
                 _say(worker, GO)
                 return
             self._unwatch(worker)
@@ -248,8 +261,23 @@ def _said(worker: socket.socket) -> bytes:
 
 
 def _say(worker: socket.socket, what: bytes, fds: tuple[int, ...] = ()) -> None:
-    """Tell a child *what*; of one that has ended, its end is heard next."""
+    """Tell a child *what*; the end of one that has ended, or cannot be told, is heard next."""
     try:
         wire.send_bytes(worker, what, fds)
     except OSError:
-        pass
+        with contextlib.suppress(OSError):
+            worker.shutdown(socket.SHUT_RDWR)
+
+
+def _drop(socks: Iterable[socket.socket]) -> None:
+    """Close our copies of users' connections. A child killed this very moment leaves the last to us: a signal ends such a wait."""
+    signal.setitimer(signal.ITIMER_REAL, DROP, DROP)
+    for sock in socks:
+        sock.close()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _bring_no_descriptors(sock: socket.socket) -> None:
+    """Have nobody send descriptors to *sock*, where the kernel can (6.16): a child that was taken over would send its user's."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
