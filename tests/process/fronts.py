@@ -1,4 +1,4 @@
-"""A real front process without rights, its sockets as the service manager passes them, users who connect, and the broker's part."""
+"""A real front process without rights, its sockets as the service manager passes them; users, and the broker's part."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ import importlib, sys
 from vmshell.front.main import main
 for word in sys.argv[2:]:
     place, _, value = word.partition("=")
-    module, _, name = place.rpartition(".")
-    setattr(importlib.import_module(f"vmshell.front.{module}"), name, type(getattr(sys.modules[f"vmshell.front.{module}"], name))(value))
+    name, _, constant = place.rpartition(".")
+    module = importlib.import_module(f"vmshell.front.{name}")
+    setattr(module, constant, type(getattr(module, constant))(value))
 main(sys.argv[1:2])
 """
 
@@ -135,6 +136,14 @@ class Front:
         """A broker and one connection: the user's end and the broker's."""
         with self.broker() as broker, self.connect(uid) as user, broker.take() as served:
             yield user, served
+
+    @contextlib.contextmanager
+    def serving_two(self) -> Iterator[tuple[wire.Socket, Served, wire.Socket, Served]]:
+        """A broker, alice's connection and bob's, each with the broker's end."""
+        with self.broker() as broker, self.connect(ALICE) as alice, broker.take() as hers, self.connect(BOB) as bob:
+            his = broker.take()
+            yield alice, hers, bob, his
+            his.sock.close()
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:

@@ -31,7 +31,7 @@ from tests.unit.test_costs import growing, plain, texts, words
 from vmshell import wire
 from vmshell.encoding import FRAME_MAX, encode
 from vmshell.front import cage
-from vmshell.front.child import CPU_SECONDS
+from vmshell.front.child import CONNECTIONS_MAX, CPU_SECONDS
 from vmshell.messages import PIPES, REQUESTS, parse_request
 from vmshell.model import definition as definitions
 
@@ -209,11 +209,11 @@ def test_what_is_no_packet_ends_the_connection_after_one_sentence(line: Line, pa
 
 @pytest.mark.parametrize("count", [1, 2, 200])
 @pytest.mark.parametrize("packet", [encode({"id": 1, **PUT}), b"x", b"\0"])
-def test_a_descriptor_beside_a_request_is_answered_with_upgraded_and_goes_no_further(line: Line, packet: bytes, count: int) -> None:
+def test_a_descriptor_beside_a_request_is_refused_and_goes_no_further(line: Line, packet: bytes, count: int) -> None:
     """N2, D07: nor does the request."""
     user, served = line
     with open(os.devnull, "rb") as file:
-        socket.send_fds(user, [packet], [file.fileno()] * count)
+        wire.send_bytes(user, packet, (file.fileno(),) * count)
     assert refusal(user)["code"] == "upgraded"
     assert ended(user) and served.ended()
 
@@ -242,11 +242,10 @@ def test_a_request_that_grows_too_large_by_being_checked_is_refused_and_the_conn
 
 @pytest.mark.parametrize("packet", [b"[", b"x" * 100_000, b"", b"[]"])
 def test_a_broker_that_says_nonsense_ends_that_connection_alone(front: Front, packet: bytes) -> None:
-    with front.broker() as broker, front.connect() as user, broker.take() as served, front.connect(BOB) as bob:
-        with broker.take() as bobs:
-            served.sock.send(packet)
-            assert ended(user)
-            ask(bob, bobs)
+    with front.serving_two() as (user, served, bob, bobs):
+        served.sock.send(packet)
+        assert ended(user)
+        ask(bob, bobs)
 
 
 def test_closing_right_after_asking_loses_no_request(line: Line) -> None:
@@ -303,27 +302,25 @@ def test_descriptors_wait_until_what_was_sent_before_is_read(line: Line, pipe: t
 
 @pytest.mark.slow
 def test_who_does_not_read_what_was_sent_before_loses_the_connection(short_tmp: Path, pipe: tuple[int, int]) -> None:
-    with Front(short_tmp, "child.SECONDS=2") as front, front.broker() as broker:
-        with front.connect() as user, broker.take() as served, front.connect(BOB) as bob, broker.take() as bobs:
-            send(user, {"verb": "whoami"}, PUT)
-            served.request(), served.request()
-            served.answer({"id": 1, "ok": {}})
-            served.answer({"id": 2, "ok": {}}, pipe[1])
-            while not served.has_request():
-                ask(bob, bobs)
-            assert served.ended()
+    with Front(short_tmp, "child.SECONDS=2") as front, front.serving_two() as (user, served, bob, bobs):
+        send(user, {"verb": "whoami"}, PUT)
+        served.request(), served.request()
+        served.answer({"id": 1, "ok": {}})
+        served.answer({"id": 2, "ok": {}}, pipe[1])
+        while not served.has_request():
             ask(bob, bobs)
+        assert served.ended()
+        ask(bob, bobs)
 
 
 def test_who_lets_answers_pile_up_loses_the_connection(front: Front) -> None:
-    with front.broker() as broker, front.connect() as user, broker.take() as served:
-        with front.connect(BOB) as bob, broker.take() as bobs:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                while True:
-                    served.answer({"id": 1, "progress": "x" * 60_000})
-            assert served.ended()
-            ask(bob, bobs)
-            assert receive(user).body["progress"]  # what was sent can be read
+    with front.serving_two() as (user, served, bob, bobs):
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while True:
+                served.answer({"id": 1, "progress": "x" * 60_000})
+        assert served.ended()
+        ask(bob, bobs)
+        assert receive(user).body["progress"]  # what was sent can be read
 
 
 # --- the child --------------------------------------------------------------------------------------------------------
@@ -331,22 +328,20 @@ def test_who_lets_answers_pile_up_loses_the_connection(front: Front) -> None:
 
 def test_a_child_holds_its_connection_and_nothing_else(front: Front) -> None:
     """N1, N5: neither listening socket, nor the control connection, nor another's connection."""
-    with front.broker() as broker, front.connect() as user, broker.take() as served, front.connect(BOB):
-        with broker.take() as bobs:
-            ask(user, served)
-            bobs.answer({"id": 1, "progress": "x"})
-            until(lambda: len(front.children(caged=True)) == 2, "both children")
-            mine, his = front.children(caged=True)
-            links = {pid: descriptors_of(pid) for pid in (mine, his, front.zygote(), front.spare(), front.process.pid)}
-            sockets = {pid: {link for link in found.values() if link.startswith("socket:")} for pid, found in links.items()}
-            for pid in (mine, his):
-                others = set(links[pid].values()) - sockets[pid]
-                assert others == {os.devnull, *journal_of(links[pid]), str(Path(wire.__file__).parents[1])}
-                assert len(sockets[pid]) == 3  # from the server, the user's, to the broker
-                assert not sockets[pid] & sockets[front.process.pid]
-            assert not sockets[mine] & sockets[his]
-            assert [len(sockets[pid]) for pid in (front.zygote(), front.spare())] == [1, 1]
-            assert not sockets[front.zygote()] & (sockets[front.spare()] | sockets[front.process.pid])
+    with front.serving_two() as (user, served, bob, bobs):
+        ask(user, served)
+        ask(bob, bobs)
+        mine, his = front.children(caged=True)
+        links = {pid: descriptors_of(pid) for pid in (mine, his, front.zygote(), front.spare(), front.process.pid)}
+        sockets = {pid: {link for link in found.values() if link.startswith("socket:")} for pid, found in links.items()}
+        for pid in (mine, his):
+            others = set(links[pid].values()) - sockets[pid]
+            assert others == {os.devnull, *journal_of(links[pid]), str(Path(wire.__file__).parents[1])}
+            assert len(sockets[pid]) == 3  # from the server, the user's, to the broker
+            assert not sockets[pid] & sockets[front.process.pid]
+        assert not sockets[mine] & sockets[his]
+        assert [len(sockets[pid]) for pid in (front.zygote(), front.spare())] == [1, 1]
+        assert not sockets[front.zygote()] & (sockets[front.spare()] | sockets[front.process.pid])
 
 
 def descriptors_of(pid: int) -> dict[int, str]:
@@ -491,21 +486,19 @@ def test_a_broker_that_stays_away_is_said_to_and_a_new_one_is_taken(short_tmp: P
         for user in users:
             assert refusal(user)["code"] == "broker-down"
             assert ended(user)
-        with front.broker() as broker:
-            with front.connect() as user, broker.take() as served:
-                ask(user, served)
+        with front.broker() as broker, front.connect() as user, broker.take() as served:
+            ask(user, served)
         with front.connect() as user:  # the patience begins anew
             error = refusal(user)
             assert error["code"] == "broker-down" and "not running" in error["text"] and error["hint"]
 
 
 def test_a_second_broker_takes_the_place_of_the_first(front: Front) -> None:
-    with front.broker() as first, front.connect() as user, first.take() as served:
-        with front.broker() as second:
-            assert wire.recv(first.sock) is None
-            with front.connect(BOB) as bob, second.take() as bobs:
-                ask(bob, bobs)
-            ask(user, served)  # as long as the first one lives
+    with front.broker() as first, front.connect() as user, first.take() as served, front.broker() as second:
+        assert wire.recv(first.sock) is None
+        with front.connect(BOB) as bob, second.take() as bobs:
+            ask(bob, bobs)
+        ask(user, served)  # as long as the first one lives
 
 
 def test_nobody_else_is_taken_for_the_broker(front: Front, line: Line) -> None:
@@ -630,11 +623,12 @@ def test_who_waits_when_the_front_is_killed_is_served_by_the_next(short_tmp: Pat
 def test_where_no_process_can_be_started_users_wait(short_tmp: Path) -> None:
     """Four at most: server, zygote, one at work, one that waits for work."""
     with Front(short_tmp, "server.PACE=0.1", limits=("--nproc=4",)) as front, front.broker() as broker:
-        with front.connect() as first, broker.take() as served, front.connect(BOB) as second, broker.take() as seconds:
-            ask(first, served)
+        first, second = front.connect(), front.connect(BOB)
+        with broker.take() as served, broker.take() as seconds:
             third = front.connect(BOB)
             wire.send(third, WHOAMI)
             until(lambda: front.said("this host allows no more processes"), "a word about it")
+            ask(first, served)
             ask(second, seconds)
             first.close()
             with broker.take() as thirds:
@@ -649,7 +643,7 @@ def poisoned(front: Front, lingering: Lingering, uid: int = ALICE, packet: bytes
     """A connection with a descriptor under way whose last close takes ten minutes."""
     user = front.connect(uid)
     fd = lingering.take()
-    socket.send_fds(user, [packet], [fd])
+    wire.send_bytes(user, packet, (fd,))
     os.close(fd)
     return user
 
@@ -723,3 +717,21 @@ def new_user_is_served(front: Front) -> None:
         ask(user, served)
 
 
+@pytest.mark.slow
+def test_as_many_as_a_host_has_come_while_the_broker_does_not_read_and_none_is_lost(short_tmp: Path) -> None:
+    """More than the connection to the broker takes, of 128 and more of one user; those beyond are refused meanwhile."""
+    with Front(short_tmp) as front, front.broker() as broker:
+        users = [front.connect(uid) for uid in (ALICE, BOB, CAROL) for _ in range(CONNECTIONS_MAX)]
+        users += [front.connect(0) for _ in range(200)]
+        beyond = [front.connect(ALICE) for _ in range(100)]
+        for user in beyond:
+            assert refusal(user)["code"] == "too-many"
+        for user in users:
+            wire.send(user, WHOAMI)
+        with contextlib.ExitStack() as stack:
+            for user in users:
+                served = stack.enter_context(broker.take())
+                served.answer({"id": served.request()["id"], "ok": {"uid": served.uid}})
+                assert "ok" in receive(user).body
+        until(lambda: len(front.children(caged=True)) == 0, "its children to end")
+        new_user_is_served(front)
