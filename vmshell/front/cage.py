@@ -3,9 +3,9 @@
 No path can be opened, no process started, no socket made or connected, no signal sent, nobody looked into. Every other call ends
 the process at once.
 
-All children, the zygote and the server have one uid, so each call is looked at for what it does to others of that uid, too: limits
-are one's own only (prlimit64 takes a pid), and whom the kernel is to signal when something can be read is nobody's to say (fcntl
-and ioctl could, with SIGKILL).
+All children, the zygote and the server have one uid, so each call is looked at for what it does to others of that uid, too:
+limits are one's own only (prlimit64 takes a pid), and whom the kernel is to signal when something can be read is nobody's to say
+(fcntl and ioctl could, with SIGKILL).
 Runs in: a front child. Touches only its own process.
 """
 

@@ -114,7 +114,8 @@ class Connection:
         try:
             data, flags = self._packet()
         except ConnectionResetError:
-            data, flags = self._packet()  # has gone with an answer unread, which the kernel says before it gives out what came last
+            # Gone, with an answer unread: the kernel says so before it gives out what came last.
+            data, flags = self._packet()
         if not data and not flags & _socket.MSG_CTRUNC:
             return False
         going_on = self._request(data, flags)

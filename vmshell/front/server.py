@@ -270,7 +270,7 @@ def _say(worker: socket.socket, what: bytes, fds: tuple[int, ...] = ()) -> None:
 
 
 def _drop(socks: Iterable[socket.socket]) -> None:
-    """Close our copies of users' connections. A child killed this very moment leaves the last to us: a signal ends such a wait."""
+    """Close our copies of users' connections. A child killed at this moment leaves the last to us: a signal ends such a wait."""
     signal.setitimer(signal.ITIMER_REAL, DROP, DROP)
     for sock in socks:
         sock.close()
