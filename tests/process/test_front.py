@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import random
 import select
 import signal
 import socket
@@ -22,12 +23,13 @@ from typing import Any
 
 import pytest
 
+from tests.attacks.test_broker_socket import mutate
 from tests.fakes.hostile import Lingering
 from tests.process.fronts import ALICE, BOB, BROKER, CAROL, Body, Front, Served, ask, ended, kill, receive, refusal
 from tests.process.launchers import status
 from tests.process.relays import PATIENCE, until
-from tests.unit.test_bounds import SHAPES
-from tests.unit.test_costs import growing, plain, texts, words
+from tests.unit.test_costs import plain
+from tests.unit.test_front_costs import everything
 from vmshell import wire
 from vmshell.encoding import FRAME_MAX, encode
 from vmshell.front import cage
@@ -51,6 +53,8 @@ def front() -> Iterator[Front]:
         os.chmod(folder, 0o755)
         with Front(Path(folder)) as running:
             yield running
+            # D26: no exception that nobody thought of.
+            assert not running.said("Error:"), running.journal
 
 
 @pytest.fixture
@@ -409,23 +413,7 @@ def test_two_thousand_requests_on_one_connection_cost_it_nothing_that_stays(fron
     assert descriptors_of(pid) == before
 
 
-# Everything that a request can hold: made from the tables of verbs and keys. In a child nothing can be imported any more.
-
-
-def everything(size: int) -> Iterator[Body]:
-    for kind in REQUESTS.values():
-        yield plain(kind)
-        yield {"verb": "explain", "request": plain(kind)}
-        for _, make in growing(kind):
-            yield make(size)
-    define, change = plain(REQUESTS["define"]), plain(REQUESTS["set"])
-    for _, text in texts():
-        yield {**define, "text": text(size)}
-    for _, word in words():
-        yield {**change, "set": word(size)}
-    for shape in SHAPES.values():
-        for count in (1, size // 10):
-            yield {**define, "text": shape(count)}
+# In a child nothing can be imported any more.
 
 
 def goes_through(user: wire.Socket, served: Served, body: Body) -> None:
@@ -452,16 +440,47 @@ def next_request(user: wire.Socket, served: Served) -> Body | None:
 @pytest.mark.slow
 def test_no_request_makes_a_child_want_what_its_cage_does_not_have(line: Line) -> None:
     """Least of all a module that nobody has needed before."""
-    count = 0
-    for body in everything(200):
-        goes_through(*line, body)
-        count += 1
-    assert count > 3000
+    for _, make in everything():
+        for size in (200, 1):
+            goes_through(*line, make(size))
 
 
 def test_a_sample_of_it(line: Line) -> None:
-    for body in [*everything(60)][::97]:
-        goes_through(*line, body)
+    for kind in REQUESTS.values():
+        goes_through(*line, plain(kind))
+        goes_through(*line, {"verb": "explain", "request": plain(kind)})
+    for _, make in [*everything()][::97]:
+        goes_through(*line, make(60))
+
+
+@pytest.mark.slow
+def test_three_thousand_fuzzed_packets(front: Front) -> None:
+    """D26: each is handed on as a request, answered, or ended on."""
+    rng = random.Random(20261129)
+    good = [encode(plain(kind)) for kind in REQUESTS.values()]
+    handed_on = refused = 0
+    with front.broker() as broker:
+        while handed_on + refused < 3000:
+            with front.connect() as user, broker.take() as served:
+                while noise(user, served, mutate(rng, rng.choice(good))):
+                    handed_on += 1
+                refused += 1
+    assert min(handed_on, refused) > 300, "both kinds were tried"
+
+
+def noise(user: wire.Socket, served: Served, packet: bytes) -> bool:
+    """Send *packet*; False if the connection ends on it, with a word."""
+    user.send(packet)
+    assert select.select([user, served.sock], [], [], PATIENCE)[0]
+    if not unread(user):
+        request = served.request()
+        parse_request(request)
+        served.answer({"id": request["id"], "ok": {}})
+    answer: Any = receive(user).body
+    if "error" not in answer or answer["error"]["code"] != "protocol":
+        return True
+    assert ended(user) and served.ended()
+    return False
 
 
 # --- who comes, waits and is refused ----------------------------------------------------------------------------------
