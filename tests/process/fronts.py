@@ -145,15 +145,6 @@ class Front:
             yield alice, hers, bob, his
             his.sock.close()
 
-    @contextlib.contextmanager
-    def stopped(self) -> Iterator[None]:
-        """The server sees nothing of what happens meanwhile, and all of it at once afterwards."""
-        self.zygote()
-        self.process.send_signal(signal.SIGSTOP)
-        until(lambda: _state(self.process.pid) == "T", "the server to be stopped")
-        yield
-        self.process.send_signal(signal.SIGCONT)
-
     # --- what there is ------------------------------------------------------------------------------------------------
 
     def zygote(self) -> int:
@@ -265,6 +256,15 @@ def ended(user: wire.Socket) -> bool:
 def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
     until(lambda: not _runs(pid), f"the end of {pid}")
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """The process sees nothing of what happens meanwhile, and all of it at once afterwards."""
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: _state(pid) == "T", f"{pid} to be stopped")
+    yield
+    os.kill(pid, signal.SIGCONT)
 
 
 def _children(pid: int) -> list[int]:
