@@ -159,6 +159,11 @@ class Forked:
         assert packet is not None
         return packet.body
 
+    def cpu_seconds(self) -> float:
+        """What it has used so far."""
+        words = Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
     def status(self) -> int:
         """How it ended: minus the number of a signal."""
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -209,6 +214,19 @@ def test_many_requests_may_together_be_calculated_for_longer() -> None:
     with Forked(prepare) as forked:
         for _ in range(5):
             assert forked.ask(WHOAMI)["error"]["code"] == "upgraded"
+
+
+@pytest.mark.slow
+def test_answers_may_be_calculated_for_as_long_as_they_come() -> None:
+    def prepare() -> None:
+        child.CPU_SECONDS = 1
+
+    with Forked(prepare) as forked:
+        wire.send(forked.user, WHOAMI)
+        assert wire.recv(forked.broker)
+        while forked.cpu_seconds() < 4:
+            wire.send(forked.broker, {"id": 1, "progress": "\x1b" * 10_000})
+            assert wire.recv(forked.user)
 
 
 @pytest.mark.slow

@@ -119,7 +119,7 @@ class Connection:
         if not data and not flags & _socket.MSG_CTRUNC:
             return False
         going_on = self._request(data, flags)
-        signal.alarm(0)
+        _unbound_time()
         return going_on
 
     def _packet(self) -> tuple[bytes, int]:
@@ -213,6 +213,13 @@ def _bound_time() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used.ru_utime + used.ru_stime) + CPU_SECONDS, hard))
     signal.alarm(SECONDS)
+
+
+def _unbound_time() -> None:
+    """The request is done: what the broker sends, for hours perhaps, counts against no limit."""
+    signal.alarm(0)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
 
 
 def report(text: str) -> None:
