@@ -17,6 +17,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
+    from .bpf import Instruction
+
 _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 4, 22, 38
 _SECCOMP_MODE_FILTER = 2
 MMAP, MPROTECT = 9, 10
@@ -32,15 +34,30 @@ def limit(limits: Mapping[int, int]) -> None:
         resource.setrlimit(kind, (value, value))
 
 
-def only(calls: Collection[int]) -> bytes:
-    """A filter that lets through *calls* and memory of one's own that holds no code; anything else ends the process."""
+def only(calls: Collection[int], with_values: Mapping[int, tuple[int, Collection[int]]] | None = None) -> bytes:
+    """A filter that lets through *calls* and memory of one's own that holds no code; anything else ends the process.
+
+    *with_values* are calls that are let through if their argument of that index, an int, has one of the values.
+    """
+    places = {"protection": -4, "allow": -2, "kill": -1}
+    code: list[Instruction] = [
+        (LOAD, ARCH, "next", "next"),
+        (EQUAL, AUDIT_ARCH_X86_64, "next", "kill"),
+        # The x32 calls have numbers of their own, far above these.
+        (LOAD, NR, "next", "next"),
+        *((EQUAL, number, "allow", "next") for number in sorted(calls)),
+    ]
+    for number, (index, values) in (with_values or {}).items():
+        code += [
+            (EQUAL, number, "next", f"not {number}"),
+            (LOAD, argument(index), "next", "next"),
+            *((EQUAL, value, "allow", "next") for value in values),
+            (RETURN, KILL, "next", "next"),
+        ]
+        places[f"not {number}"] = len(code)
     return assemble(
         [
-            (LOAD, ARCH, "next", "next"),
-            (EQUAL, AUDIT_ARCH_X86_64, "next", "kill"),
-            # The x32 calls have numbers of their own, far above these.
-            (LOAD, NR, "next", "next"),
-            *((EQUAL, number, "allow", "next") for number in sorted(calls)),
+            *code,
             (EQUAL, MPROTECT, "protection", "next"),
             (EQUAL, MMAP, "next", "kill"),
             # Memory, but none of a file's, and none that could hold code brought along.
@@ -51,7 +68,7 @@ def only(calls: Collection[int]) -> bytes:
             (RETURN, ALLOW, "next", "next"),
             (RETURN, KILL, "next", "next"),
         ],
-        {"protection": -4, "allow": -2, "kill": -1},
+        places,
     )
 
 

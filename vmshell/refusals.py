@@ -249,6 +249,14 @@ class TooFast(VmshellError):
     hint = "try again in {seconds} s"
 
 
+class TooManyConnections(VmshellError):
+    """that is more than {limit} new connections a second, the most that one user may make for long"""
+
+    code = "too-fast"
+    exit_status = EX_BUSY
+    hint = "try again in a moment"
+
+
 class NotAllowed(VmshellError):
     """{what} is for {who} only"""
 

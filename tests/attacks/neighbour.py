@@ -79,7 +79,7 @@ def ask(sock: Any, body: dict[str, object]) -> tuple[int, ...]:
     packet = wire.recv(sock, fds_allowed=2)
     assert packet is not None, "the connection was closed"
     assert "ok" in packet.body, packet.body
-    return packet.take_fds()
+    return wire.take_fds(packet)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def ask(sock: Any, **body: object) -> tuple[int, ...]:
         if "progress" not in packet.body:
             break
     assert "ok" in packet.body, packet.body
-    return packet.take_fds()
+    return wire.take_fds(packet)
 
 
 if __name__ == "__main__":

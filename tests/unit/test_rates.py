@@ -14,11 +14,10 @@ from tests.unit.test_costs import plain
 from vmshell.broker import rates, verbs
 from vmshell.broker.access import Peer
 from vmshell.broker.rates import BOOTS, CHANGES, CONNECTIONS, CONSOLES, FORGET_AT, MINUTE, Rate, Rates
-from vmshell.errors import EX_BUSY
 from vmshell.messages import REQUESTS, Request
 from vmshell.model.limits import LIMIT_KEYS, Limits
 from vmshell.model.policy import parse
-from vmshell.refusals import TooFast
+from vmshell.refusals import EX_BUSY, TooFast
 
 BOB = Peer(1001, "bob", admin=False)
 EVERY = (CHANGES, BOOTS, CONSOLES, CONNECTIONS)

@@ -32,5 +32,11 @@ class FrontLink(Link):
 
     def _heard(self, packet: wire.Packet) -> bool:
         message = Arrived.from_body(packet.body)
-        self._arrived(message.uid, socket.socket(fileno=packet.take_fd()))
+        fd = packet.take_fd()
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError:
+            wire.close_fd(fd)
+            raise
+        self._arrived(message.uid, sock)
         return True

@@ -18,26 +18,28 @@ import signal
 import socket
 import struct
 import sys
+from collections import Counter
 from typing import NoReturn
 
 from .. import wire
 from ..encoding import FRAME_MAX, decode, encode
-from ..errors import Internal, ProtocolError, VmshellError, safe
+from ..errors import BadValue, Internal, ProtocolError, VmshellError, safe
 from ..fields import request_id
 from ..messages import Define, Explain, Request, parse_request
 from ..model import definition as definitions
-from ..refusals import AnswerTooLarge, BrokerDown, TooManyRequests, Upgraded
+from ..refusals import AnswerTooLarge, BrokerDown, TooManyConnections, TooManyRequests, Upgraded
 from . import cage
 
 # What the server says, and the child between the two: when it holds what it was given, and when the server no longer does.
-SERVE, MANY, DOWN = b"serve", b"many", b"down"
+SERVE, MANY, FAST, DOWN = b"serve", b"many", b"fast", b"down"
 HAVE, GO = b"have", b"go"
 CONNECTIONS_MAX = 128  # of one user; the policy's limit, which is the broker's to hold, is lower
+# A new connection costs a process. So many may one user make in a row, and then each second; the policy's limit is lower, too.
+IN_A_ROW, EACH_SECOND = 1000, 50
 BATCH = 250  # refused connections that one child drops
 DESCRIPTORS_MAX = 2  # beside an answer
 CPU_SECONDS, SECONDS = 2, 10  # for one request
 LOOK, LOOK_MOST = 0.005, 0.2  # seconds between two looks whether the user has read, doubled each time
-_OUTQ = 0x5411  # SIOCOUTQ
 
 
 def run(control: socket.socket) -> NoReturn:
@@ -67,6 +69,8 @@ def _work(what: bytes, socks: list[_socket.socket], control: socket.socket) -> N
         Connection(user, broker, control).serve()
     elif what == MANY:
         _refuse(socks, TooManyRequests(count=CONNECTIONS_MAX, what="connections", limit=CONNECTIONS_MAX))
+    elif what == FAST:
+        _refuse(socks, TooManyConnections(limit=EACH_SECOND))
     elif what == DOWN:
         _refuse(socks, BrokerDown(problem="it is not running"))
 
@@ -88,7 +92,8 @@ class Connection:
         self._user = user
         self._broker = broker
         self._control = control
-        self._owed: int | None = None  # the request whose answer will bring descriptors
+        self._asked: Counter[int] = Counter()  # requests that are not answered yet, by number
+        self._owed: int | None = None  # the one whose answer will bring descriptors
         self._given = False  # descriptors that the user may not have taken yet
         user.setblocking(False)
         broker.settimeout(SECONDS)
@@ -119,13 +124,21 @@ class Connection:
             return True
         self._wait_until_taken()
         _bound_time()
-        # Without room for control data: a descriptor that comes along is never ours, and goes in the kernel.
-        data, _, flags, _ = self._user.recvmsg(FRAME_MAX)
+        try:
+            data, flags = self._packet()
+        except ConnectionResetError:
+            # Gone, with an answer unread: the kernel says so before it gives out what came last.
+            data, flags = self._packet()
         if not data and not flags & _socket.MSG_CTRUNC:
             return False
         going_on = self._request(data, flags)
-        signal.alarm(0)
+        _unbound_time()
         return going_on
+
+    def _packet(self) -> tuple[bytes, int]:
+        # Without room for control data: a descriptor that comes along is never ours, and goes in the kernel.
+        data, _, flags, _ = self._user.recvmsg(FRAME_MAX)
+        return data, flags
 
     def _request(self, data: bytes, flags: int) -> bool:
         ident = 0
@@ -137,8 +150,11 @@ class Connection:
             body = decode(data)
             ident = request_id(body)
             request = _checked(body)
+            if request.brings_fds() and self._asked[ident]:
+                raise BadValue(field="id", value=ident, rule="another request of this number is not answered yet")
             if not self._hand_on({"id": ident, **request.to_body()}):
                 return False
+            self._asked[ident] += 1
             self._owed = ident if request.brings_fds() else None
         except VmshellError as exc:
             broken = ident == 0 and isinstance(exc, ProtocolError | Upgraded)
@@ -171,9 +187,15 @@ class Connection:
             self._given = True
         self._answer(packet.body, tuple(packet.fds))
         packet.close()
-        if packet.body.get("id") == self._owed and "progress" not in packet.body:
-            self._owed = None
+        if "progress" not in packet.body:
+            self._answered(packet.body.get("id"))
         return True
+
+    def _answered(self, ident: object) -> None:
+        if isinstance(ident, int):
+            self._asked -= Counter({ident: 1})  # which forgets those of which none is left
+        if ident == self._owed:
+            self._owed = None
 
     def _wait_until_taken(self) -> None:
         """Wait until the user has read the descriptors that were given, or has gone, or the server has, however long that takes.
@@ -183,7 +205,7 @@ class Connection:
         """
         poll, wait = select.poll(), LOOK
         poll.register(self._control.fileno(), 0)
-        while self._given and fcntl.ioctl(self._user.fileno(), _OUTQ, bytes(4)) != bytes(4):
+        while self._given and fcntl.ioctl(self._user.fileno(), cage.SIOCOUTQ, bytes(4)) != bytes(4):
             if poll.poll(wait * 1000):
                 return
             wait = min(2 * wait, LOOK_MOST)
@@ -217,9 +239,9 @@ def warm_up() -> None:
         {"verb": "define", "vm": "a", "text": "["},
         {"verb": "none"},
     )
-    for body in bodies:
+    for data in (*map(encode, bodies), b"{"):
         try:
-            _checked(decode(encode(body)))
+            _checked(decode(data))
         except VmshellError as exc:
             exc.to_wire()
 
@@ -230,6 +252,13 @@ def _bound_time() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used.ru_utime + used.ru_stime) + CPU_SECONDS, hard))
     signal.alarm(SECONDS)
+
+
+def _unbound_time() -> None:
+    """The request is done: what the broker sends, for hours perhaps, counts against no limit."""
+    signal.alarm(0)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
 
 
 def report(text: str) -> None:

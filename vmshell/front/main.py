@@ -2,6 +2,7 @@
 
 Runs as its own uid without rights. Takes two listening sockets from the service manager: the users', and the broker's, by their
 names (`broker` and `front`). What children need is imported before the first of them is forked, so that they share it.
+Runs in: the front.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import resource
 import signal
 import socket
 import stat
-import sys
 from typing import NoReturn
 
 from .. import brokeraccount, wire
@@ -33,21 +33,20 @@ def main(argv: list[str]) -> NoReturn:
     gc.collect()
     gc.freeze()  # what is here now is shared with every child, and no collection writes into it
     given = {name: socket.socket(fileno=fd) for name, fd in passed()}
-    children = zygote.start(*given.values())
     users = given.get("broker") or wire.listen(layout.broker_socket, 0o666)
     control = given.get("front") or wire.listen(layout.front_socket, 0o600)
+    children = zygote.start(users, control)
     signal.signal(signal.SIGTERM, lambda number, frame: _leave(users, layout.broker_socket))
     try:
         server = Server(users=users, control=control, children=children, broker_uid=brokeraccount.uid())
         notify("READY=1")
         server.run()
-    except OSError as exc:
-        child.report(f"it ends: {exc}")
-        # Here and at once: whatever the failed calls held, and then all else, would be closed one by one as Python ends, and to
-        # close a user's connection may take as long as they like.
-        os._exit(1)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
+    except Exception as exc:
+        child.report(f"it ends: {type(exc).__name__}: {exc}")
+        os._exit(1)  # while what the failed calls held is in reach, see below
+    finally:
+        # Python would close users' connections one by one, which may take as long as they like; the end of a process waits for
+        # nothing in them.
         os._exit(1)
 
 

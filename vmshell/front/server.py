@@ -8,18 +8,21 @@ Runs in: the front. Holds a user's connection until a child has said that it hol
 
 from __future__ import annotations
 
+import contextlib
 import select
+import signal
 import socket
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import NoReturn
 
 from .. import wire
 from ..messages import Arrived
 from . import zygote
-from .child import BATCH, CONNECTIONS_MAX, DOWN, GO, HAVE, MANY, SERVE, report
+from .child import BATCH, CONNECTIONS_MAX, DOWN, EACH_SECOND, FAST, GO, HAVE, IN_A_ROW, MANY, SERVE, report
+from .rate import Rate
 
 WAITING_MAX = 1024  # connections for which there is no broker, or no child
 REFUSED_MAX = 4096  # refused connections of one user that wait for a child to drop them
@@ -28,6 +31,8 @@ PACE = 0.2  # seconds for which nobody is accepted when there is no room
 TRIES = 3  # for a connection whose child was killed before it had it
 AT_ONCE = 64  # connections that are accepted before anything else is looked at
 AGAIN = 0.02  # seconds until a broker that does not read is told again who has come
+DROP = 0.02  # seconds that closing a connection may take
+_SO_PASSRIGHTS = 83
 
 
 class Server:
@@ -42,6 +47,7 @@ class Server:
         self._gone_at = monotonic()  # since when there is no broker
         self._spare = zygote.new_child(children)
         self._connections: Counter[int] = Counter()  # by user: those that wait and those that are served
+        self._rate = Rate(IN_A_ROW, EACH_SECOND)
         # By user, whose turn is next first: connections, and how often each was given to a child.
         self._waiting: dict[int, deque[tuple[socket.socket, int]]] = {}
         self._refused: dict[tuple[int, bytes], list[socket.socket]] = {}
@@ -49,14 +55,16 @@ class Server:
         self._due: float | None = None
         self._poll = select.poll()
         self._calls: dict[int, Callable[[], None]] = {}
-        # First, so that nobody is accepted whom no child can serve any more.
-        self._watch(children, self._on_zygote)
-        for sock, call in ((users, self._accept), (control, self._on_broker)):
+        # The zygote first, so that nobody is accepted whom no child can serve any more; then the broker: who comes with it is not
+        # told that there is none.
+        self._watch(children, self._lose_zygote)
+        for sock, call in ((control, self._on_broker), (users, self._accept)):
             sock.setblocking(False)
             self._watch(sock, call)
 
     def run(self) -> NoReturn:
         """Serve for ever. Raises OSError when the zygote has ended: the service manager starts all of it anew."""
+        signal.signal(signal.SIGALRM, lambda *_: None)  # it ends a wait, see `_drop`
         more = False
         while True:
             for fd, _ in self._poll.poll(0 if more else self._milliseconds()):
@@ -75,14 +83,14 @@ class Server:
         """How long nothing has to be done unless somebody says something."""
         return None if self._due is None else max(0.0, self._due - monotonic()) * 1000
 
+    def _lose_zygote(self) -> None:
+        # Now, and not when the next user has come, whose connection would be lost with it.
+        raise OSError("the zygote has ended")
+
     def _later(self, seconds: float) -> None:
         """Look again in *seconds*, or sooner."""
         due = monotonic() + seconds
         self._due = due if self._due is None else min(due, self._due)
-
-    def _on_zygote(self) -> None:
-        """It says nothing unless it is asked: what can be read is its end."""
-        raise OSError("the zygote has ended")
 
     # --- the broker ---------------------------------------------------------------------------------------------------
 
@@ -126,8 +134,8 @@ class Server:
                 return  # there is no room for more
 
     def _admit(self, uid: int, sock: socket.socket) -> None:
-        if self._connections[uid] >= CONNECTIONS_MAX and uid != 0:
-            self._refuse(uid, MANY, sock)
+        if uid != 0 and (self._connections[uid] >= CONNECTIONS_MAX or not self._rate.allows(uid)):
+            self._refuse(uid, MANY if self._connections[uid] >= CONNECTIONS_MAX else FAST, sock)
             return
         self._connections[uid] += 1
         self._wait(uid, sock, 0)
@@ -184,6 +192,7 @@ class Server:
         assert self._broker is not None
         inner, outer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         with inner, outer:
+            _bring_no_descriptors(outer)
             try:
                 wire.send(self._broker, Arrived(uid=uid).to_body(), (outer.fileno(),))
             except BlockingIOError:
@@ -222,11 +231,12 @@ class Server:
         worker, self._spare = self._spare, zygote.new_child(self._children)
 
         def heard() -> None:
-            if socks and _said(worker) == HAVE and not _has_ended(worker):
-                for sock in socks:
-                    sock.close()
+            if socks and _said(worker) == HAVE:
+                _drop(socks)
                 socks.clear()
-                self._poll.modify(worker.fileno(), 0)  # what it says from now on is not its own any more; only its end is
+                # What it says from now on is not its own any more, and could bring descriptors: it says nothing, it ends.
+                worker.shutdown(socket.SHUT_RD)
+                self._poll.modify(worker.fileno(), 0)
                 _say(worker, GO)
                 return
             self._unwatch(worker)
@@ -287,20 +297,25 @@ def _said(worker: socket.socket) -> bytes:
         return b""
 
 
-def _has_ended(worker: socket.socket) -> bool:
-    """Was it killed just after it had spoken? Then ours is the last reference to what it held, and not to be dropped here."""
-    try:
-        return not worker.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-
-
 def _say(worker: socket.socket, what: bytes, fds: tuple[int, ...] = ()) -> None:
     """Tell a child *what*. One that cannot be told is told to end, if it has not; its end is heard next."""
     try:
         worker.sendmsg([what], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else [], socket.MSG_NOSIGNAL)
     except OSError:
         # Also where too many descriptors are in flight on this host: it would wait for ever, and the user with it.
-        worker.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            worker.shutdown(socket.SHUT_RDWR)
+
+
+def _drop(socks: Iterable[socket.socket]) -> None:
+    """Close our copies of users' connections. A child killed at this moment leaves the last to us: a signal ends such a wait."""
+    signal.setitimer(signal.ITIMER_REAL, DROP, DROP)
+    for sock in socks:
+        sock.close()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _bring_no_descriptors(sock: socket.socket) -> None:
+    """Have nobody send descriptors to *sock*, where the kernel can (6.16): a child that was taken over would send its user's."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)

@@ -16,9 +16,9 @@ FORK, NONE = b"f", b"n"
 
 
 def start(*listening: socket.socket) -> socket.socket:
-    """Fork the zygote, which keeps none of the *listening* sockets; the server's end of its connection.
+    """Fork the zygote; the server's end of its connection. Call it while nothing of any user's is open.
 
-    Call it while nothing of any user's is open.
+    It keeps none of *listening*: who has those could give them away, to somebody who then is the front for users and broker.
     """
     server, own = _pair()
     if os.fork() == 0:
