@@ -252,7 +252,7 @@ class TooFast(VmshellError):
 class TooManyConnections(VmshellError):
     """that is more than {limit} new connections a second, the most that one user may make for long"""
 
-    code = "too-fast"
+    code = "too-many-connections"
     exit_status = EX_BUSY
     hint = "try again in a moment"
 

@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 
 from tests.fakes.hostile import Lingering
+from tests.process.fronts import send_raw
 from vmshell import wire
-from vmshell.front import cage, child, zygote
+from vmshell.front import cage, child, rate, zygote
 from vmshell.front import server as server_module
 from vmshell.front.server import Server
 from vmshell.installed import PACKAGE_DIR
@@ -365,7 +366,7 @@ def lingering() -> Iterator[Lingering]:
 def poison(user: wire.Socket, lingering: Lingering) -> None:
     """Put a descriptor under way whose last close takes ten minutes."""
     fd = lingering.take()
-    socket.send_fds(user, [b"{}"], (fd,))
+    send_raw(user, b"{}", (fd,))
     os.close(fd)
 
 
@@ -419,12 +420,12 @@ def test_nothing_comes_back_from_a_child_that_was_taken_over(played: Played) -> 
     holds(first)
     for beside in ((), fds):
         with pytest.raises(BrokenPipeError):
-            socket.send_fds(first, [b"x"], tuple(beside))
+            send_raw(first, b"x", tuple(beside))
     with socket.socket(fileno=fds[1]) as inner, outer:
         inner.send(b"a request")
         if can_refuse_descriptors():
             with pytest.raises(PermissionError):
-                socket.send_fds(inner, [b"x"], fds[:1])
+                send_raw(inner, b"x", fds[:1])
     os.close(fds[0])
 
 
@@ -602,3 +603,28 @@ def error_of(user: wire.Socket) -> str:
     assert packet is not None
     error: Any = packet.body["error"]
     return str(error["code"])
+
+
+# --- how often --------------------------------------------------------------------------------------------------------
+
+
+def test_a_rate_is_so_many_in_a_row_and_so_many_each_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(rate, "monotonic", lambda: now)
+    limited = rate.Rate(3, 2)
+    assert [limited.allows(1) for _ in range(5)] == [True, True, True, False, False]
+    assert limited.allows(2), "another user"
+    now += 0.5
+    assert [limited.allows(1) for _ in range(2)] == [True, False]
+    now += 60
+    assert [limited.allows(1) for _ in range(4)] == [True, True, True, False]
+
+
+def test_who_has_been_away_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(rate, "monotonic", lambda: now)
+    limited = rate.Rate(3, 2)
+    for uid in range(10 * rate.FORGET_AT):
+        limited.allows(uid)
+        now += 0.1
+    assert len(limited._left) <= 2 * rate.FORGET_AT
