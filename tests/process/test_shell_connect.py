@@ -293,7 +293,7 @@ def test_on_a_terminal_the_guest_cannot_make_it_type(broker: FakeBroker, short_t
 
 def test_display_is_pumped_the_same_way(broker: FakeBroker, short_tmp: Path) -> None:
     ours, theirs = socket.socketpair()
-    broker.answers["display"] = lambda body: ({"name": body["vm"]}, theirs.detach())
+    broker.answers["display"] = lambda body: ({"name": body["vm"]}, (theirs.detach(),))
 
     def act() -> None:
         ours.sendall(read_all(ours)[::-1])

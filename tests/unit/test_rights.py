@@ -58,6 +58,7 @@ def test_the_table_is_what_was_decided() -> None:
     found = {service.name: (service.account, sum(1 << number for number in service.capabilities)) for service in SERVICES}
     assert found == {
         "launcher": ("root", 0x1C0),
+        "front": ("vmshell-front", 0),
         "broker": ("vmshell-broker", 0),
         "relay": ("vmshell-relay", 0),
         "tapnet": ("vmshell-tapnet", 0x1000),
@@ -208,7 +209,7 @@ def test_one_line_when_all_is_well_and_one_for_each_thing_that_is_not(monkeypatc
     monkeypatch.setattr(doctor_rights, "read_status", lambda pid: parse_status(texts[pid]))
     monkeypatch.setattr("pwd.getpwnam", lambda name: SimpleNamespace(pw_uid=0 if name == "root" else UID))
     assert [finding.level for finding in doctor_rights.check_rights(Context(layout))] == [OK]
-    texts[11] = status(0, 0x1E1, Seccomp="0")
+    texts[12] = status(0, 0x1E1, Seccomp="0")
     found = list(doctor_rights.check_rights(Context(layout)))
     assert [finding.level for finding in found] == [FAIL] * 7
-    assert all("vmshell-broker.service (pid 11)" in finding.text and "make install" in finding.cure for finding in found)
+    assert all("vmshell-broker.service (pid 12)" in finding.text and "make install" in finding.cure for finding in found)
