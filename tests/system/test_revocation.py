@@ -33,7 +33,7 @@ os.seteuid(int(sys.argv[1]))
 sock = wire.connect(Layout.system().broker_socket, 60)
 os.seteuid(0)
 wire.send(sock, {"id": 1, **messages.Console(vm="count").to_body()})
-shown, typed = wire.recv(sock, fds_allowed=2).take_fds()
+shown, typed = wire.take_fds(wire.recv(sock, fds_allowed=2))
 print("attached", flush=True)
 while data := os.read(shown, 65536):
     print(data, flush=True)
