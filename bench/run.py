@@ -37,6 +37,7 @@ SOURCES: list[tuple[str, str, str]] = [
     ("P13", "boot", "new_disks"),
     ("P14", "throughput", "rows"),
     ("P20", "launch", "rows"),
+    ("P21", "front", "rows"),
 ]
 KNOWN = sorted(
     {identity for identities, _, _ in SOURCES for identity in identities.split()}, key=lambda identity: int(identity[1:])

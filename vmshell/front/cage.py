@@ -49,8 +49,10 @@ def enter() -> None:
 
 def _addresses() -> int:
     """Bytes of addresses that this process has."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()
+    file = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+    pages = int(os.read(file, 100).split()[0])
+    os.close(file)
+    return pages * resource.getpagesize()
 
 
 def program() -> bytes:
