@@ -77,24 +77,30 @@ class Session:
         self.layout = layout
         self.wrap = wrap
         self.broker: subprocess.Popen[bytes] | None = None
+        self.front: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Session:
+        if not self.layout.embedded:
+            self.front = self._start("front")
         self.start_broker()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def start_broker(self) -> None:
+    def _start(self, name: str, *wrap: str) -> subprocess.Popen[bytes]:
         os.makedirs(self.layout.run, exist_ok=True)
-        with open(f"{self.layout.run}/broker.err", "ab") as errors:
-            self.broker = subprocess.Popen(
-                [*self.wrap, sys.executable, "-IS", f"{PACKAGE_DIR}/__main__.py", "broker", self.layout.to_args()],
+        with open(f"{self.layout.run}/{name}.err", "ab") as errors:
+            return subprocess.Popen(
+                [*wrap, sys.executable, "-IS", f"{PACKAGE_DIR}/__main__.py", name, self.layout.to_args()],
                 stdin=subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,
                 start_new_session=True,
             )
+
+    def start_broker(self) -> None:
+        self.broker = self._start("broker", *self.wrap)
         self.wait_for(lambda: self._answers(), "the broker to answer", 60)
 
     def _answers(self) -> bool:
@@ -111,7 +117,7 @@ class Session:
 
     def errors(self) -> str:
         """What broker and relay wrote for the administrator."""
-        names = ("broker.err", "relay.err", "launcher.err")
+        names = ("broker.err", "front.err", "relay.err", "launcher.err")
         return "".join(
             Path(self.layout.run, name).read_text("utf-8", "replace") for name in names if Path(self.layout.run, name).exists()
         )
@@ -191,11 +197,12 @@ class Session:
     def stop(self) -> None:
         """End everything: QEMUs, broker, relay; by the pids we know to be ours."""
         qemus = self.qemu_pids()
-        for pid in [*self.pids("broker"), *self.pids("launcher"), *qemus, *self.pids("relay")]:
+        for pid in [*self.pids("front"), *self.pids("broker"), *self.pids("launcher"), *qemus, *self.pids("relay")]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        if self.broker is not None:
-            self.broker.wait()
+        for process in (self.broker, self.front):
+            if process is not None:
+                process.wait()
         # A jail that was started and not written down yet: the next broker would find it, and there is none.
         for pid in self.holders():
             with contextlib.suppress(ProcessLookupError):

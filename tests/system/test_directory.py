@@ -81,6 +81,7 @@ def test_an_answer_that_is_not_whole_says_so(directory: Directory) -> None:
     assert look_up(directory) == silent
 
 
+SOCKET = "/run/vmshell/broker.sock"
 CONNECT = """
 import json, os, sys
 sys.path.insert(0, "/opt")
@@ -94,22 +95,28 @@ print(body["error"]["code"] if "error" in body else body["ok"].get("user", "done
 
 
 class Broker:
-    """A broker on that host, and its users' connections."""
+    """A broker on that host with its front, and its users' connections."""
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
-        command = directory.command("python3", "-IS", "/opt/vmshell/__main__.py", "broker", LAYOUT)
-        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        directory.run("rm", "-f", SOCKET)
+        self._front = subprocess.Popen(self._command("front"))
+        self._process = subprocess.Popen(self._command("broker"), stderr=subprocess.PIPE, text=True)
+
+    def _command(self, name: str) -> list[str]:
+        return self._directory.command("python3", "-IS", "/opt/vmshell/__main__.py", name, LAYOUT)
 
     def __enter__(self) -> Broker:
         assert self._process.stderr is not None
         while '"started"' not in (line := self._process.stderr.readline()):
             assert line, "the broker ended"
+        self._directory.run("sh", "-c", f"until test -S {SOCKET}; do sleep 0.1; done")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._directory.run("pkill", "-KILL", "-f", "__main__.py broker")
+        self._directory.run("pkill", "-KILL", "-f", "__main__.py (broker|front)")
         self._process.communicate(timeout=60)
+        self._front.wait(60)
 
     def begin(self, uid: int, verb: str = "whoami") -> subprocess.Popen[str]:
         command = self._directory.command("python3", "-IS", "-c", CONNECT, str(uid), verb)

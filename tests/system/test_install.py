@@ -121,6 +121,7 @@ def test_sockets_are_for_those_they_are_for(host: Host) -> None:
     assert host.sh("cd /run/vmshell; stat -c '%n %a %U %G' . *.sock broker vms names").splitlines() == [
         ". 755 root root",
         "broker.sock 660 root vmusers",
+        "front.sock 600 vmshell-broker vmshell-broker",
         "launcher.sock 600 vmshell-broker vmshell-broker",
         "relay.sock 600 vmshell-broker vmshell-broker",
         "tapnet.sock 600 vmshell-broker vmshell-broker",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -127,7 +126,7 @@ def test_an_interrupted_upload_says_nothing(pipe: tuple[int, int]) -> None:
 
     def interrupt(sent: int) -> None:
         if sent:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         upload.send(job.pipe, pipe[0], interrupt)
