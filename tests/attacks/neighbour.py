@@ -17,7 +17,7 @@ from vmshell import wire
 
 VM = "web1"
 PATIENCE = 60.0
-PAUSE = 0.02  # seconds between two rounds
+PAUSE = 0.12  # seconds between two rounds: a user may connect ten times a second, and is refused beyond it
 
 
 def main() -> int:
