@@ -21,7 +21,7 @@ from tests.fakes.serial import relays_side
 from tests.guests import disk_image, echo_image
 from tests.images import install_images
 from tests.session import Session
-from vmshell.broker import serial
+from vmshell.broker.lifecycle import serial_port
 from vmshell.launch.argv import qemu_argv
 from vmshell.launch.devices import DiskPlan, NicPlan
 from vmshell.launch.plan import LaunchPlan
@@ -57,7 +57,7 @@ class ByHand:
                 disks = (DiskPlan(layers=((own, "qcow2"), (base, "raw")), bootindex=1),)
             boot = _boot_section(files / "image.toml")
             qmp = stack.enter_context(self._listen("qmp"))
-            stdin, stdout = serial.make(str(self._folder), stack)
+            stdin, stdout = serial_port.make(str(self._folder), stack)
             self._console = relays_side(str(self._folder))
             plan = LaunchPlan(
                 number=1,

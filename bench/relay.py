@@ -28,7 +28,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from vmshell import wire  # noqa: E402
-from vmshell.broker import serial  # noqa: E402
+from vmshell.broker.lifecycle import serial_port  # noqa: E402
 from vmshell.consoles import DATA, DATA_MAX, FRAME, cells  # noqa: E402
 from vmshell.layout import Layout  # noqa: E402
 from vmshell.messages import Attach, Forget, ToRelay, Watch  # noqa: E402
@@ -187,7 +187,7 @@ class Relay:
         number = self._number
         os.makedirs(self.layout.vm_run(number))
         with ExitStack() as stack:
-            ends = serial.make(self.layout.vm_run(number), stack)
+            ends = serial_port.make(self.layout.vm_run(number), stack)
             guest = Guest(lambda: ends, what)
         monitor = socket.socket(socket.AF_UNIX)
         monitor.bind(f"{self.layout.vm_run(number)}/qmp.sock")
@@ -198,7 +198,7 @@ class Relay:
             with ExitStack() as stack:
                 stack.callback(os.close, keys)
                 stack.callback(os.close, output)
-                self.call(Watch(number=number, log_max=LOG_MAX), serial.open_both(self.layout.vm_run(number), stack))
+                self.call(Watch(number=number, log_max=LOG_MAX), serial_port.open_both(self.layout.vm_run(number), stack))
                 self.call(Attach(number=number, uid=1001, label="bench"), (keys, output))
             os.read(shown, CHUNK)  # hello
             yield guest, console(shown, typed)

@@ -19,19 +19,7 @@ from time import monotonic
 from vmshell import brokeraccount, wire
 from vmshell.errors import Internal, ProtocolError, VmshellError, safe
 from vmshell.fields import request_id
-from vmshell.messages import (
-    Confine,
-    Health,
-    Open,
-    Opening,
-    Port,
-    Segment,
-    Settings,
-    Settle,
-    ToTapnet,
-    Unplug,
-    parse_to_tapnet,
-)
+from vmshell.messages import Confine, Health, Open, Opening, Port, Segment, Settings, Settle, ToTapnet, Unplug, parse_to_tapnet
 
 from .features import Features
 from .network import Answer, Network

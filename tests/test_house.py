@@ -118,15 +118,15 @@ def test_import_arrows() -> None:
         ("vmshell/broker/main.py", "vmshell.relay.loop", False),
         ("vmshell/broker/main.py", "subprocess", False),
         ("vmshell/broker/main.py", "prompt_toolkit", False),
-        ("vmshell/shell/prompt.py", "prompt_toolkit", True),
-        ("vmshell/shell/prompt.py", "vmshell.launch.argv", False),
+        ("vmshell/shell/ui/prompt.py", "prompt_toolkit", True),
+        ("vmshell/shell/ui/prompt.py", "vmshell.launch.argv", False),
         ("vmshell/relay/loop.py", "tapnet.links", False),
         ("vmshell/wire.py", "vmshell.messages", False),
         ("vmshell/messages.py", "vmshell.wire", True),
-        ("tapnet/links.py", "vmshell.broker.host", False),
+        ("tapnet/links.py", "vmshell.broker.host.processes", False),
         ("tapnet/rootpolicy.py", "vmshell.model.policy", True),
         ("vmshell/dnsmasq/main.py", "vmshell.model.policy", True),
-        ("vmshell/dnsmasq/main.py", "vmshell.broker.resolving", False),
+        ("vmshell/dnsmasq/main.py", "vmshell.broker.network.dnsmasq", False),
     ],
 )
 def test_the_arrows_tell_good_from_bad(path: str, name: str, allowed: bool) -> None:
@@ -159,7 +159,7 @@ def test_no_calls_a_reviewer_would_ask_about() -> None:
 def test_the_broker_never_asks_the_hosts_accounts_itself() -> None:
     """G19: its loop serves everybody, and a directory may be silent for half a minute; the accounts helper may wait."""
     problems = []
-    for path in TREE.glob("vmshell/broker/*.py"):
+    for path in TREE.glob("vmshell/broker/**/*.py"):
         problems += [
             f"{path.name}:{line}: {name}" for line, name in imports(path) if name.split(".")[0] in ("pwd", "grp", "ctypes")
         ]
@@ -170,7 +170,7 @@ def test_the_broker_never_asks_the_hosts_accounts_itself() -> None:
 
 # What makes a socket of a network; the one file of the broker's with one is for session mode, where the broker is the user.
 NETWORK_SOCKETS = {"AF_INET", "AF_INET6", "AF_PACKET", "create_connection", "create_server", "getaddrinfo"}
-WITH_NETWORK_SOCKETS = {"vmshell/broker/passt.py"}
+WITH_NETWORK_SOCKETS = {"vmshell/broker/network/passt.py"}
 
 
 def test_the_broker_speaks_to_no_network() -> None:
@@ -281,7 +281,7 @@ def test_descriptors_go_one_way() -> None:
     from vmshell.messages import REQUESTS
 
     assert [verb for verb, kind in REQUESTS.items() if kind.fds] == []
-    text = (TREE / "vmshell/broker/server.py").read_text(encoding="utf-8")
+    text = (TREE / "vmshell/broker/api/server.py").read_text(encoding="utf-8")
     assert text.count("wire.recv(") == 1 and "fds_allowed" not in text
 
 

@@ -43,8 +43,8 @@ def main(argv: list[str]) -> int:
         from vmshell.storage.main import main as run
     elif process == "probe":
         from vmshell.probe.main import main as run
-    elif process == "sieve":
-        from vmshell.sieve.main import main as run
+    elif process == "framefilter":
+        from vmshell.framefilter.main import main as run
     elif process == "dnsmasq":
         from vmshell.dnsmasq.main import main as run
     elif process == "tapnet":

@@ -37,11 +37,11 @@ from tests.frames import (
 )
 from tests.process.networld import inside
 from tests.process.tapnets import Namespace, unable
-from vmshell.broker import passt
-from vmshell.broker.cards import Card
 from vmshell.broker.context import Context
-from vmshell.broker.host import Host, Process
-from vmshell.broker.loop import Loop
+from vmshell.broker.host.processes import Host, Process
+from vmshell.broker.network import passt
+from vmshell.broker.network.interfaces import Card
+from vmshell.broker.runtime.loop import Loop
 from vmshell.layout import Layout
 from vmshell.model.catalogues import Network
 from vmshell.model.definition import Nic

@@ -308,5 +308,5 @@ def test_A38_A39_the_source_has_nothing_to_evaluate_with() -> None:
                 assert not {"pickle", "marshal", "yaml", "cmd", "code", "pydoc", "readline"} & set(names), f"{path}:{node.lineno}"
     assert not re.search(
         r"enable_open_in_editor=True|enable_system_prompt=True|enable_suspend=True",
-        (TREE / "vmshell/shell/prompt.py").read_text(),
+        (TREE / "vmshell/shell/ui/prompt.py").read_text(),
     )

@@ -6,7 +6,7 @@ import contextlib
 import os
 import select
 
-from vmshell.broker import serial
+from vmshell.broker.lifecycle import serial_port
 
 
 class SerialPort:
@@ -61,16 +61,16 @@ class SerialPort:
 
 def guests_side(run_dir: str) -> SerialPort:
     """What QEMU gets: FIFOs made in place of an earlier run's."""
-    for name in serial.NAMES:
+    for name in serial_port.NAMES:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{run_dir}/{name}")
     stack = contextlib.ExitStack()
-    input_fd, output_fd = serial.make(run_dir, stack)
+    input_fd, output_fd = serial_port.make(run_dir, stack)
     return SerialPort(input_fd, output_fd, stack)
 
 
 def relays_side(run_dir: str) -> SerialPort:
     """What the relay gets."""
     stack = contextlib.ExitStack()
-    input_fd, output_fd = serial.open_both(run_dir, stack)
+    input_fd, output_fd = serial_port.open_both(run_dir, stack)
     return SerialPort(output_fd, input_fd, stack)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vmshell import wire
-from vmshell.broker.loop import Loop
+from vmshell.broker.runtime.loop import Loop
 from vmshell.refusals import NetworkFailed
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from tests.process.relays import _STARTER as STARTER
 from tests.process.relays import PATIENCE, until
 from vmshell import wire
-from vmshell.broker import serial
+from vmshell.broker.lifecycle import serial_port
 from vmshell.installed import PACKAGE_DIR, PYTHON_FLAGS
 from vmshell.launcher.uids import processes
 from vmshell.layout import Layout
@@ -267,7 +267,7 @@ class Lent:
         self.said = reader
         self.stack.callback(os.close, reader)
         self.stack.callback(os.close, writer)
-        self.console = serial.make(str(self.folder), self.stack)
+        self.console = serial_port.make(str(self.folder), self.stack)
 
     def file(self, flags: int, *, mode: int = 0o600, owner: int = -1, size: int = 1 << 20) -> int:
         """A descriptor of a new file of *owner*'s, or of the broker's."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.consoles import Viewer
 from vmshell import wire
-from vmshell.broker import serial
+from vmshell.broker.lifecycle import serial_port
 from vmshell.installed import PACKAGE_DIR, PYTHON_FLAGS
 from vmshell.layout import Layout
 from vmshell.messages import Attach, Event, ToRelay, Watch
@@ -185,7 +185,7 @@ class RelayProcess:
     def watch(self, number: int, *errors: int, **options: Any) -> None:
         """Put a VM into the relay's care as the broker does: with its serial port, and with the error pipe of a new QEMU."""
         with contextlib.ExitStack() as stack:
-            console = serial.open_both(self.layout.vm_run(number), stack)
+            console = serial_port.open_both(self.layout.vm_run(number), stack)
             self.tell(Watch(number=number, **options), *console, *errors)
 
     def attach(self, number: int, label: str = "alice", uid: int = 1001, **options: Any) -> Viewer:

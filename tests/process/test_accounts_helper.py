@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from vmshell.accounts import lookups, main
-from vmshell.broker import accountslink
-from vmshell.broker.accountslink import AccountsLink, Fact, Question, Stamp
-from vmshell.broker.host import Host
-from vmshell.broker.loop import Loop
+from vmshell.broker.host import accounts_helper
+from vmshell.broker.host.accounts_helper import AccountsLink, Fact, Question, Stamp
+from vmshell.broker.host.processes import Host
+from vmshell.broker.runtime.loop import Loop
 from vmshell.encoding import encode
 from vmshell.installed import PACKAGE_DIR
 from vmshell.layout import Layout
@@ -102,7 +102,7 @@ def test_early_questions_come_before_others_and_after_urgent_ones(asking: Asking
 
 
 def test_a_full_queue_is_no_answer(asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accountslink, "QUEUE_MAX", 1)
+    monkeypatch.setattr(accounts_helper, "QUEUE_MAX", 1)
     for number in range(4):
         asking.link.ask(Question("uid", NOBODY_HAS + number), urgent=True)
     assert asking.answers == [(Question("uid", NOBODY_HAS + number), None) for number in (2, 3)]
@@ -116,7 +116,7 @@ def test_a_question_that_ends_the_helper_is_given_up(asking: Asking, monkeypatch
         started.append(words)
         return ["false"]
 
-    monkeypatch.setattr(accountslink, "python", python)
+    monkeypatch.setattr(accounts_helper, "python", python)
     assert asking.ask("user", "alice") is None
     assert len(started) >= 2
 
@@ -124,7 +124,7 @@ def test_a_question_that_ends_the_helper_is_given_up(asking: Asking, monkeypatch
 def test_g19_a_helper_that_hangs_is_killed_and_the_next_one_answers(asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
     asking.link._patience = 0.5
     with monkeypatch.context() as patch:
-        patch.setattr(accountslink, "python", lambda *words: ["sleep", "3600"])
+        patch.setattr(accounts_helper, "python", lambda *words: ["sleep", "3600"])
         asking.link.ask(Question("user", "alice"), urgent=True)
         asking.turn(lambda: asking.link._process)
         process = asking.link._process

@@ -17,13 +17,13 @@ import pytest
 
 from tests.frames import BROADCAST, dhcp, ethernet, icmp6, ip4, ip6, udp
 from tests.process.tapnets import Namespace, Tapnet, mac, segment, unable
-from vmshell.broker.cards import Card, cards_of
 from vmshell.broker.context import Context
-from vmshell.broker.host import Host
-from vmshell.broker.loop import Loop
-from vmshell.broker.objects import Store
-from vmshell.broker.resolving import entries
-from vmshell.broker.vms import Vm
+from vmshell.broker.host.processes import Host
+from vmshell.broker.network.dnsmasq import entries
+from vmshell.broker.network.interfaces import Card, cards_of
+from vmshell.broker.runtime.loop import Loop
+from vmshell.broker.vm.objects import Store
+from vmshell.broker.vm.registry import Vm
 from vmshell.dnsmasq.configuration import configuration
 from vmshell.layout import Layout
 from vmshell.messages import Port
@@ -43,7 +43,7 @@ CHOSEN = "06:11:22:33:44:55"  # a MAC of its owner's choice
 
 class Net:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, nic: Nic) -> None:
-        monkeypatch.setattr("vmshell.broker.host._relay_gid", os.getgid)
+        monkeypatch.setattr("vmshell.broker.host.processes._relay_gid", os.getgid)
         self.space = Namespace()
         self.tapnet = Tapnet(self.space, folder / "tapnet")
         rules = parse(POLICY, "policy.toml")

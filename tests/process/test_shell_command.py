@@ -325,7 +325,7 @@ def test_hostile_environment_changes_nothing(broker: FakeBroker, short_tmp: Path
 
 def test_the_environment_is_an_allow_list(layout: Layout, short_tmp: Path) -> None:
     code = (
-        "import os, sys; sys.path.insert(0, sys.argv[1]); from vmshell.shell import process\n"
+        "import os, sys; sys.path.insert(0, sys.argv[1]); from vmshell.shell.startup import process\n"
         "print(process.reduce_environment(session=False), sorted(os.environ))"
     )
     many = {f"VAR{n}": "x" for n in range(30)} | {

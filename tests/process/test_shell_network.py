@@ -108,7 +108,7 @@ def test_what_others_chose_is_escaped(broker: FakeBroker, short_tmp: Path) -> No
 def brisk(short_tmp: Path) -> None:
     """The shell that is started draws ten lines a second."""
     path = Path(starter(short_tmp))
-    main, pace = "os._exit(main(", "from vmshell.shell import networking\n\nnetworking.PACE = 0.1\n"
+    main, pace = "os._exit(main(", "from vmshell.shell.commands import network\n\nnetwork.PACE = 0.1\n"
     text = path.read_text()
     assert main in text
     path.write_text(text.replace(main, pace + main))
@@ -280,8 +280,11 @@ def test_a_list_of_vms_does_not_pay_for_networks(broker: FakeBroker, short_tmp: 
     command = ["/usr/bin/python3", "-IS", "-c", code, str(REPOSITORY), broker.layout.to_args()]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LONG)
     loaded = set(done.stderr.split())
-    assert done.returncode == 0 and "vmshell.shell.show" in loaded
-    shell = {f"vmshell.shell.{name}" for name in ("networking", "ssh", "pump", "console", "storing", "helptext")}
+    assert done.returncode == 0 and "vmshell.shell.ui.output" in loaded
+    shell = {
+        f"vmshell.shell.{name}"
+        for name in ("commands.network", "commands.ssh", "client.pump", "console.viewer", "commands.storage", "cli.help")
+    }
     assert not loaded & {*shell, "json", "socket", "signal", "tempfile", "shutil", "random", "enum", "re"}
 
 

@@ -30,8 +30,8 @@ from tests.fakes.shell import PROMPT, REPOSITORY, environment, leave
 from vmshell.errors import VmshellError
 from vmshell.layout import Layout
 from vmshell.refusals import NotConnected, ProgramFailed, VmBusy, WrongState
-from vmshell.shell import ssh
-from vmshell.shell.ssh_said import Said
+from vmshell.shell.commands import ssh
+from vmshell.shell.commands.ssh_messages import Said
 
 LONG = 60  # seconds
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIEz"
@@ -43,7 +43,8 @@ OTHER = "ecdsa-sha2-nistp256 AAAAE2VjZHNhLXNoYTItbmlzdHAyNTYAAAA"
 # What vmshell is, with another program instead of ssh.
 DRIVER = (
     "import sys; sys.path[:0] = [sys.argv[1]]; sys.path += [sys.argv[2]]\n"
-    "from vmshell.shell import main, ssh; ssh.PROGRAM = sys.argv[3]; sys.exit(main.main(sys.argv[4:]))"
+    "from vmshell.shell import main; from vmshell.shell.commands import ssh; "
+    "ssh.PROGRAM = sys.argv[3]; sys.exit(main.main(sys.argv[4:]))"
 )
 # Tells how it was started, then does what stands in `behaviour` beside it.
 FAKE = """#!/usr/bin/python3 -IS

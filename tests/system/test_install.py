@@ -432,7 +432,7 @@ def test_a_version_stays_while_somebody_has_it(host: Host) -> None:
     for unit in PROCESSES:
         held = host.sh(f"readlink /proc/{main_pid(host, f'vmshell-{unit}')}/fd/*", check=False)
         assert f"{LIBDIR}/versions/{versions[2]}" in held.split(), unit
-    host.sh(f"echo 'raise ValueError' >{CODE}/vmshell/shell/networking.py")
+    host.sh(f"echo 'raise ValueError' >{CODE}/vmshell/shell/commands/network.py")
     session.sendline("networks")
     session.expect_exact("internet")
     session.sendline("exit")

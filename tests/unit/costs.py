@@ -15,16 +15,16 @@ from typing import Any, cast
 
 from tests.fakes.accounts import People
 from vmshell import encoding
-from vmshell.broker.access import Peer
-from vmshell.broker.cards import cards_of
+from vmshell.broker.api.server import Client, Server
 from vmshell.broker.context import Context
-from vmshell.broker.fleet import Live
-from vmshell.broker.host import Host
-from vmshell.broker.loop import Loop
-from vmshell.broker.objects import Object, Store
-from vmshell.broker.publishing import Published
-from vmshell.broker.server import Client, Server
-from vmshell.broker.vms import Snapshot, Vm
+from vmshell.broker.host.processes import Host
+from vmshell.broker.lifecycle.runs import Live
+from vmshell.broker.network.interfaces import cards_of
+from vmshell.broker.network.openings import Published
+from vmshell.broker.runtime.loop import Loop
+from vmshell.broker.vm.access import Peer
+from vmshell.broker.vm.objects import Object, Store
+from vmshell.broker.vm.registry import Snapshot, Vm
 from vmshell.errors import ProtocolError
 from vmshell.layout import Layout
 from vmshell.messages import RUNNING

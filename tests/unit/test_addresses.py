@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from vmshell.broker import changelog
-from vmshell.broker.addresses import WITHOUT_SUBNET, Addresses, write_old_file
+from vmshell.broker.network.addresses import WITHOUT_SUBNET, Addresses, write_old_file
+from vmshell.broker.runtime import change_log
 from vmshell.model.addressing import Plan
 from vmshell.refusals import NoAddress, StorageFailed
 
@@ -76,7 +76,7 @@ def test_whatever_happens_the_file_says_what_is_believed(path: str) -> None:
     assert not addresses.damaged and state(opened(path, addresses.plan)) == state(addresses)
     taken = [host for cards in addresses._cards.values() for host in cards.hosts.values()]
     assert len(taken) == sum(len(cards.taken) for cards in addresses._cards.values())
-    assert log(path).read_bytes().count(b"\n") <= 2 * addresses._count + changelog.ANEW + 2, "it does not grow for ever"
+    assert log(path).read_bytes().count(b"\n") <= 2 * addresses._count + change_log.ANEW + 2, "it does not grow for ever"
     assert len(addresses._free[True]) <= 70
 
 

@@ -18,13 +18,13 @@ import pytest
 from tests.fakes.broker import FakeBroker
 from vmshell import encoding
 from vmshell.admin import usage
-from vmshell.broker.access import Peer
+from vmshell.broker.api.dispatch import HANDLERS
 from vmshell.broker.context import Context
-from vmshell.broker.host import Host
-from vmshell.broker.loop import Loop
-from vmshell.broker.objects import Object
-from vmshell.broker.verbs import HANDLERS
-from vmshell.broker.vms import Vm
+from vmshell.broker.host.processes import Host
+from vmshell.broker.runtime.loop import Loop
+from vmshell.broker.vm.access import Peer
+from vmshell.broker.vm.objects import Object
+from vmshell.broker.vm.registry import Vm
 from vmshell.errors import BadValue, VmshellError
 from vmshell.layout import Layout
 from vmshell.messages import ASKED_MAX, SHOWN_MAX, ImageUsers, Owned, Request, parse_request

@@ -10,10 +10,10 @@ from typing import Any, cast
 
 import pytest
 
-from vmshell.broker import admission
-from vmshell.broker.admission import BUSY_TIME_MAX, SAMPLE, SILENT_CPU, SILENT_TIME_MAX, TICK, Admission
-from vmshell.broker.objects import Store
-from vmshell.broker.vms import Vm
+from vmshell.broker.lifecycle import boot_queue
+from vmshell.broker.lifecycle.boot_queue import BUSY_TIME_MAX, SAMPLE, SILENT_CPU, SILENT_TIME_MAX, TICK, Admission
+from vmshell.broker.vm.objects import Store
+from vmshell.broker.vm.registry import Vm
 from vmshell.messages import QUEUED, RUNNING, STARTING
 from vmshell.model.definition import Definition
 
@@ -76,9 +76,9 @@ class World:
 def world(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], World]:
     def made(places: int) -> World:
         new = World(places)
-        monkeypatch.setattr(admission, "time", SimpleNamespace(monotonic=lambda: new.now))
-        monkeypatch.setattr(admission, "cpu_seconds", lambda pid: new.used.get(pid, 0.0))
-        monkeypatch.setattr(admission, "cpu_demand", lambda pid: new.wanted.get(pid, 0.0))
+        monkeypatch.setattr(boot_queue, "time", SimpleNamespace(monotonic=lambda: new.now))
+        monkeypatch.setattr(boot_queue, "cpu_seconds", lambda pid: new.used.get(pid, 0.0))
+        monkeypatch.setattr(boot_queue, "cpu_demand", lambda pid: new.wanted.get(pid, 0.0))
         return new
 
     return made

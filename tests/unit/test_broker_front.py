@@ -16,9 +16,9 @@ import pytest
 
 from tests.unit.costs import Bench
 from vmshell import wire
-from vmshell.broker.frontlink import FrontLink
-from vmshell.broker.loop import Loop
-from vmshell.broker.server import Server
+from vmshell.broker.api.server import Server
+from vmshell.broker.runtime.loop import Loop
+from vmshell.broker.services.front import FrontLink
 from vmshell.layout import Layout
 from vmshell.messages import Arrived
 

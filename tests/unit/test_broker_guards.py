@@ -15,19 +15,20 @@ from typing import Any, cast
 import pytest
 
 from vmshell.broker import context as context_module
-from vmshell.broker import endings, scratch, start
-from vmshell.broker import host as host_module
-from vmshell.broker import link as link_module
-from vmshell.broker.admission import Admission
+from vmshell.broker.api.server import Call
 from vmshell.broker.context import Context
-from vmshell.broker.endings import Endings
-from vmshell.broker.fleet import Fleet, Live
-from vmshell.broker.host import Host
-from vmshell.broker.loop import Loop
-from vmshell.broker.objects import Store
-from vmshell.broker.relaylink import RelayLink
-from vmshell.broker.server import Call
-from vmshell.broker.vms import Registry, Vm
+from vmshell.broker.host import processes as host_module
+from vmshell.broker.host.processes import Host
+from vmshell.broker.lifecycle import launch_plan, stop
+from vmshell.broker.lifecycle.boot_queue import Admission
+from vmshell.broker.lifecycle.runs import Fleet, Live
+from vmshell.broker.lifecycle.stop import Endings
+from vmshell.broker.runtime.loop import Loop
+from vmshell.broker.services import connection as link_module
+from vmshell.broker.services.relay import RelayLink
+from vmshell.broker.storage import overlays
+from vmshell.broker.vm.objects import Store
+from vmshell.broker.vm.registry import Registry, Vm
 from vmshell.errors import VmshellError
 from vmshell.layout import Layout
 from vmshell.messages import FAILED, OFF, QUEUED, RUNNING, STOPPING, Forget, Order
@@ -185,13 +186,13 @@ def test_a_start_that_fails_leaves_no_descriptor(layout: Layout, monkeypatch: py
 
     launcher = SimpleNamespace(launch=lambda *arguments: None)
     context = cast(Any, SimpleNamespace(host=Host(embedded=True), layout=layout, launcher=launcher))
-    monkeypatch.setattr(start, "_plan", lambda *arguments: {})
-    monkeypatch.setattr({"pipe2": os, "_plan": start, "launch": launcher}[trouble], trouble, fails)
+    monkeypatch.setattr(launch_plan, "_plan", lambda *arguments: {})
+    monkeypatch.setattr({"pipe2": os, "_plan": launch_plan, "launch": launcher}[trouble], trouble, fails)
     os.makedirs(layout.vm_run(1))
     live = Live(Vm(1, 1000, "alice", Definition(name="web1"), 0, Store("/nowhere", "web1")))
     before = open_fds()
     with pytest.raises(RuntimeError, match=trouble):
-        start.Start(context, live, live.vm.definition, {}, {}, {}, lambda *arguments: None)
+        launch_plan.Start(context, live, live.vm.definition, {}, {}, {}, lambda *arguments: None)
     assert open_fds() == before
 
 
@@ -285,12 +286,12 @@ class Bench:
 def test_asking_for_a_shutdown_over_and_over_stays_bounded(layout: Layout, loop: Loop) -> None:
     """F14: a client that asks, hangs up and asks again holds a limited number of calls and timers, and one power button."""
     bench = Bench(layout, loop, Registry(layout))
-    waiters = [bench.shutdown() for _ in range(endings.WAITERS_MAX)]
+    waiters = [bench.shutdown() for _ in range(stop.WAITERS_MAX)]
     with pytest.raises(TooManyRequests):
         bench.shutdown()
     with pytest.raises(TooManyRequests):
         bench.reboot()
-    assert due(loop) == endings.WAITERS_MAX + 1
+    assert due(loop) == stop.WAITERS_MAX + 1
     before = len(bench.sent)
     assert bench.live.button is not None
     assert bench.live.button.action is not None
@@ -372,7 +373,7 @@ def test_the_late_failure_of_a_killed_boot_is_nothing_to_the_next_one(
     if step == "image check":
         monkeypatch.setattr(context.images, "when_verified", lambda images, done: fail.append(done))
     else:
-        monkeypatch.setattr(scratch, "make", lambda context, vm, definition, done: fail.append(lambda error: done(error, {})))
+        monkeypatch.setattr(overlays, "make", lambda context, vm, definition, done: fail.append(lambda error: done(error, {})))
     vm, machines = defined(context, "web1"), context.machines
     first, killer, second = FakeClient(), FakeClient(), FakeClient()
     machines.boot(first.call(), vm, console=False)
@@ -474,7 +475,7 @@ def test_a_damaged_counter_gives_no_wrong_number(layout: Layout, text: str, numb
 def test_nothing_runs_in_the_jail_before_its_process_is_written_down(tmp_path: Path) -> None:
     """D23: a broker killed in between leaves a jail that waits, also once the broker's own end of the barrier is closed."""
     ran = tmp_path / "ran"
-    with start._barrier(str(tmp_path / "barrier")) as barrier:
+    with launch_plan._barrier(str(tmp_path / "barrier")) as barrier:
         words = ["bwrap", "--ro-bind", "/", "/", "--bind", str(tmp_path), str(tmp_path), "--unshare-pid", "--block-fd", "3"]
         process = Host(embedded=True).spawn([*words, "touch", str(ran)], {3: barrier})
         ours = os.dup(barrier)

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from vmshell import wire
-from vmshell.broker.link import Link
-from vmshell.broker.loop import Loop
-from vmshell.broker.tapnetlink import TapnetLink
+from vmshell.broker.runtime.loop import Loop
+from vmshell.broker.services.connection import Link
+from vmshell.broker.services.tapnet import TapnetLink
 from vmshell.errors import VmshellError
 from vmshell.messages import Health, Unplug
 from vmshell.refusals import TapnetDown
@@ -98,7 +98,7 @@ def test_a_service_that_goes_away_meanwhile_is_called_again_once(loop: Loop, sho
 
 
 def test_a_service_that_never_reads_is_lost_in_the_end(loop: Loop, short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vmshell.broker.link._UNSENT_MAX", 100)
+    monkeypatch.setattr("vmshell.broker.services.connection._UNSENT_MAX", 100)
     with wire.listen(f"{short_tmp}/s", 0o600):
         gc.collect()  # what tests before this one have left to it
         before = len(os.listdir("/proc/self/fd"))

@@ -13,29 +13,22 @@ from typing import Any, cast
 import pytest
 
 from vmshell import messages
-from vmshell.broker import catalogue, opening, passt, reaching
-from vmshell.broker.access import Peer, authorise, visible
 from vmshell.broker.context import Context
-from vmshell.broker.fleet import Live
-from vmshell.broker.host import Host
-from vmshell.broker.loop import Loop
-from vmshell.broker.objects import Object
-from vmshell.broker.vms import Registry, Vm
+from vmshell.broker.handlers import network
+from vmshell.broker.host.processes import Host
+from vmshell.broker.lifecycle.runs import Live
+from vmshell.broker.network import passt
+from vmshell.broker.runtime.loop import Loop
+from vmshell.broker.storage import image_catalogue, resources
+from vmshell.broker.vm.access import Peer, authorise, visible
+from vmshell.broker.vm.objects import Object
+from vmshell.broker.vm.registry import Registry, Vm
 from vmshell.errors import VmshellError
 from vmshell.layout import Layout
 from vmshell.model.definition import Definition, Disk, Nic
 from vmshell.model.policy import Policy
 from vmshell.model.shapes import Forward
-from vmshell.refusals import (
-    ImageDamaged,
-    NoSuchImage,
-    NoSuchObject,
-    NoSuchVm,
-    NotAllowed,
-    NotConnected,
-    VmBusy,
-    VmExists,
-)
+from vmshell.refusals import ImageDamaged, NoSuchImage, NoSuchObject, NoSuchVm, NotAllowed, NotConnected, VmBusy, VmExists
 
 # --- records ----------------------------------------------------------------------------------------------------------
 
@@ -136,12 +129,12 @@ def test_the_library_offers_files_that_all_may_read_and_no_links(tmp_path: Path)
     (tmp_path / "one/link").symlink_to("/etc/passwd")
     os.mkfifo(tmp_path / "one/fifo")
     context = SimpleNamespace(policy=SimpleNamespace(library=(str(tmp_path / "one"), str(tmp_path / "two"))))
-    fd = opening.open_library(cast(Any, context), "x.iso")
+    fd = resources.open_library(cast(Any, context), "x.iso")
     assert os.read(fd, 9) == b"iso"
     os.close(fd)
     for name in ("closed", "link", "fifo", "missing"):
         with pytest.raises(NoSuchObject, match=f"the library has no {name}"):
-            opening.open_library(cast(Any, context), name)
+            resources.open_library(cast(Any, context), name)
 
 
 # --- who may do what --------------------------------------------------------------------------------------------------
@@ -222,14 +215,14 @@ def test_images_that_are_not_whole(tmp_path: Path, text: str | None, error: type
         (tmp_path / "x").mkdir()
         (tmp_path / "x/image.toml").write_text(text)
     with pytest.raises(error):
-        catalogue.load(str(tmp_path), "x")
+        image_catalogue.load(str(tmp_path), "x")
 
 
 def test_an_image_file_is_opened_without_following_links(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x/image.toml").write_text('[boot]\nkernel = "k"\n[sha256]\nk = "00"')
     (tmp_path / "x/k").symlink_to("/etc/passwd")
-    image = catalogue.load(str(tmp_path), "x")
+    image = image_catalogue.load(str(tmp_path), "x")
     with pytest.raises(ImageDamaged):
         image.open("k")
     (tmp_path / "x/k").unlink()
@@ -298,7 +291,7 @@ def forwarding(context: Context, port: int) -> Vm:
 
 def reached(context: Context, vm: Vm) -> dict[str, object]:
     call = Answer()
-    reaching.handle_connect(context, cast(Any, call), messages.Connect(vm=vm.name, port=22), vm)
+    network.handle_connect(context, cast(Any, call), messages.Connect(vm=vm.name, port=22), vm)
     (answer,) = call.replies
     return answer
 
@@ -345,8 +338,8 @@ def test_a_vm_in_the_making_has_no_host_keys_yet(context: Context) -> None:
     vm = context.registry.create(1000, "alice", Definition("web1"))
     request = messages.HostKey(vm="web1", keys=["ssh-ed25519 AAAA"])
     with pytest.raises(VmBusy, match="web1 is creating"):
-        reaching.handle_host_key(context, cast(Any, Answer()), request, vm)
+        network.handle_host_key(context, cast(Any, Answer()), request, vm)
     assert vm.host_keys == []
     context.registry.finish_creation(vm)
-    reaching.handle_host_key(context, cast(Any, Answer()), request, vm)
+    network.handle_host_key(context, cast(Any, Answer()), request, vm)
     assert vm.host_keys == request.keys

@@ -10,15 +10,15 @@ from typing import Any, cast
 
 import pytest
 
-from vmshell.broker import jobs as jobs_module
-from vmshell.broker import uploads as uploads_module
-from vmshell.broker.access import Peer
+from vmshell.broker.api.server import Call
 from vmshell.broker.context import Context
-from vmshell.broker.host import Host
-from vmshell.broker.jobs import Jobs
-from vmshell.broker.keeping import handle_done, handle_put
-from vmshell.broker.loop import Loop
-from vmshell.broker.server import Call
+from vmshell.broker.handlers.storage import handle_done, handle_put
+from vmshell.broker.host.processes import Host
+from vmshell.broker.runtime.loop import Loop
+from vmshell.broker.services import jobs as jobs_module
+from vmshell.broker.services.jobs import Jobs
+from vmshell.broker.storage import uploads as uploads_module
+from vmshell.broker.vm.access import Peer
 from vmshell.layout import Layout
 from vmshell.messages import Done, Put
 from vmshell.model.policy import Policy

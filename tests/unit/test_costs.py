@@ -19,7 +19,7 @@ import pytest
 from tests.unit.costs import ALICE, ROOT, Bench, steps
 from tests.unit.test_bounds import SHAPES
 from vmshell import encoding, fields
-from vmshell.broker import networks
+from vmshell.broker.network import attachments
 from vmshell.errors import VmshellError
 from vmshell.messages import PIPES, REQUESTS, TEXT_MAX, BringsConsole, Request, StoreRequest, VmRequest
 from vmshell.model.definition import toml_value
@@ -39,7 +39,7 @@ OF_EVERYBODYS = {"image-users", "owned", "unreadable", "net-health", "reload", "
 def memory_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a disk does takes no steps of ours."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
-    monkeypatch.setattr(networks, "DNSMASQ", "/bin/true")
+    monkeypatch.setattr(attachments, "DNSMASQ", "/bin/true")
 
 
 @pytest.fixture

@@ -18,15 +18,17 @@ from vmshell.admin.doctor_records import check_records
 from vmshell.admin.findings import FAIL, WARN
 from vmshell.admin.findings import OK as FINE
 from vmshell.admin.verbs import Context as AdminContext
-from vmshell.broker import disk, keeping, verbs
-from vmshell.broker.access import Peer, authorise
+from vmshell.broker.api import dispatch
+from vmshell.broker.api.server import Call
 from vmshell.broker.context import Context
-from vmshell.broker.disk import read_text, write_fast, write_text
-from vmshell.broker.host import Host
-from vmshell.broker.loop import Loop
-from vmshell.broker.objects import DAMAGED, FACTS, OBJECTS_MAX, Object, Store
-from vmshell.broker.server import Call
-from vmshell.broker.vms import Registry, Snapshot, Vm
+from vmshell.broker.handlers import storage
+from vmshell.broker.host.processes import Host
+from vmshell.broker.runtime import files
+from vmshell.broker.runtime.files import read_text, write_fast, write_text
+from vmshell.broker.runtime.loop import Loop
+from vmshell.broker.vm.access import Peer, authorise
+from vmshell.broker.vm.objects import DAMAGED, FACTS, OBJECTS_MAX, Object, Store
+from vmshell.broker.vm.registry import Registry, Snapshot, Vm
 from vmshell.errors import VmshellError
 from vmshell.layout import Layout
 from vmshell.messages import FAILED, OFF, RUNNING
@@ -86,7 +88,7 @@ def ask(context: Context, peer: Peer, request: messages.Request) -> dict[str, An
     client.peer = peer
     call = Call(cast(Any, client), 1)
     vm = authorise(peer, request, context.registry)
-    verbs.HANDLERS[type(request)](context, call, request, *([vm] if vm else []))
+    dispatch.HANDLERS[type(request)](context, call, request, *([vm] if vm else []))
     ((body, _),) = client.sent
     if "error" in body:
         raise from_wire(body["error"])
@@ -105,7 +107,7 @@ DAMAGE = {
     "wrong kinds": '{"number": true, "owner": 3, "created": "x"}',
     "no text": "\xff\xfe",
     "grants of another shape": json.dumps({"number": 1, "owner": "alice", "created": 1, "published": [1]}),
-    "too large": " " * (disk.TEXT_MAX + 1),
+    "too large": " " * (files.TEXT_MAX + 1),
 }
 
 
@@ -189,7 +191,7 @@ def test_what_is_no_vms_is_said_to_be_there(context: Context, layout: Layout) ->
     assert [vm.name for vm in registry.of(1000)] == ["web1", "web2"]
 
 
-@pytest.mark.parametrize("damage", [None, "\xff\xfe", "x" * (disk.TEXT_MAX + 1)])
+@pytest.mark.parametrize("damage", [None, "\xff\xfe", "x" * (files.TEXT_MAX + 1)])
 def test_a_vm_without_a_readable_definition_keeps_its_record(context: Context, layout: Layout, damage: str | None) -> None:
     file(layout, "vm.toml").unlink()
     if damage is not None:
@@ -222,7 +224,15 @@ def shelf(context: Context) -> Iterator[Store]:
     yield store
 
 
-FACTS_DAMAGE = ["", "{", "[]", '{"one.iso": 3}', '{"one.iso": {"format": "raw", "size": "x"}}', "\xff", " " * (disk.TEXT_MAX + 1)]
+FACTS_DAMAGE = [
+    "",
+    "{",
+    "[]",
+    '{"one.iso": 3}',
+    '{"one.iso": {"format": "raw", "size": "x"}}',
+    "\xff",
+    " " * (files.TEXT_MAX + 1),
+]
 
 
 @pytest.mark.parametrize("text", FACTS_DAMAGE)
@@ -262,11 +272,11 @@ def test_a_vm_whose_objects_are_not_known_is_failed_and_removed(context: Context
 @pytest.mark.parametrize("write", [write_fast, write_text])
 def test_no_file_is_written_larger_than_it_is_read(tmp_path: Path, write: Any) -> None:
     path = str(tmp_path / "x")
-    write(path, "é" * disk.TEXT_MAX)
-    assert read_text(path) == "é" * disk.TEXT_MAX
+    write(path, "é" * files.TEXT_MAX)
+    assert read_text(path) == "é" * files.TEXT_MAX
     with pytest.raises(OSError, match="are the most"):
-        write(path, "é" * (disk.TEXT_MAX + 1))
-    assert len(read_text(path)) == disk.TEXT_MAX
+        write(path, "é" * (files.TEXT_MAX + 1))
+    assert len(read_text(path)) == files.TEXT_MAX
 
 
 def test_a_shelf_has_as_many_objects_as_its_list_can_hold(tmp_path: Path) -> None:
@@ -299,7 +309,7 @@ def test_a_long_list_of_objects_is_told_in_a_packet(context: Context) -> None:
     shelf = context.registry.shelf(1000, "alice")
     shelf._objects = {f"{'n' * 60}{index:04}": Object("qcow2", 1 << 40, "b" * 31) for index in range(OBJECTS_MAX)}
     rows = ask(context, ALICE, messages.Objects(vm="shelf"))
-    assert rows["more"] is True and keeping.ROWS_MAX >= len(rows["objects"]) > 100
+    assert rows["more"] is True and storage.ROWS_MAX >= len(rows["objects"]) > 100
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------

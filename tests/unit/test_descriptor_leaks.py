@@ -20,11 +20,11 @@ import pytest
 
 from tests.unit.costs import ALICE, Bench
 from vmshell import wire
-from vmshell.broker import networks, passt
-from vmshell.broker.cards import known_cards
-from vmshell.broker.link import Answered, Link
-from vmshell.broker.networks import Cables, _Batch
-from vmshell.broker.server import Client
+from vmshell.broker.api.server import Client
+from vmshell.broker.network import attachments, passt
+from vmshell.broker.network.attachments import Cables, _Batch
+from vmshell.broker.network.interfaces import known_cards
+from vmshell.broker.services.connection import Answered, Link
 from vmshell.descriptors import check_stream
 from vmshell.errors import VmshellError
 from vmshell.messages import PIPES, Order, ToTapnet
@@ -90,7 +90,7 @@ def held() -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def dnsmasq(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(networks, "DNSMASQ", "/bin/true")
+    monkeypatch.setattr(attachments, "DNSMASQ", "/bin/true")
 
 
 def bench(folder: Path, error: VmshellError | None) -> Bench:

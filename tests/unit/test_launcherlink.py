@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from vmshell import wire
-from vmshell.broker.host import Process
-from vmshell.broker.launcherlink import LauncherLink
-from vmshell.broker.loop import Loop
+from vmshell.broker.host.processes import Process
+from vmshell.broker.runtime.loop import Loop
+from vmshell.broker.services.launcher import LauncherLink
 from vmshell.errors import VmshellError
 from vmshell.layout import Layout
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from vmshell.broker.leftjails import BARRIER, end_waiting
+from vmshell.broker.lifecycle.orphans import BARRIER, end_waiting
 
 FORKS = "import os, time\nprint(1, flush=True)\nfor _ in range(9):\n time.sleep(0.01)\n if os.fork(): break\ntime.sleep(3600)\n"
 WAITS = "import time\nprint(1, flush=True)\ntime.sleep(3600)\n"

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from vmshell.errors import BadValue, VmshellError
 from vmshell.model.definition import emit, from_table, parse
-from vmshell.shell.libvirt import read_domain
-from vmshell.shell.libvirt_xml import DEPTH_MAX, ELEMENTS_MAX, LINES_MAX, SIZE_MAX
+from vmshell.shell.libvirt.domain import read_domain
+from vmshell.shell.libvirt.xml import DEPTH_MAX, ELEMENTS_MAX, LINES_MAX, SIZE_MAX
 
 # As `virsh dumpxml` prints a VM that virt-install made, shortened where it repeats itself.
 DUMPED = """<domain type='kvm' id='3' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>

@@ -10,16 +10,16 @@ from typing import Any, cast
 import pytest
 
 from vmshell import messages
-from vmshell.broker import defining
-from vmshell.broker import start as starter
-from vmshell.broker.cards import Card
+from vmshell.broker.api.server import Call
 from vmshell.broker.context import Context
-from vmshell.broker.host import Host
-from vmshell.broker.loop import Loop
-from vmshell.broker.networks import Networks, Plugged
-from vmshell.broker.relaylink import Done
-from vmshell.broker.server import Call
-from vmshell.broker.vms import Registry, Vm
+from vmshell.broker.host.processes import Host
+from vmshell.broker.lifecycle import define
+from vmshell.broker.lifecycle import launch_plan as starter
+from vmshell.broker.network.attachments import Networks, Plugged
+from vmshell.broker.network.interfaces import Card
+from vmshell.broker.runtime.loop import Loop
+from vmshell.broker.services.relay import Done
+from vmshell.broker.vm.registry import Registry, Vm
 from vmshell.errors import VmshellError
 from vmshell.layout import Layout
 from vmshell.messages import OFF, QUEUED, RUNNING, STARTING, STOPPING, Order
@@ -115,7 +115,7 @@ class Bench:
     def _change(self, request: messages.Change) -> list[dict[str, Any]]:
         client = Client()
         call = Call(cast(Any, client), 1)
-        call.guard(lambda: defining.handle_change(self.context, call, request, self.vm))
+        call.guard(lambda: define.handle_change(self.context, call, request, self.vm))
         return client.sent
 
     def end(self) -> None:
@@ -261,7 +261,7 @@ def test_a_change_that_breaks_off_is_over(bench: Bench, monkeypatch: pytest.Monk
     def broken(*arguments: object) -> None:
         raise ValueError(step)
 
-    monkeypatch.setattr(defining, step, broken)
+    monkeypatch.setattr(define, step, broken)
     answers = bench.set(description="x")
     assert only(answers)["code"] == "internal" and not bench.vm.defining
 

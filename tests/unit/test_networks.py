@@ -16,18 +16,21 @@ from tests.fakes.accounts import People
 from tests.fakes.tapnet import Tapnet
 from tests.unit.test_live import held
 from vmshell import wire
-from vmshell.broker import journal, live, passt, reaching, upkeep
-from vmshell.broker import networks as networks_module
-from vmshell.broker.access import Peer, authorise
-from vmshell.broker.addresses import WITHOUT_SUBNET, Addresses
-from vmshell.broker.cards import Card, cards_of, domain_of, known_cards, port_message, segment_message
 from vmshell.broker.context import Context
-from vmshell.broker.host import Host
-from vmshell.broker.loop import Loop
-from vmshell.broker.objects import Store
-from vmshell.broker.publishing import Published, Running, Ways, handle_publish
-from vmshell.broker.resolving import entries
-from vmshell.broker.vms import Vm
+from vmshell.broker.handlers import network
+from vmshell.broker.host.processes import Host
+from vmshell.broker.lifecycle import live_update
+from vmshell.broker.network import attachments as networks_module
+from vmshell.broker.network import passt, tapnet_sync
+from vmshell.broker.network.addresses import WITHOUT_SUBNET, Addresses
+from vmshell.broker.network.dnsmasq import entries
+from vmshell.broker.network.interfaces import Card, cards_of, domain_of, known_cards, port_message, segment_message
+from vmshell.broker.network.openings import Published, Running, Ways, handle_publish
+from vmshell.broker.runtime import log
+from vmshell.broker.runtime.loop import Loop
+from vmshell.broker.vm.access import Peer, authorise
+from vmshell.broker.vm.objects import Store
+from vmshell.broker.vm.registry import Vm
 from vmshell.errors import VmshellError
 from vmshell.layout import Layout
 from vmshell.messages import OPENINGS_MAX, RUNNING, Connect, Publish, Rm
@@ -60,7 +63,7 @@ def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Context
     roots = {name: str(tmp_path / name) for name in ("etc", "state", "run", "log")}
     for root in roots.values():
         os.makedirs(root)
-    monkeypatch.setattr("vmshell.broker.host._relay_gid", lambda: os.getgid())
+    monkeypatch.setattr("vmshell.broker.host.processes._relay_gid", lambda: os.getgid())
     monkeypatch.setattr(networks_module, "DNSMASQ", "/bin/true")
     layout = Layout(**roots, embedded=False)
     rules = parse(POLICY, "policy.toml")
@@ -399,7 +402,7 @@ def alices(context: Context, monkeypatch: pytest.MonkeyPatch) -> Vm:
     register(context, vm)
     monkeypatch.setattr(context.registry, "of", lambda uid: [vm])
     monkeypatch.setattr(context.registry, "save", lambda vm: None)
-    monkeypatch.setattr(journal, "_buckets", {})
+    monkeypatch.setattr(log, "_buckets", {})
     return vm
 
 
@@ -439,14 +442,14 @@ def test_what_cannot_be_saved_is_not_published(context: Context, alices: Vm, mon
 def test_nothing_is_published_without_a_line_in_the_journal(
     context: Context, alices: Vm, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for _ in range(journal.BURST):
+    for _ in range(log.BURST):
         publish(context, alices, port=80, to="bob")
     with pytest.raises(TooOften, match="publish came more often than 60 times"):
         publish(context, alices, port=81, to="bob")
     assert {item.port for item in alices.published} == {80}
     publish(context, alices, port=80, to="bob", remove=True)  # to close is another share
     lines = [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()]
-    assert lines.count("publish") == journal.BURST and lines[-1] == "unpublish"
+    assert lines.count("publish") == log.BURST and lines[-1] == "unpublish"
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -661,7 +664,7 @@ def test_a_card_that_leaves_a_running_vm_leaves_its_name(context: Context, monke
         context.machines._fleet.begin(vm, vm.definition)
         vm.state, vm.added, vm.definition = RUNNING, {1}, Definition("web1", nics=(Nic(),))
         said: list[tuple[list[str], list[str]]] = []
-        live.follow(context, vm, lambda now, problems: said.append((now, problems)))
+        live_update.follow(context, vm, lambda now, problems: said.append((now, problems)))
         tapnet.turn(context.loop, lambda: "unplug" in tapnet.verbs())
     assert said == [(["net1"], [])] and vm.booted == vm.definition
     (card,) = context.networks.plugged(vm)
@@ -761,7 +764,7 @@ def test_what_runs_keeps_names_and_addresses_over_a_definition_and_a_policy(cont
 
 
 def test_a_way_that_tapnet_refuses_to_close_is_closed_later(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upkeep, "RETRY", 0.05)
+    monkeypatch.setattr(tapnet_sync, "RETRY", 0.05)
     with Tapnet(context.layout.tapnet_socket) as tapnet:
         vm = machine(context, 1, "alice", Nic())
         vm.published = [Published(22, "tcp", "world", 2222)]
@@ -782,7 +785,7 @@ def test_a_way_that_tapnet_refuses_to_close_is_closed_later(context: Context, mo
 
 
 def test_a06_members_are_confined_whenever_they_join(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upkeep, "NUMBERS_MAX", 3)
+    monkeypatch.setattr(tapnet_sync, "NUMBERS_MAX", 3)
     context.policy = parse(POLICY + "[host]\nssh_forwarding = true\n", "policy.toml")
     people = cast(Any, context.accounts)
     members = [0, 998, 1001, 1002, 1003, 1004]  # root and a service are nobody's to confine
@@ -819,7 +822,7 @@ def test_n6_connect_says_where_the_guest_is_and_opens_no_socket(context: Context
             monkeypatch.setattr(passt, name, None)
         plug_in(context, tapnet, vm)
         vm.state = RUNNING
-        reaching.handle_connect(context, cast(Any, call), Connect(vm="web1", port=22), vm)
+        network.handle_connect(context, cast(Any, call), Connect(vm="web1", port=22), vm)
         assert replies == [{"name": vm.ref, "address": context.networks.plugged(vm)[0].address4, "port": 22}]
 
 

@@ -15,14 +15,14 @@ from tests.fakes.tapnet import Tapnet
 from tests.unit import test_networks
 from tests.unit.test_networks import Answer, machine, plug, publish, ways
 from vmshell import encoding
-from vmshell.broker import networks as networks_module
-from vmshell.broker import upkeep
-from vmshell.broker.cards import cards_of
+from vmshell.broker.api.dispatch import handle_info
 from vmshell.broker.context import Context
-from vmshell.broker.publishing import Published, Running, Ways
-from vmshell.broker.reaching import handle_net
-from vmshell.broker.verbs import handle_info
-from vmshell.broker.vms import Registry, Vm
+from vmshell.broker.handlers.network import handle_net
+from vmshell.broker.network import attachments as networks_module
+from vmshell.broker.network import tapnet_sync
+from vmshell.broker.network.interfaces import cards_of
+from vmshell.broker.network.openings import Published, Running, Ways
+from vmshell.broker.vm.registry import Registry, Vm
 from vmshell.errors import BadValue
 from vmshell.messages import CREATING, OPENINGS_MAX, Info, Net
 from vmshell.model.addressing import Plan
@@ -313,7 +313,7 @@ def test_a_list_of_published_ports_asks_once_about_its_owner(
 def test_whatever_tapnet_refuses_is_tried_again_once_in_a_while(
     context: Context, tapnet: Tapnet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upkeep, "RETRY", 0.1)
+    monkeypatch.setattr(tapnet_sync, "RETRY", 0.1)
     tapnet.refuse_verb = "open"
     for number in range(1, 9):
         vm = machine(context, number, "alice", Nic())
@@ -338,8 +338,8 @@ def test_whatever_tapnet_refuses_is_tried_again_once_in_a_while(
 def test_what_is_published_of_a_vm_fits_into_an_answer(
     context: Context, alices: Vm, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr("vmshell.broker.publishing.has_share", lambda uid, what: True)
-    monkeypatch.setattr("vmshell.broker.publishing.by_user", lambda *what, **more: None)
+    monkeypatch.setattr("vmshell.broker.network.openings.has_share", lambda uid, what: True)
+    monkeypatch.setattr("vmshell.broker.network.openings.by_user", lambda *what, **more: None)
     context.policy = parse("[defaults]\npublished_max = 4096\n", "policy.toml")
     people(context, {name: (1 << 32) - 2}, {})
     alices.definition = Definition("web1", nics=(Nic(),) * 16)

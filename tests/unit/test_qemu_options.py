@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from vmshell.shell import qemu_options, wrapper
-from vmshell.shell.qemu_options import ALLOWED, DENIED, FORMS, OPTIONS, PARTS, SHOWN, UNUSED
-from vmshell.shell.wrapper_keys import HANDLERS
+from vmshell.shell.qemu_cli import options, translate
+from vmshell.shell.qemu_cli.handlers import HANDLERS
+from vmshell.shell.qemu_cli.options import ALLOWED, DENIED, FORMS, OPTIONS, PARTS, SHOWN, UNUSED
 
 PAGE = Path(__file__).parent.parent / "data" / "options-2007.tsv"
 QEMU = "qemu-system-x86_64"
@@ -93,10 +93,10 @@ def test_every_option_says_why_and_what_else(name: str) -> None:
 def test_what_nobody_reads_is_refused_in_one_line(name: str, dash: str) -> None:
     option = OPTIONS[name]
     words = [dash + name, *(["1"] if option.argument else [])]
-    found = wrapper.translate(["-hda", "root", *words, "-m", "512"], lambda word: f"shelf:{word}")
+    found = translate.translate(["-hda", "root", *words, "-m", "512"], lambda word: f"shelf:{word}")
     assert [row.option for row in found.refused] == [" ".join(words)]
     assert found.refused[0].kind == (option.page or option.today) != ALLOWED
-    assert wrapper.refusal_lines(found) == [
+    assert translate.refusal_lines(found) == [
         f"{' '.join(words)}: {SHOWN[option.verdict]}: {option.reason}; instead: {option.instead}"
     ]
     assert found.table == {}
@@ -110,4 +110,4 @@ def test_allowed_options_are_read_by_somebody() -> None:
 def test_forms_and_parts_belong_to_options() -> None:
     assert {name for name, _ in [*FORMS, *PARTS]} <= set(OPTIONS)
     assert all(kind in (DENIED, UNUSED) and reason and instead for kind, reason, instead in FORMS.values())
-    assert qemu_options.POSITIONAL.verdict == DENIED
+    assert options.POSITIONAL.verdict == DENIED

@@ -11,9 +11,9 @@ import pytest
 
 from tests.unit.costs import ALICE, ROOT, Bench
 from tests.unit.test_costs import plain
-from vmshell.broker import rates, verbs
-from vmshell.broker.access import Peer
-from vmshell.broker.rates import BOOTS, CHANGES, CONNECTIONS, CONSOLES, FORGET_AT, MINUTE, Rate, Rates
+from vmshell.broker.api import dispatch, rates
+from vmshell.broker.api.rates import BOOTS, CHANGES, CONNECTIONS, CONSOLES, FORGET_AT, MINUTE, Rate, Rates
+from vmshell.broker.vm.access import Peer
 from vmshell.messages import REQUESTS, Request
 from vmshell.model.limits import LIMIT_KEYS, Limits
 from vmshell.model.policy import parse
@@ -114,15 +114,15 @@ def test_who_asks_no_more_is_forgotten(clock: SimpleNamespace) -> None:
 
 def test_every_verb_has_a_rate_or_says_that_it_needs_none() -> None:
     """Both tables name every verb once, in one order: what is not in them was forgotten."""
-    assert list(verbs.RATES) == list(verbs.HANDLERS)
-    assert set(verbs.RATES) == set(REQUESTS.values())
-    tree = ast.parse(Path(verbs.__file__).read_text(encoding="utf-8"))
+    assert list(dispatch.RATES) == list(dispatch.HANDLERS)
+    assert set(dispatch.RATES) == set(REQUESTS.values())
+    tree = ast.parse(Path(dispatch.__file__).read_text(encoding="utf-8"))
     (table,) = (node.value for node in tree.body if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "RATES")
-    assert isinstance(table, ast.Dict) and len(table.keys) == len(verbs.RATES), "none stands there twice"
+    assert isinstance(table, ast.Dict) and len(table.keys) == len(dispatch.RATES), "none stands there twice"
 
 
 def test_every_rate_is_a_limit_of_the_policy() -> None:
-    assert {rate for rate in verbs.RATES.values() if rate} == set(EVERY)
+    assert {rate for rate in dispatch.RATES.values() if rate} == set(EVERY)
     for rate in EVERY:
         assert getattr(Limits(), rate.key) > 0 and LIMIT_KEYS[rate.key].help.endswith("; 0: no limit")
 
@@ -135,10 +135,10 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     made.close()
 
 
-@pytest.mark.parametrize("kind", [kind for kind, rate in verbs.RATES.items() if rate], ids=lambda kind: kind.verb)
+@pytest.mark.parametrize("kind", [kind for kind, rate in dispatch.RATES.items() if rate], ids=lambda kind: kind.verb)
 def test_what_has_a_rate_is_refused_when_it_is_used_up(bench: Bench, kind: type[Request]) -> None:
     """F15: by the code that answers; whatever became of the first one."""
-    rate = verbs.RATES[kind]
+    rate = dispatch.RATES[kind]
     assert rate
     first, second = bench.ask(plain(kind)), bench.ask(plain(kind, vm="run1"))
     assert not any(answer.get("error", {}).get("code") == "too-fast" for answer in first)
@@ -146,7 +146,7 @@ def test_what_has_a_rate_is_refused_when_it_is_used_up(bench: Bench, kind: type[
     assert answer["error"]["code"] == "too-fast" and rate.key in answer["error"]["text"]
 
 
-@pytest.mark.parametrize("kind", [kind for kind, rate in verbs.RATES.items() if not rate], ids=lambda kind: kind.verb)
+@pytest.mark.parametrize("kind", [kind for kind, rate in dispatch.RATES.items() if not rate], ids=lambda kind: kind.verb)
 def test_what_has_none_may_be_asked_at_any_time(bench: Bench, kind: type[Request]) -> None:
     for rate in EVERY:
         taken(bench.context.rates, ALICE, rate)

@@ -10,10 +10,10 @@ import pytest
 
 from tests.fakes.accounts import People
 from vmshell import messages
-from vmshell.broker.access import label_of
-from vmshell.broker.accountslink import Question
-from vmshell.broker.loop import Loop
-from vmshell.broker.revocation import Revocation, User
+from vmshell.broker.api.revocation import Revocation, User
+from vmshell.broker.host.accounts_helper import Question
+from vmshell.broker.runtime.loop import Loop
+from vmshell.broker.vm.access import label_of
 from vmshell.encoding import encode
 from vmshell.errors import VmshellError
 from vmshell.messages import ATTACHED_IN_PART, Attached, Detach

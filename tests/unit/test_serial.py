@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 
 from tests.fakes.serial import SerialPort, guests_side
-from vmshell.broker import serial
+from vmshell.broker.lifecycle import serial_port
 from vmshell.errors import LaunchRefused
 from vmshell.launcher.runs import Runs
 from vmshell.launcher_messages import Launch
@@ -31,8 +31,8 @@ from vmshell.relay.vm import Vm
 def test_each_holder_has_its_own_and_nobody_sees_an_end(tmp_path: Path) -> None:
     with contextlib.ExitStack() as relay:
         with contextlib.ExitStack() as qemu:
-            theirs = serial.make(str(tmp_path), qemu)
-            ours = serial.open_both(str(tmp_path), relay)
+            theirs = serial_port.make(str(tmp_path), qemu)
+            ours = serial_port.open_both(str(tmp_path), relay)
             for fd in ours:
                 os.set_blocking(fd, False)
             assert all(os.get_blocking(fd) for fd in theirs), "what one sets is not set for the other"
@@ -41,23 +41,23 @@ def test_each_holder_has_its_own_and_nobody_sees_an_end(tmp_path: Path) -> None:
         with pytest.raises(BlockingIOError):
             os.read(ours[1], 100)
         os.write(ours[0], b"keys for nobody")
-    for name in serial.NAMES:
+    for name in serial_port.NAMES:
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
 
 
 def test_a_run_never_gets_the_fifos_of_another(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
-        serial.make(str(tmp_path), stack)
+        serial_port.make(str(tmp_path), stack)
         with pytest.raises(FileExistsError):
-            serial.make(str(tmp_path), stack)
+            serial_port.make(str(tmp_path), stack)
 
 
 def test_without_fifos_there_are_none_to_open(tmp_path: Path) -> None:
     before = os.listdir("/proc/self/fd")
     with contextlib.ExitStack() as stack:
-        assert serial.open_both(str(tmp_path), stack) == ()
-        os.mkfifo(tmp_path / serial.NAMES[0])
-        assert serial.open_both(str(tmp_path), stack) == ()
+        assert serial_port.open_both(str(tmp_path), stack) == ()
+        os.mkfifo(tmp_path / serial_port.NAMES[0])
+        assert serial_port.open_both(str(tmp_path), stack) == ()
     assert os.listdir("/proc/self/fd") == before
 
 
@@ -85,7 +85,7 @@ def refused(fds: list[int]) -> str:
 def test_the_launcher_gives_qemu_fifos_that_have_no_end(tmp_path: Path) -> None:
     """An end seen once is input lost for ever; a terminal or a file in a FIFO's place would be worse."""
     with contextlib.ExitStack() as stack:
-        good = serial.make(str(tmp_path), stack)
+        good = serial_port.make(str(tmp_path), stack)
         reader, writer = os.pipe()
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (reader, writer, null):
@@ -110,7 +110,7 @@ def guest(layout: Layout) -> Iterator[SerialPort]:
 
 def opened(layout: Layout) -> Port:
     with contextlib.ExitStack() as stack:
-        input_fd, output_fd = (os.dup(fd) for fd in serial.open_both(layout.vm_run(7), stack))
+        input_fd, output_fd = (os.dup(fd) for fd in serial_port.open_both(layout.vm_run(7), stack))
     return Port(input_fd, output_fd, lasting=True)
 
 

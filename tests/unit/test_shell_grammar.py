@@ -9,8 +9,8 @@ import pytest
 from vmshell.errors import BadValue, VmshellError
 from vmshell.names import nearest
 from vmshell.refusals import BadName, Usage
-from vmshell.shell import grammar, verbs
-from vmshell.shell.grammar import Pointed
+from vmshell.shell.cli import grammar, verbs
+from vmshell.shell.cli.grammar import Pointed
 
 
 def texts(line: str) -> list[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from vmshell.shell import notices
-from vmshell.shell.console import fit
-from vmshell.shell.keys import COMMANDS, Keys, show_key
+from vmshell.shell.console import notices
+from vmshell.shell.console.keys import COMMANDS, Keys, show_key
+from vmshell.shell.console.viewer import fit
 
 
 def feed(*chunks: bytes, escape: int = 0x1D) -> list[bytes | str]:

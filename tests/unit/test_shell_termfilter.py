@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from vmshell.shell.termfilter import DCS_MAX, STRING_MAX, Filter, plain
+from vmshell.shell.console.terminal_filter import DCS_MAX, STRING_MAX, Filter, plain
 
 UNCHANGED = [
     b"plain text\r\n\ttab\b\a",

@@ -11,9 +11,10 @@ import pytest
 
 from vmshell import messages
 from vmshell.refusals import Usage
-from vmshell.shell import actions, candidates, helptext, verbs
-from vmshell.shell.checks import CHECKS
-from vmshell.shell.show import account, greeting
+from vmshell.shell.cli import completion, help, verbs
+from vmshell.shell.cli.values import CHECKS
+from vmshell.shell.commands import machines
+from vmshell.shell.ui.output import account, greeting
 
 
 def test_every_word_means_one_verb() -> None:
@@ -39,36 +40,36 @@ def test_every_kind_of_value_has_its_check() -> None:
 
 
 def test_help_names_every_verb_alias_and_option() -> None:
-    overview = helptext.overview(200)
+    overview = help.overview(200)
     for verb in verbs.visible():
         assert verb.name in overview and verb.help in overview
-        about = helptext.topic(verb.name, 80)
+        about = help.topic(verb.name, 80)
         assert about.startswith(f"usage: {verb.name}")
         for word in (*verb.aliases, *(f"--{option.name}" for option in verb.options)):
             assert word in about, (verb.name, word)
         for alias in verb.aliases:
-            assert helptext.topic(alias) == helptext.topic(verb.name)
+            assert help.topic(alias) == help.topic(verb.name)
 
 
 @pytest.mark.parametrize("width", [40, 80, 132])
 def test_help_fits_the_width(width: int) -> None:
     for verb in verbs.visible():
-        assert max(map(len, helptext.topic(verb.name, width).splitlines())) <= width, verb.name
-    assert max(map(len, helptext.overview(width).splitlines())) <= width
+        assert max(map(len, help.topic(verb.name, width).splitlines())) <= width, verb.name
+    assert max(map(len, help.overview(width).splitlines())) <= width
 
 
 def test_help_on_nothing_known() -> None:
     with pytest.raises(Usage, match="no help on bot"):
-        helptext.topic("bot")
+        help.topic("bot")
 
 
 def test_exit_statuses_are_documented() -> None:
-    assert helptext.undocumented_statuses() == []
-    assert "130" in helptext.topic("exit-status")
+    assert help.undocumented_statuses() == []
+    assert "130" in help.topic("exit-status")
 
 
 def test_man_sections_name_everything() -> None:
-    man = helptext.man_sections()
+    man = help.man_sections()
     for verb in verbs.visible():
         assert f"\\fB{verb.name.replace('-', chr(92) + '-')}\\fR" in man
         for option in verb.options:
@@ -78,7 +79,7 @@ def test_man_sections_name_everything() -> None:
 
 @pytest.mark.skipif(shutil.which("groff") is None, reason="groff is not installed")
 def test_man_source_has_no_warnings() -> None:
-    source = ".TH VMSHELL 1\n.SH NAME\nvmshell \\- x\n" + helptext.man_sections()
+    source = ".TH VMSHELL 1\n.SH NAME\nvmshell \\- x\n" + help.man_sections()
     done = subprocess.run(["groff", "-man", "-ww", "-Tutf8"], input=source.encode(), capture_output=True, check=True)
     assert done.stderr == b""
     assert "Interrupted by Ctrl-C" in done.stdout.decode()
@@ -102,7 +103,7 @@ class NameContext:
 
 
 def completed(before: str) -> list[str]:
-    return candidates.complete(NameContext(), before)[1]  # type: ignore[arg-type]
+    return completion.complete(NameContext(), before)[1]  # type: ignore[arg-type]
 
 
 def test_completion_comes_from_the_table_and_the_broker() -> None:
@@ -130,9 +131,9 @@ def test_completion_of_networks_and_published_ports() -> None:
 
 
 def test_short_options_are_shown() -> None:
-    assert "  -f, --follow" in helptext.topic("net") and "net NAME [-f] [--json]" in helptext.topic("net")
-    assert "-l, --login USER" in helptext.topic("ssh")
-    assert "\\fB\\-f\\fR, \\fB\\-\\-follow\\fR" in helptext.man_sections()
+    assert "  -f, --follow" in help.topic("net") and "net NAME [-f] [--json]" in help.topic("net")
+    assert "-l, --login USER" in help.topic("ssh")
+    assert "\\fB\\-f\\fR, \\fB\\-\\-follow\\fR" in help.man_sections()
 
 
 def test_greetings() -> None:
@@ -153,7 +154,7 @@ def test_whoami_shows_rates_where_there_are_any(limit: int, shown: bool) -> None
 def test_no_action_is_without_a_verb() -> None:
     runs = {verb.run for verb in verbs.TABLE}
     public = {
-        getattr(actions, name)
+        getattr(machines, name)
         for name in ("list_vms", "info", "new", "boot", "console", "shutdown", "kill", "reset", "reboot", "rm")
     }
     assert public <= runs

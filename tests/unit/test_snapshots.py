@@ -9,8 +9,8 @@ import pytest
 
 from tests.unit.test_live import Bench, Client, only
 from vmshell import messages
-from vmshell.broker import snapshots
-from vmshell.broker.server import Call
+from vmshell.broker.api.server import Call
+from vmshell.broker.handlers import snapshots
 from vmshell.messages import RUNNING
 from vmshell.model.definition import Definition, Nic
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from tests.guests import option_rom
 from vmshell.installed import PACKAGE_DIR
-from vmshell.shell.terminal import write_all
+from vmshell.shell.ui.terminal import write_all
 from vmshell.storage import cage, qcow2
 from vmshell.storage import put as intake
 from vmshell.storage.qcow2 import BadImage

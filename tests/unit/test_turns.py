@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from vmshell.broker.loop import Loop
-from vmshell.broker.turns import Turns
+from vmshell.broker.api.turns import Turns
+from vmshell.broker.runtime.loop import Loop
 
 ALICE, BOB = 1000, 1001
 

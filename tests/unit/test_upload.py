@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from vmshell.refusals import Usage
-from vmshell.shell import upload
-from vmshell.shell.terminal import Terminal
+from vmshell.shell.commands import upload
+from vmshell.shell.ui.terminal import Terminal
 
 MIB = 1 << 20
 

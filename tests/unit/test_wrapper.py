@@ -14,8 +14,8 @@ from vmshell.model import policy
 from vmshell.model.decide import Usage, apply_fixed, decide
 from vmshell.model.definition import from_table, to_toml
 from vmshell.refusals import NoSuchObject
-from vmshell.shell import wrapper
-from vmshell.shell.qemu_options import OPTIONS
+from vmshell.shell.qemu_cli import translate as qemu_cli
+from vmshell.shell.qemu_cli.options import OPTIONS
 
 TREE = Path(__file__).parents[2]
 SHELF = {"root", "hda", "hdb", "fd.img", "cd.iso", "bzImage", "initrd.gz", "my.rom", "disk.qcow2"}
@@ -96,8 +96,8 @@ def resolve(word: str) -> str:
     return f"shelf:{word}"
 
 
-def translate(line: str, only: Any = None) -> wrapper.Translation:
-    return wrapper.translate(line.split(), resolve, only)
+def translate(line: str, only: Any = None) -> qemu_cli.Translation:
+    return qemu_cli.translate(line.split(), resolve, only)
 
 
 def test_the_page_is_whole() -> None:
@@ -119,7 +119,7 @@ def test_every_row_of_the_page_verbatim(typed: str, kind: str) -> None:
             from_table(found.table, "vm")
         elif found.refused:
             assert found.table == {}
-            lines = wrapper.refusal_lines(found)
+            lines = qemu_cli.refusal_lines(found)
             assert len(lines) == len(found.refused)
             assert all(re.match(r".+: (denied|not used): .+", line) for line in lines), lines
         else:
@@ -162,7 +162,7 @@ def test_the_strict_profile_leaves_the_page_s_17_options_and_no_more() -> None:
     accepted = set()
     for (option, _, _), (typed, _) in zip(rows_2007(), TYPED, strict=True):
         words = typed.replace("-M pc ", "").replace("-vnc :1 -k", "-k") if option != "-M" else typed
-        found = wrapper.translate(words.split(), resolve, rules.limits.wrapper_options)
+        found = qemu_cli.translate(words.split(), resolve, rules.limits.wrapper_options)
         if found.refused:
             continue
         definition = apply_fixed(from_table(found.table, "vm"), rules.limits, only_unsaid=True)
@@ -205,9 +205,9 @@ HOSTILE = [
 def test_attacks_in_options_are_refused_one_line_each(line: str) -> None:
     found = translate(line)
     assert found.refused and found.table == {}
-    assert len(wrapper.refusal_lines(found)) == len(found.refused)
-    assert all(text.isprintable() for text in wrapper.refusal_lines(found))
-    wrapper.explain_table(found, 80)
+    assert len(qemu_cli.refusal_lines(found)) == len(found.refused)
+    assert all(text.isprintable() for text in qemu_cli.refusal_lines(found))
+    qemu_cli.explain_table(found, 80)
 
 
 def test_what_gets_through_is_a_definition_and_no_more() -> None:
@@ -231,5 +231,5 @@ def test_what_gets_through_is_a_definition_and_no_more() -> None:
 
 
 def test_several_refusals_are_all_shown() -> None:
-    lines = wrapper.refusal_lines(translate("-hda root -monitor stdio -smb /x --bogus"))
+    lines = qemu_cli.refusal_lines(translate("-hda root -monitor stdio -smb /x --bogus"))
     assert [line.split(":")[0] for line in lines] == ["-monitor stdio", "-smb /x", "--bogus"]

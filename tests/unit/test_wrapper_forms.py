@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from vmshell.model.definition import emit, from_table, parse
 from vmshell.refusals import NoSuchObject
-from vmshell.shell.qemu_options import ALLOWED, DENIED, OPTIONS, UNUSED
-from vmshell.shell.wrapper import Translation, explain_table, refusal_lines, translate
+from vmshell.shell.qemu_cli.options import ALLOWED, DENIED, OPTIONS, UNUSED
+from vmshell.shell.qemu_cli.translate import Translation, explain_table, refusal_lines, translate
 
 SHELF = {"root", "data", "data.qcow2", "info.img", "k", "rd", "rom.bin"}
 NET = [{"network": "users"}]

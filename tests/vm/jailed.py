@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fakes.serial import SerialPort, relays_side
-from vmshell.broker import serial
+from vmshell.broker.lifecycle import serial_port
 from vmshell.launch import jail, seccomp
 from vmshell.launch.devices import DiskPlan
 from vmshell.launch.plan import LaunchPlan
@@ -74,7 +74,7 @@ class Jailed:
             )
             words = change(jail.command(self.plan, qemu=qemu))
             with contextlib.ExitStack() as stack:
-                stdin, stdout = serial.make(str(folder), stack)
+                stdin, stdout = serial_port.make(str(folder), stack)
                 self.process = subprocess.Popen(
                     [*prefix, *words],
                     stdin=stdin,

@@ -25,7 +25,7 @@ from vmshell.installed import PACKAGE_DIR
 from vmshell.layout import Layout
 from vmshell.model.definition import emit
 from vmshell.refusals import ReportedError
-from vmshell.shell import wrapper
+from vmshell.shell.qemu_cli import translate
 
 pytestmark = pytest.mark.vm
 
@@ -67,8 +67,8 @@ def resolve(word: str) -> str:
 
 
 def table_of(line: str, only: Any = None) -> dict[str, Any]:
-    found = wrapper.translate(line.split(), resolve, only)
-    assert not found.refused, wrapper.refusal_lines(found)
+    found = translate.translate(line.split(), resolve, only)
+    assert not found.refused, translate.refusal_lines(found)
     return found.table
 
 

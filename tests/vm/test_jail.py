@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.vm.jailed import Jailed, read_until
-from vmshell.broker import serial
+from vmshell.broker.lifecycle import serial_port
 from vmshell.launch import seccomp
 from vmshell.probe import guest
 
@@ -110,7 +110,9 @@ def test_b40_descriptors_are_ours_and_qemus_own(short_tmp: Path, disk: Path, way
         assert len([link for link in own.values() if link.startswith("socket:")]) <= 1
         assert vm.plan.qmp_fd is not None
         assert seen[vm.plan.qmp_fd] == vm.given[vm.plan.qmp_fd], "it keeps its number"
-        assert [seen[fd] for fd in (0, 1)] == [f"{short_tmp}/{name}" for name in serial.NAMES] and seen[2].startswith("pipe:")
+        assert [seen[fd] for fd in (0, 1)] == [f"{short_tmp}/{name}" for name in serial_port.NAMES] and seen[2].startswith(
+            "pipe:"
+        )
         assert vm.plan.info_fd not in seen or not seen[vm.plan.info_fd].startswith("pipe:")
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.vm.jailed import Jailed, Qmp, read_until
-from vmshell.broker import serial
+from vmshell.broker.lifecycle import serial_port
 from vmshell.launch.devices import DiskPlan, NicPlan
 
 # As root the VM has a uid of its own, and files are root's, mode 0600; otherwise all is the user's.
@@ -392,7 +392,7 @@ def test_loadvm_goes_on_from_a_saved_state(short_tmp: Path) -> None:
             time.sleep(0.05)
         assert (job["status"], job.get("error")) == ("concluded", None)
         leave(vm, qmp)
-    for name in ("qmp.sock", *serial.NAMES):
+    for name in ("qmp.sock", *serial_port.NAMES):
         (short_tmp / name).unlink()
     with Jailed(short_tmp, uid=UID, machine="pc-q35-7.2", more=again, loadvm=5) as vm:
         qmp = vm.qmp()

@@ -13,8 +13,8 @@ from tests.guests import echo_image, halt_image
 from tests.images import run_admin
 from tests.session import Session
 from vmshell import messages
-from vmshell.broker.admission import SILENT_CPU
-from vmshell.broker.host import cpu_seconds
+from vmshell.broker.host.processes import cpu_seconds
+from vmshell.broker.lifecycle.boot_queue import SILENT_CPU
 from vmshell.layout import Layout
 from vmshell.refusals import ReportedError
 

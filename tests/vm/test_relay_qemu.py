@@ -26,7 +26,7 @@ import pytest
 
 from tests.guest_programs.machine_code import CODE
 from tests.process.relays import RelayProcess, ServiceManager, lost_in, until
-from vmshell.broker import serial
+from vmshell.broker.lifecycle import serial_port
 from vmshell.layout import Layout
 from vmshell.messages import Forget, Order
 from vmshell.numbering import tap_name
@@ -91,7 +91,7 @@ class Qemu:
             disk.write_bytes(sector)
             more = (*more, "-drive", f"file={disk},format=raw,if=ide,snapshot=on")
         console, qmp = (_listening(run_dir / f"{name}.sock") for name in ("console", "qmp"))
-        for name in serial.NAMES:
+        for name in serial_port.NAMES:
             (run_dir / name).unlink(missing_ok=True)
         backend = f"socket,fd={console.fileno()},server=on,wait=off" if old else "stdio,signal=off"
         ours, theirs = socket.socketpair()
@@ -105,7 +105,7 @@ class Qemu:
             f"-chardev socket,id=qmp1,fd={theirs.fileno()} -mon chardev=qmp1,mode=control"
         )
         with contextlib.ExitStack() as stack:
-            stdin, stdout = (subprocess.DEVNULL, subprocess.DEVNULL) if old else serial.make(str(run_dir), stack)
+            stdin, stdout = (subprocess.DEVNULL, subprocess.DEVNULL) if old else serial_port.make(str(run_dir), stack)
             fds = tuple(sock.fileno() for sock in (console, qmp, theirs))
             self.process = subprocess.Popen([*command.split(), *more], pass_fds=fds, stdin=stdin, stdout=stdout, stderr=errors)
         os.close(errors)
@@ -257,7 +257,7 @@ def lines() -> bytes:
 
 def _lying(layout: Layout) -> int:
     """How many bytes lie in the FIFO, once it is full and the guest waits."""
-    with open(f"{layout.vm_run(1)}/{serial.NAMES[1]}", "r+b", buffering=0) as fifo:
+    with open(f"{layout.vm_run(1)}/{serial_port.NAMES[1]}", "r+b", buffering=0) as fifo:
 
         def count() -> int:
             return int(struct.unpack("i", fcntl.ioctl(fifo, termios.FIONREAD, bytes(4)))[0])

@@ -16,8 +16,8 @@ from tests.consoles import Viewer
 from tests.images import install_images
 from tests.session import Session
 from vmshell import messages
-from vmshell.broker import passt
-from vmshell.broker.host import children, start_ticks
+from vmshell.broker.host.processes import children, start_ticks
+from vmshell.broker.network import passt
 from vmshell.layout import Layout
 from vmshell.refusals import ReportedError
 
@@ -89,15 +89,17 @@ def test_out_by_passt_and_in_by_a_forward(session: Session) -> None:
 
     # A broker that starts again still knows the way.
     assert session.broker is not None
-    (sieve,) = (pid for pid in children(session.broker.pid) if b"sieve" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
+    (frame_filter,) = (
+        pid for pid in children(session.broker.pid) if b"framefilter" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    )
     session.kill_broker()
     session.start_broker()
     assert session.ask(messages.Connect(vm="web1", port=80))["port"] == port
 
-    # passt goes with its QEMU, and the sieve between them.
-    assert start_ticks(sieve)
+    # passt goes with its QEMU, and the frame filter between them.
+    assert start_ticks(frame_filter)
     session.ask(messages.Kill(vm="web1"))
-    session.wait_for(lambda: not passts(port) and not start_ticks(sieve), "passt and the sieve to end", 60)
+    session.wait_for(lambda: not passts(port) and not start_ticks(frame_filter), "passt and the sieve to end", 60)
     viewer.close()
 
     # A port that somebody else has by now would lead whoever asks for web1 to them.
@@ -112,7 +114,7 @@ def test_out_by_passt_and_in_by_a_forward(session: Session) -> None:
     for pid in passts(port):
         os.kill(int(pid), signal.SIGKILL)
     session.wait_for(lambda: session.errors().count("passt-ended") > before, "the end of passt to be heard", 60)
-    session.wait_for(lambda: "sieve-ended" in session.errors(), "the end of the sieve to be heard", 60)
+    session.wait_for(lambda: "framefilter-ended" in session.errors(), "the end of the frame filter to be heard", 60)
     with pytest.raises(ReportedError, match="no passt leads to it: boot it again"):
         session.ask(messages.Connect(vm="web1", port=80))
 

@@ -12,25 +12,25 @@ from ..messages import Forget
 from ..model import policy as policies
 from ..model.addressing import Plan
 from ..model.policy import Effective, Policy
-from .accounts import Accounts
-from .accountslink import Question
-from .addresses import Addresses
-from .admission import Admission
-from .facts import Facts
-from .host import Host
-from .images import Images
-from .jobs import Jobs
-from .journal import by_user, note
-from .launcherlink import LauncherLink
-from .loop import Loop
-from .machine import Machines
-from .networks import Networks
-from .rates import Rates
-from .relaylink import RelayLink
-from .resolving import Resolving
-from .turns import Turns
-from .uploads import Uploads
-from .vms import Registry, Vm
+from .api.rates import Rates
+from .api.turns import Turns
+from .host.accounts import Accounts
+from .host.accounts_helper import Question
+from .host.capabilities import Facts
+from .host.processes import Host
+from .lifecycle.boot_queue import Admission
+from .lifecycle.machines import Machines
+from .network.addresses import Addresses
+from .network.attachments import Networks
+from .network.dnsmasq import Resolving
+from .runtime.log import by_user, note
+from .runtime.loop import Loop
+from .services.jobs import Jobs
+from .services.launcher import LauncherLink
+from .services.relay import RelayLink
+from .storage.images import Images
+from .storage.uploads import Uploads
+from .vm.registry import Registry, Vm
 
 DELETE_AGAIN = 60.0  # seconds
 

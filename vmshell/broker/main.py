@@ -19,13 +19,13 @@ from ..errors import VmshellError
 from ..layout import STATE_VERSION, Layout, read_state_version
 from ..model.policy import Policy
 from ..servicemanager import notify
-from . import journal
+from .api.revocation import Revocation
+from .api.server import Server
 from .context import Context, read_policy
-from .frontlink import FrontLink
-from .host import Host
-from .loop import Loop
-from .revocation import Revocation
-from .server import Server
+from .host.processes import Host
+from .runtime import log
+from .runtime.loop import Loop
+from .services.front import FrontLink
 
 LINGER = 3.0  # seconds for which a session's broker stays when the last VM and the last shell are gone
 
@@ -60,7 +60,7 @@ def _check_state_version(layout: Layout) -> None:
 
 
 def _serve(layout: Layout, rules: Policy) -> int:
-    loop = Loop(journal.unexpected)
+    loop = Loop(log.unexpected)
     context = Context(layout, rules, loop, Host(embedded=layout.embedded))
     leftovers = context.registry.load()
     context.addresses.load()
@@ -87,14 +87,14 @@ def _serve(layout: Layout, rules: Policy) -> int:
     if layout.embedded:
         loop.after(LINGER, lambda: _linger(context, server, 0))
     notify("READY=1")
-    journal.note("started", mode="session" if layout.embedded else "system", pid=os.getpid())
+    log.note("started", mode="session" if layout.embedded else "system", pid=os.getpid())
     loop.run()
     front.close()
     context.accounts.close()
     context.networks.close()
     context.relay.close()
     context.launcher.close()
-    journal.note("stopped", vms=sum(1 for vm in context.registry if context.machines.qemu_pid(vm)))
+    log.note("stopped", vms=sum(1 for vm in context.registry if context.machines.qemu_pid(vm)))
     return 0
 
 
@@ -143,6 +143,6 @@ def _act_on_signals(context: Context) -> None:
         try:
             context.reload_policy()
         except VmshellError as exc:
-            journal.note("policy-refused", problem=exc)
+            log.note("policy-refused", problem=exc)
 
     context.loop.watch(reader, woken)

@@ -11,24 +11,7 @@ from ..hardware import KEYMAPS
 from ..names import MIB, nearest
 from ..refusals import UnknownKey
 from .shapes import Definition, Disk, Forward, Geometry, Nic
-from .values import (
-    Bool,
-    Catalogued,
-    Choice,
-    Device,
-    Int,
-    Kind,
-    ListOf,
-    Mac,
-    Machine,
-    Name,
-    Port,
-    Ref,
-    Size,
-    Table,
-    Tag,
-    Text,
-)
+from .values import Bool, Catalogued, Choice, Device, Int, Kind, ListOf, Mac, Machine, Name, Port, Ref, Size, Table, Tag, Text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

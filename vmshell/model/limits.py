@@ -10,19 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..numbering import UID_BASE, UID_BASES
-from .limitkinds import (
-    Account,
-    Addresses,
-    Domain,
-    Features,
-    Fixed,
-    Names,
-    Octets,
-    Options,
-    Pool4,
-    Pool6,
-    PortRange,
-)
+from .limitkinds import Account, Addresses, Domain, Features, Fixed, Names, Octets, Options, Pool4, Pool6, PortRange
 from .values import Bool, Choice, Int, Kind, Size
 
 GIB = 1024  # in MiB

@@ -13,11 +13,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ..layout import Layout
     from ..messages import Request
-    from .client import Answer, Broker
-    from .lines import PlainEditor
-    from .process import Signals
-    from .prompt import Editor
-    from .terminal import Terminal
+    from .client.broker import Answer, Broker
+    from .startup.process import Signals
+    from .ui.lines import PlainEditor
+    from .ui.prompt import Editor
+    from .ui.terminal import Terminal
 
 
 class Context:
@@ -42,7 +42,7 @@ class Context:
 
     def ask_fds(self, request: Request, count: int) -> Answer:
         """As `ask`, with the *count* descriptors that come beside the answer."""
-        from .progress import Progress
+        from .ui.progress import Progress
 
         progress = Progress(self.terminal)
         try:

@@ -17,12 +17,12 @@ from ..errors import EX_DONE, EX_INTERNAL, EX_INTERRUPTED, Internal, VmshellErro
 from ..layout import Layout
 from ..names import nearest
 from ..refusals import BrokerDown, NoSuchVm, UnknownVerb, Usage
-from . import process
+from .startup import process
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from .cli.grammar import Word
     from .context import Context
-    from .grammar import Word
 
 PROMPT = "vmshell> "
 INSTALLED = ("/usr/bin/vmshell", "/usr/local/bin/vmshell")
@@ -106,7 +106,7 @@ def _start(argv: list[str], signals: process.Signals) -> int:
     asked = read_arguments(argv)
     command = process.reduce_environment(session=asked.session or bool(asked.layout))
     if asked.special:
-        from .helptext import man_sections
+        from .cli.help import man_sections
 
         sys.stdout.write(man_sections())
         return EX_DONE
@@ -115,7 +115,7 @@ def _start(argv: list[str], signals: process.Signals) -> int:
     context = _context(asked, signals)
     try:
         if asked.text is None and not asked.words:
-            from .interactive import run
+            from .startup.interactive import run
 
             return run(context)
         signals.interruptible = True
@@ -130,16 +130,16 @@ def _start(argv: list[str], signals: process.Signals) -> int:
 
 
 def _context(asked: Invocation, signals: process.Signals) -> Context:
-    from .client import Broker
+    from .client.broker import Broker
     from .context import Context
-    from .terminal import Terminal
+    from .ui.terminal import Terminal
 
     layout = _layout(asked)
     terminal = Terminal()
     signals.at_end = terminal.restore
 
     def start() -> None:
-        from .session import start_broker
+        from .startup.session import start_broker
 
         start_broker(layout)
 
@@ -163,7 +163,7 @@ def _layout(asked: Invocation) -> Layout:
 
 
 def _one_request(context: Context, asked: Invocation) -> int:
-    from . import grammar
+    from .cli import grammar
 
     context.single = True
     if asked.text is not None:
@@ -173,7 +173,7 @@ def _one_request(context: Context, asked: Invocation) -> int:
 
 def attempt(context: Context, split: object, line: str) -> int:
     """Carry out one request; complain about what is refused. Returns the exit status."""
-    from .grammar import Pointed
+    from .cli.grammar import Pointed
 
     try:
         return dispatch(context, split())  # type: ignore[operator]
@@ -188,7 +188,8 @@ def attempt(context: Context, split: object, line: str) -> int:
 
 def dispatch(context: Context, words: list[Word]) -> int:
     """Find the verb and run it; raises VmshellError."""
-    from . import actions, grammar, verbs
+    from .cli import grammar, verbs
+    from .commands import machines
 
     if not words:
         return EX_DONE
@@ -198,12 +199,12 @@ def dispatch(context: Context, words: list[Word]) -> int:
     verb = verbs.BY_WORD.get(first)
     if verb is not None:
         if verbs.wants_help(words[1:], verb):
-            return actions.help(context, grammar.Values({"topic": verb.name}))
+            return machines.help(context, grammar.Values({"topic": verb.name}))
         request = grammar.parse(words, verb)
         return request.verb.run(context, request.values)
     if len(words) == 1 and grammar.looks_like_vm(first):
         try:
-            return actions.bare_name(context, first)
+            return machines.bare_name(context, first)
         except VmshellError as error:
             if error.code != NoSuchVm.code and not (error.code == BrokerDown.code and _near(words)):
                 raise
@@ -212,7 +213,7 @@ def dispatch(context: Context, words: list[Word]) -> int:
 
 def _near(words: list[Word]) -> str:
     """What was probably meant: a verb one slip away, or `console web1` for Lish's `web1 console`."""
-    from . import grammar, verbs
+    from .cli import grammar, verbs
 
     first = words[0].text
     near = nearest(first, [word for word in verbs.BY_WORD if not verbs.BY_WORD[word].hidden])
@@ -222,7 +223,7 @@ def _near(words: list[Word]) -> str:
 
 
 def _unknown(words: list[Word]) -> VmshellError:
-    from . import grammar
+    from .cli import grammar
 
     first, near = words[0].text, _near(words)
     if near:

@@ -1,0 +1,1 @@
+"""The event loop, the log and small files. Part of the broker's process."""

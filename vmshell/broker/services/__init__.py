@@ -1,0 +1,1 @@
+"""Connections to the other processes of ours. Part of the broker's process."""

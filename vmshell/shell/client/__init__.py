@@ -1,0 +1,1 @@
+"""The way to the broker. Part of the shell's process."""

@@ -1,0 +1,1 @@
+"""What the verbs do. Part of the shell's process."""

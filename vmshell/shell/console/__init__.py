@@ -1,0 +1,1 @@
+"""The serial console on the person's terminal. Part of the shell's process."""

@@ -1,0 +1,1 @@
+"""A libvirt domain, read into a definition. Part of the shell's process."""

@@ -1,0 +1,1 @@
+"""The terminal, its lines, tables and prompts. Part of the shell's process."""
