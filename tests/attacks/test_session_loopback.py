@@ -37,15 +37,13 @@ from tests.frames import (
 )
 from tests.process.networld import inside
 from tests.process.tapnets import Namespace, unable
-from vmshell.broker.context import Context
 from vmshell.broker.host.processes import Host, Process
 from vmshell.broker.network import passt
-from vmshell.broker.network.interfaces import Card
+from vmshell.broker.network.interfaces import Interface
 from vmshell.broker.runtime.loop import Loop
 from vmshell.layout import Layout
 from vmshell.model.catalogues import Network
 from vmshell.model.definition import Nic
-from vmshell.model.policy import Policy
 
 missing = unable() or ("" if passt.available() else "passt is not installed")
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.skipif(bool(missing), reason=missing or "-")]
@@ -108,9 +106,9 @@ class Guest:
 
     def __init__(self, space: Namespace, layout: Layout) -> None:
         self.host = Recorder(embedded=True)
-        context = Context(layout, Policy(), Loop(lambda exc: pytest.fail(str(exc))), self.host)
-        card = Card(0, Nic(), Network(kind="user"), GUEST)
-        self.sock = inside(space, lambda: socket.socket(fileno=passt.start_all(context, [card])[0]))
+        way_out = passt.Passt(host=self.host, loop=Loop(lambda exc: pytest.fail(str(exc))))
+        interface = Interface(0, Nic(), Network(kind="user"), GUEST)
+        self.sock = inside(space, lambda: socket.socket(fileno=way_out.start_all([interface])[0]))
         self.sock.settimeout(60)
         self._stream = b""
 

@@ -17,8 +17,8 @@ import pytest
 
 from tests.session import Client, Session
 from vmshell import wire
-from vmshell.broker.host.accounts import LOOK
-from vmshell.broker.host.accounts_helper import PATIENCE
+from vmshell.broker.services.accounts import LOOK
+from vmshell.broker.services.accounts_helper import PATIENCE
 from vmshell.errors import VmshellError
 from vmshell.installed import PACKAGE_DIR
 from vmshell.layout import STATE_VERSION, Layout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from vmshell.broker.host.accounts_helper import Question
+from vmshell.broker.services.accounts_helper import Question
 
 
 class People:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from vmshell.accounts import lookups, main
-from vmshell.broker.host import accounts_helper
-from vmshell.broker.host.accounts_helper import AccountsLink, Fact, Question, Stamp
 from vmshell.broker.host.processes import Host
 from vmshell.broker.runtime.loop import Loop
+from vmshell.broker.services import accounts_helper
+from vmshell.broker.services.accounts_helper import AccountsLink, Fact, Question, Stamp
 from vmshell.encoding import encode
 from vmshell.installed import PACKAGE_DIR
 from vmshell.layout import Layout

@@ -17,13 +17,12 @@ import pytest
 
 from tests.frames import BROADCAST, dhcp, ethernet, icmp6, ip4, ip6, udp
 from tests.process.tapnets import Namespace, Tapnet, mac, segment, unable
-from vmshell.broker.context import Context
+from vmshell.broker.composition import Parts
 from vmshell.broker.host.processes import Host
-from vmshell.broker.network.dnsmasq import entries
-from vmshell.broker.network.interfaces import Card, cards_of
+from vmshell.broker.network.interfaces import Interface
 from vmshell.broker.runtime.loop import Loop
 from vmshell.broker.vm.objects import Store
-from vmshell.broker.vm.registry import Vm
+from vmshell.broker.vm.vm import Vm
 from vmshell.dnsmasq.configuration import configuration
 from vmshell.layout import Layout
 from vmshell.messages import Port
@@ -52,22 +51,22 @@ class Net:
             os.makedirs(root)
         host = Host(embedded=False)
         host.systemd = False
-        self.context = Context(Layout(**roots, embedded=False), rules, Loop(print), host)
-        self.context.addresses.load()
-        self.context.resolving.begin()
-        vm, cards = self.machine(1, "web1", nic)
-        self.card = cards[0]
-        self.context.resolving.write(vm, cards, cards)
-        assert entries(self.context, vm, cards)["hosts"].count("web1.alice.vm") == 2
-        plan = self.context.addresses.plan
+        self.parts = Parts(Layout(**roots, embedded=False), rules, Loop(print), host)
+        self.parts.addresses.load()
+        self.parts.dnsmasq.begin()
+        vm, interfaces = self.machine(1, "web1", nic)
+        self.interface = interfaces[0]
+        self.parts.dnsmasq.write(vm, interfaces, interfaces)
+        assert self.parts.dnsmasq.entries(vm, interfaces)["hosts"].count("web1.alice.vm") == 2
+        plan = self.parts.addresses.plan
         self.gateway = plan.gateway4(0).partition("/")[0]
         self.tapnet.settle(segment(0, gateway4=plan.gateway4(0), gateway6=plan.gateway6(0)))
         self.taps: list[int] = []
-        self.tap = self.plug(1, self.card)
+        self.tap = self.plug(1, self.interface)
         self.space.run("ip", "addr", "add", "127.77.0.53/32", "dev", "lo")
         conf = f"{folder}/conf"
         # As it is written, but for the uid: the namespace has one.
-        Path(conf).write_text(configuration(rules.host, self.context.layout.names) + "user=root\n")
+        Path(conf).write_text(configuration(rules.host, self.parts.layout.names) + "user=root\n")
         os.chmod(folder, 0o755)
         command = self.space.command(str(DNSMASQ), "--keep-in-foreground", f"--conf-file={conf}", "--pid-file=")
         self.server = subprocess.Popen([*command, "--log-facility=-"], stderr=subprocess.DEVNULL)
@@ -81,43 +80,47 @@ class Net:
         self.tapnet.close()
         self.space.close()
 
-    def plug(self, number: int, card: Card) -> int:
-        """A tap for *card*, whose MAC the host knows: nobody answers its questions here."""
-        port = Port(number=number, nic=0, segment=card.segment, mac=card.mac, create=True)
-        port.address4, port.address6 = card.address4, card.address6
+    def plug(self, number: int, interface: Interface) -> int:
+        """A tap for *interface*, whose MAC the host knows: nobody answers its questions here."""
+        port = Port(number=number, nic=0, segment=interface.segment, mac=interface.mac, create=True)
+        port.address4, port.address6 = interface.address4, interface.address6
         tap = self.tapnet.plug(port)
         os.set_blocking(tap, False)
         self.taps.append(tap)
-        self.space.run("ip", "neigh", "replace", card.address4, "lladdr", card.mac, "dev", bridge_name(card.segment))
+        self.space.run(
+            "ip", "neigh", "replace", interface.address4, "lladdr", interface.mac, "dev", bridge_name(interface.segment)
+        )
         return tap
 
-    def to_gateway(self, card: Card, datagram: bytes) -> bytes:
-        """The frame with *card*'s datagram for its gateway."""
-        bridge, plan = bridge_name(card.segment), self.context.addresses.plan
+    def to_gateway(self, interface: Interface, datagram: bytes) -> bytes:
+        """The frame with *interface*'s datagram for its gateway."""
+        bridge, plan = bridge_name(interface.segment), self.parts.addresses.plan
         hardware = self.space.run("cat", f"/sys/class/net/{bridge}/address").strip()
-        gateway = plan.gateway4(card.segment).partition("/")[0]
-        return ethernet(hardware, card.mac, 0x0800, ip4(card.address4, gateway, 17, datagram))
+        gateway = plan.gateway4(interface.segment).partition("/")[0]
+        return ethernet(hardware, interface.mac, 0x0800, ip4(interface.address4, gateway, 17, datagram))
 
-    def machine(self, number: int, name: str, nic: Nic, uid: int = 1001, owner: str = "alice") -> tuple[Vm, list[Card]]:
-        """A VM of alice's, and its cards."""
+    def machine(self, number: int, name: str, nic: Nic, uid: int = 1001, owner: str = "alice") -> tuple[Vm, list[Interface]]:
+        """A VM of alice's, and its interfaces."""
         definition = Definition(name, nics=(nic,))
-        vm = Vm(number, uid, owner, definition, 0, Store(f"{self.context.layout.state}/none", name))
-        return vm, cards_of(self.context, vm, definition, give=True)
+        vm = Vm(number, uid, owner, definition, 0, Store(f"{self.parts.layout.state}/none", name))
+        return vm, self.parts.interfaces.of(vm, definition, give=True)
 
     def offer(self) -> bytes:
-        """What its card is offered by DHCP."""
-        frame = ethernet(BROADCAST, self.card.mac, 0x0800, discover(self.card.mac))
+        """What its interface is offered by DHCP."""
+        frame = ethernet(BROADCAST, self.interface.mac, 0x0800, discover(self.interface.mac))
         return self.answer(frame, lambda frame: frame[34:38] == b"\0\x43\0\x44")
 
-    def neighbour(self) -> tuple[int, Card]:
-        """Bob's VM, on another segment: its tap and its card."""
-        vm, (card,) = self.machine(7, "evil", Nic(), 1002, "bob")
-        self.context.resolving.write(vm, [card], [card])
-        plan = self.context.addresses.plan
-        self.tapnet.tell(segment(card.segment, gateway4=plan.gateway4(card.segment), gateway6=plan.gateway6(card.segment)))
-        tap = self.plug(7, card)
+    def neighbour(self) -> tuple[int, Interface]:
+        """Bob's VM, on another segment: its tap and its interface."""
+        vm, (interface,) = self.machine(7, "evil", Nic(), 1002, "bob")
+        self.parts.dnsmasq.write(vm, [interface], [interface])
+        plan = self.parts.addresses.plan
+        self.tapnet.tell(
+            segment(interface.segment, gateway4=plan.gateway4(interface.segment), gateway6=plan.gateway6(interface.segment))
+        )
+        tap = self.plug(7, interface)
         time.sleep(0.5)  # dnsmasq has to see the interface
-        return tap, card
+        return tap, interface
 
     def answer(self, frame: bytes, wanted: Callable[[bytes], bool], seconds: float = 5.0, tap: int = -1) -> bytes:
         """Send *frame* again and again until something *wanted* comes; empty if nothing does."""
@@ -163,7 +166,7 @@ def options_of(offer: bytes) -> dict[int, bytes]:
 def test_a_card_gets_its_own_address_and_names(net: Net) -> None:
     offer = net.offer()
     assert offer, "no offer"
-    assert str(ipaddress.IPv4Address(offer[58:62])) == net.card.address4
+    assert str(ipaddress.IPv4Address(offer[58:62])) == net.interface.address4
     options, gateway = options_of(offer), ipaddress.IPv4Address(net.gateway).packed
     assert (options[1], options[3], options[6]) == (b"\xff\xff\xff\x00", gateway, gateway)
     assert (options[12], options[15].rstrip(b"\0")) == (b"web1", b"alice.vm") and 28 not in options
@@ -177,11 +180,11 @@ def test_nobody_else_gets_an_answer(net: Net) -> None:
 
 def test_e33_who_has_chosen_the_same_mac_takes_no_address_away_while_it_is_off(chosen: Net) -> None:
     for number, name in ((2, "web2"), (3, "web0")):
-        vm, cards = chosen.machine(number, name, Nic(mac=CHOSEN))
-        assert cards[0].segment == chosen.card.segment
-        chosen.context.resolving.write(vm, cards)
+        vm, interfaces = chosen.machine(number, name, Nic(mac=CHOSEN))
+        assert interfaces[0].segment == chosen.interface.segment
+        chosen.parts.dnsmasq.write(vm, interfaces)
     time.sleep(0.5)
-    assert str(ipaddress.IPv4Address(chosen.offer()[58:62])) == chosen.card.address4
+    assert str(ipaddress.IPv4Address(chosen.offer()[58:62])) == chosen.interface.address4
 
 
 def question(name: str, kind: int = 1, what: int = 1, ident: int = 7) -> bytes:
@@ -196,20 +199,20 @@ def question(name: str, kind: int = 1, what: int = 1, ident: int = 7) -> bytes:
 def test_names_are_the_brokers_and_nobody_elses(net: Net, name: str, kind: int, found: bool) -> None:
     """What a guest calls itself (`evil`, in its DHCP request) is nobody's name."""
     net.answer(ethernet(BROADCAST, mac(1), 0x0800, discover(mac(1))), lambda frame: frame[34:38] == b"\0\x43\0\x44")
-    frame = net.to_gateway(net.card, udp(4000, 53, question(name, kind)))
+    frame = net.to_gateway(net.interface, udp(4000, 53, question(name, kind)))
     got = net.answer(frame, lambda frame: frame[34:36] == b"\0\x35", 4.0)
     assert got, "no answer at all"
     answers = int.from_bytes(got[48:50], "big")
-    own = ipaddress.ip_address(net.card.address4 if kind == 1 else net.card.address6).packed
+    own = ipaddress.ip_address(net.interface.address4 if kind == 1 else net.interface.address6).packed
     assert (answers == 1 and got.endswith(own)) is found
 
 
 def test_e13_a_name_that_a_client_gives_itself_takes_no_lease_away(net: Net) -> None:
     """Two guests made of one disk call themselves the same, and anybody may call himself what another does."""
-    tap, card = net.neighbour()
-    name = b"\x3d\x07\x01" + bytes.fromhex(net.card.mac.replace(":", ""))
+    tap, interface = net.neighbour()
+    name = b"\x3d\x07\x01" + bytes.fromhex(net.interface.mac.replace(":", ""))
 
-    def asks(kind: int, who: Card, tap: int, unicast: bool = False) -> int:
+    def asks(kind: int, who: Interface, tap: int, unicast: bool = False) -> int:
         options = name if unicast or kind == 1 else name + b"\x32\x04" + ipaddress.IPv4Address(who.address4).packed
         datagram = dhcp(who.mac, kind, options, who.address4 if unicast else "0.0.0.0")
         frame = ethernet(BROADCAST, who.mac, 0x0800, ip4("0.0.0.0", "255.255.255.255", 17, datagram))
@@ -218,22 +221,22 @@ def test_e13_a_name_that_a_client_gives_itself_takes_no_lease_away(net: Net) -> 
         return options_of(got)[53][0]
 
     offer, request, acknowledged = 2, 3, 5
-    assert [asks(1, net.card, net.tap), asks(request, net.card, net.tap)] == [offer, acknowledged]
-    assert [asks(1, card, tap), asks(request, card, tap)] == [offer, acknowledged]
-    assert asks(request, net.card, net.tap, unicast=True) == acknowledged, "his has ended hers"
+    assert [asks(1, net.interface, net.tap), asks(request, net.interface, net.tap)] == [offer, acknowledged]
+    assert [asks(1, interface, tap), asks(request, interface, tap)] == [offer, acknowledged]
+    assert asks(request, net.interface, net.tap, unicast=True) == acknowledged, "his has ended hers"
 
 
 def test_f08_names_that_nobody_answers_take_none_from_others(net: Net) -> None:
     """A guest asks for names whose server, its own, is silent; dnsmasq keeps each question for seconds."""
-    tap, card = net.neighbour()
+    tap, interface = net.neighbour()
     net.space.run("ip", "addr", "add", "192.0.2.1/32", "dev", "lo")
     server = subprocess.Popen(net.space.command(sys.executable, "-c", UPSTREAM))
     try:
         time.sleep(0.5)
         for number in range(190):
-            os.write(tap, net.to_gateway(card, udp(5000 + number, 53, question(f"x{number}.slow", ident=100 + number))))
+            os.write(tap, net.to_gateway(interface, udp(5000 + number, 53, question(f"x{number}.slow", ident=100 + number))))
         time.sleep(0.3)
-        frame = net.to_gateway(net.card, udp(4000, 53, question("a.good")))
+        frame = net.to_gateway(net.interface, udp(4000, 53, question("a.good")))
         got = net.answer(frame, lambda got: got[34:36] == b"\0\x35", 8.0)
         assert got and got[45] & 15 == 0 and got.endswith(bytes([1, 2, 3, 4]))
     finally:
@@ -256,7 +259,7 @@ while True:
 
 def test_guests_do_not_learn_whom_the_host_asks(net: Net) -> None:
     """CHAOS TXT servers.bind, as dnsmasq answers it by itself."""
-    frame = net.to_gateway(net.card, udp(4000, 53, question("servers.bind", 16, 3)))
+    frame = net.to_gateway(net.interface, udp(4000, 53, question("servers.bind", 16, 3)))
     got = net.answer(frame, lambda got: got[34:36] == b"\0\x35", 4.0)
     assert b"192.0.2.1" not in got
 

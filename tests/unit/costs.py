@@ -14,17 +14,16 @@ from types import FrameType, SimpleNamespace
 from typing import Any, cast
 
 from tests.fakes.accounts import People
+from tests.fakes.parts import PartsWith
 from vmshell import encoding
 from vmshell.broker.api.server import Client, Server
-from vmshell.broker.context import Context
 from vmshell.broker.host.processes import Host
-from vmshell.broker.lifecycle.runs import Live
-from vmshell.broker.network.interfaces import cards_of
-from vmshell.broker.network.openings import Published
+from vmshell.broker.lifecycle.runs import Run
+from vmshell.broker.main import make_server
+from vmshell.broker.runtime.call import Peer
 from vmshell.broker.runtime.loop import Loop
-from vmshell.broker.vm.access import Peer
 from vmshell.broker.vm.objects import Object, Store
-from vmshell.broker.vm.registry import Snapshot, Vm
+from vmshell.broker.vm.vm import Published, Snapshot, Vm
 from vmshell.errors import ProtocolError
 from vmshell.layout import Layout
 from vmshell.messages import RUNNING
@@ -106,22 +105,21 @@ class Bench:
         layout = Layout(**{name: f"{folder}/{name}" for name in ("etc", "state", "run", "log")}, embedded=False)
         host = cast(Any, Host(embedded=True))
         host.listens = lambda port, proto: False
-        self.context = context = Context(layout, parse(POLICY, "policy.toml"), Loop(_raise), host)
-        context.accounts = cast(Any, Everybody({"alice": 1000, "root": 0}, {"staff": set(), "vmusers": set()}))
-        self.server = Server.__new__(Server)
-        self.server._context = context
+        people = Everybody({"alice": 1000, "root": 0}, {"staff": set(), "vmusers": set()})
+        self.parts = parts = PartsWith(layout, parse(POLICY, "policy.toml"), Loop(_raise), host, accounts=people)
+        self.server = make_server(parts)
         self.server._group = "vmusers"
-        context.turns.enter = lambda uid, action: action()  # type: ignore[method-assign]
-        context.facts.known = True
-        context.registry.load()
-        context.addresses.load()
+        parts.turns.enter = lambda uid, action: action()  # type: ignore[method-assign]
+        parts.capabilities.known = True
+        parts.registry.load()
+        parts.addresses.load()
         quiet: Any = lambda *arguments, **named: None  # noqa: E731
-        for part, name in ((context.jobs, "start"), (context.jobs, "own"), (context.relay, "send"), (context.relay, "request")):
+        for part, name in ((parts.jobs, "start"), (parts.jobs, "own"), (parts.relay, "send"), (parts.relay, "request")):
             setattr(part, name, quiet)
         for name in ("launch", "job", "kill", "terminate", "restart_names"):
-            setattr(context.launcher, name, quiet)
-        context.networks._tapnet.request = quiet  # type: ignore[method-assign]
-        context.resolving.begin()
+            setattr(parts.launcher, name, quiet)
+        parts.tapnet.request = quiet  # type: ignore[method-assign]
+        parts.dnsmasq.begin()
         self._image(layout)
         self._people(own, others)
         self._alices(objects, grants)
@@ -135,10 +133,10 @@ class Bench:
         web1, run1 = (self.vm(number, 1000, "alice", name) for number, name in ((1, "web1"), (2, "run1")))
         for vm in (web1, run1):
             os.makedirs(vm.store.folder)
-            self.context.registry.redefine(vm, vm.definition)
+            self.parts.registry.redefine(vm, vm.definition)
         self.run(run1)
         many = {f"o{index}.iso": Object("raw", 1 << 20) for index in range(objects)}
-        shelf = self.context.registry.shelf(1000, "alice")
+        shelf = self.parts.registry.shelf(1000, "alice")
         for store in (shelf, web1.store):
             os.makedirs(store.folder, exist_ok=True)
             store._write({**many, **({"root": Object("qcow2", 1 << 30)} if store is not shelf else {})})
@@ -159,17 +157,17 @@ class Bench:
         """A VM that is off, in memory alone."""
         disks = (Disk("root"), Disk("shelf:o1.iso", type="cdrom", readonly=True))
         definition = Definition(name, disks=disks, nics=(Nic(), Nic("lan"), Nic("db")))
-        vm = Vm(number, uid, owner, definition, 0, Store(f"{self.context.layout.vm_state(uid, name)}/disks", name))
-        self.context.registry.add(vm)
+        vm = Vm(number, uid, owner, definition, 0, Store(f"{self.parts.layout.vm_state(uid, name)}/disks", name))
+        self.parts.registry.add(vm)
         return vm
 
     def run(self, vm: Vm) -> None:
-        """It runs, with its cards plugged in."""
+        """Have it run, with its interfaces attached."""
         vm.booted, vm.state = vm.definition, RUNNING
-        context = self.context
-        context.addresses._log = cast(Any, SimpleNamespace(add=lambda *lines: None, wants_anew=lambda count: False))
-        context.machines._fleet.add(Live(vm))
-        context.networks._keep(vm, cards_of(context, vm, vm.definition, give=True))
+        parts = self.parts
+        parts.addresses._log = cast(Any, SimpleNamespace(add=lambda *lines: None, wants_anew=lambda count: False))
+        parts.runs.add(Run(vm))
+        parts.attached.keep(vm, parts.interfaces.of(vm, vm.definition, give=True))
 
     def ask(self, body: dict[str, object], peer: Peer = ALICE) -> list[dict[str, Any]]:
         """What a packet with *body* is answered at once, by the code that would answer it."""
@@ -178,7 +176,7 @@ class Bench:
         return client.sent
 
     def close(self) -> None:
-        self.context.loop._epoll.close()
+        self.parts.loop._epoll.close()
 
 
 class _Client(Client):

@@ -41,7 +41,7 @@ def card(addresses: Addresses, number: int, owner: tuple[int, str] = ALICE) -> t
 
 
 def state(addresses: Addresses) -> Any:
-    cards = {segment: cards.hosts for segment, cards in addresses._cards.items()}
+    cards = {segment: cards.hosts for segment, cards in addresses._hosts.items()}
     return addresses._segments, cards, addresses._private, addresses._count
 
 
@@ -74,8 +74,8 @@ def test_whatever_happens_the_file_says_what_is_believed(path: str) -> None:
         if rng.random() < 0.01:
             addresses = opened(path, rng.choice([PLAN, Plan("10.77.0.0/24", "", 28), Plan("10.77.0.0/22", "", 24)]))
     assert not addresses.damaged and state(opened(path, addresses.plan)) == state(addresses)
-    taken = [host for cards in addresses._cards.values() for host in cards.hosts.values()]
-    assert len(taken) == sum(len(cards.taken) for cards in addresses._cards.values())
+    taken = [host for cards in addresses._hosts.values() for host in cards.hosts.values()]
+    assert len(taken) == sum(len(cards.taken) for cards in addresses._hosts.values())
     assert log(path).read_bytes().count(b"\n") <= 2 * addresses._count + change_log.ANEW + 2, "it does not grow for ever"
     assert len(addresses._free[True]) <= 70
 

@@ -18,13 +18,12 @@ import pytest
 from tests.fakes.broker import FakeBroker
 from vmshell import encoding
 from vmshell.admin import usage
-from vmshell.broker.api.dispatch import HANDLERS
-from vmshell.broker.context import Context
+from vmshell.broker.composition import Parts
 from vmshell.broker.host.processes import Host
+from vmshell.broker.runtime.call import Peer
 from vmshell.broker.runtime.loop import Loop
-from vmshell.broker.vm.access import Peer
 from vmshell.broker.vm.objects import Object
-from vmshell.broker.vm.registry import Vm
+from vmshell.broker.vm.vm import Vm
 from vmshell.errors import BadValue, VmshellError
 from vmshell.layout import Layout
 from vmshell.messages import ASKED_MAX, SHOWN_MAX, ImageUsers, Owned, Request, parse_request
@@ -41,43 +40,43 @@ def layout(tmp_path: Path) -> Layout:
 
 
 @pytest.fixture
-def context(layout: Layout) -> Context:
+def parts(layout: Layout) -> Parts:
     return broker_of(layout)
 
 
-def broker_of(layout: Layout) -> Context:
+def broker_of(layout: Layout) -> Parts:
     """All of a broker, without a client; its records read from the disk."""
-    made = Context(layout, Policy(), Loop(print), Host(embedded=True))
+    made = Parts(layout, Policy(), Loop(print), Host(embedded=True))
     made.registry.load()
     return made
 
 
-def ask(context: Context, request: Request, peer: Peer = ROOT) -> dict[str, Any]:
+def ask(parts: Parts, request: Request, peer: Peer = ROOT) -> dict[str, Any]:
     """The answer that *peer* gets, as it comes out of a packet."""
     answers: list[dict[str, object]] = []
     call = SimpleNamespace(peer=peer, reply=answers.append)
-    HANDLERS[type(request)](context, call, request)
+    parts.handlers[type(request)](call, request)
     (answer,) = answers
     return encoding.decode(encoding.encode({"id": 1, "ok": answer}))["ok"]  # type: ignore[return-value]
 
 
-def make(context: Context, name: str, image: str, uid: int = 1000, owner: str = "alice") -> Vm:
-    vm = context.registry.create(uid, owner, Definition(name=name, image=image))
-    context.registry.finish_creation(vm)
+def make(parts: Parts, name: str, image: str, uid: int = 1000, owner: str = "alice") -> Vm:
+    vm = parts.registry.create(uid, owner, Definition(name=name, image=image))
+    parts.registry.finish_creation(vm)
     return vm
 
 
 @contextlib.contextmanager
-def serving(context: Context) -> Iterator[FakeBroker]:
+def serving(parts: Parts) -> Iterator[FakeBroker]:
     """The broker's handlers behind a real socket."""
 
     def answer(body: dict[str, object]) -> object:
         try:
-            return ask(context, parse_request(body))
+            return ask(parts, parse_request(body))
         except VmshellError as exc:
             return exc
 
-    with FakeBroker(context.layout) as fake:
+    with FakeBroker(parts.layout) as fake:
         fake.answers |= {"image-users": answer, "owned": answer}
         yield fake
 
@@ -85,28 +84,28 @@ def serving(context: Context) -> Iterator[FakeBroker]:
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def test_every_vm_counts_for_its_images_from_the_moment_it_is_being_made(context: Context) -> None:
-    make(context, "web1", "demo")
-    make(context, "web2", "demo")
-    context.registry.create(1001, "bob", Definition(name="half", image="demo"))
-    context.remove(make(context, "gone", "other"))
-    with serving(context):
-        assert str(usage.users_of(context.layout, "demo")) == "alice/web1, alice/web2, bob/half"
-        assert usage.users_of(context.layout, "other").count == 0
-        assert usage.user_counts(context.layout, ["other", "demo"]) == {"other": 0, "demo": 3}
+def test_every_vm_counts_for_its_images_from_the_moment_it_is_being_made(parts: Parts) -> None:
+    make(parts, "web1", "demo")
+    make(parts, "web2", "demo")
+    parts.registry.create(1001, "bob", Definition(name="half", image="demo"))
+    parts.removal.remove(make(parts, "gone", "other"))
+    with serving(parts):
+        assert str(usage.users_of(parts.layout, "demo")) == "alice/web1, alice/web2, bob/half"
+        assert usage.users_of(parts.layout, "other").count == 0
+        assert usage.user_counts(parts.layout, ["other", "demo"]) == {"other": 0, "demo": 3}
 
 
 @pytest.mark.parametrize("record", ["", "{", "[]", '{"images": "demo"}'])
 def test_a_record_that_cannot_be_read_counts_for_every_image_until_it_is_gone(layout: Layout, record: str) -> None:
     make(broker_of(layout), "web1", "demo")
     Path(layout.vm_state(1000, "web1"), "record.json").write_text(record)
-    context = broker_of(layout)
-    answer = ask(context, ImageUsers(images=["demo"]))
+    parts = broker_of(layout)
+    answer = ask(parts, ImageUsers(images=["demo"]))
     assert answer == {"images": [{"count": 0, "first": []}], "unreadable": {"count": 1, "first": ["1000/web1"]}}
-    with serving(context):
+    with serving(parts):
         assert usage.users_of(layout, "other").count == 1
         assert usage.user_counts(layout, ["other"]) == {"other": 0}
-        context.remove(*context.registry.of(1000))
+        parts.removal.remove(*parts.registry.of(1000))
         assert usage.users_of(layout, "other").count == 0
 
 
@@ -123,27 +122,27 @@ def test_of_a_newer_versions_vm_its_record_says_what_it_stands_on(layout: Layout
 # --- accounts ---------------------------------------------------------------------------------------------------------
 
 
-def test_D22_an_account_owns_what_lies_in_its_folders_with_or_without_a_record(context: Context) -> None:
-    layout = context.layout
-    make(context, "web1", "demo")
-    context.registry.create(1000, "alice", Definition(name="half"))
+def test_D22_an_account_owns_what_lies_in_its_folders_with_or_without_a_record(parts: Parts) -> None:
+    layout = parts.layout
+    make(parts, "web1", "demo")
+    parts.registry.create(1000, "alice", Definition(name="half"))
     Path(layout.vm_state(1000, "lost")).mkdir()
-    shelf = context.registry.shelf(1000, "alice")
+    shelf = parts.registry.shelf(1000, "alice")
     os.makedirs(shelf.folder)
     Path(shelf.begin("root.img", Object("raw", 1))).touch()
     shelf.finish("root.img", Object("raw", 1))
-    with serving(context):
+    with serving(parts):
         assert str(usage.belongings(layout, 1000, "alice")) == ".new-2, lost, web1, shelf.root.img"
         assert usage.belongings(layout, 1001, "bob").count == 0
         assert usage.vm_counts(layout, [1001, 1000]) == {1001: "0", 1000: "3"}
 
 
-def test_what_cannot_be_listed_is_not_nothing(context: Context) -> None:
-    layout = context.layout
+def test_what_cannot_be_listed_is_not_nothing(parts: Parts) -> None:
+    layout = parts.layout
     Path(layout.vms, "1000").touch()  # stands for a folder that the broker may not read
     os.makedirs(f"{layout.shelf(1001)}/00")
     Path(layout.shelf(1001), "00", "objects.json").write_text("{")
-    with serving(context):
+    with serving(parts):
         with pytest.raises(CannotTell, match="nobody can say what alice owns: the host could not store that: Not a directory"):
             usage.belongings(layout, 1000, "alice")
         assert str(usage.belongings(layout, 1001, "bob")) == "shelf.objects.json"  # damaged, so who knows what else there was
@@ -153,34 +152,34 @@ def test_what_cannot_be_listed_is_not_nothing(context: Context) -> None:
 # --- bounds and rights ------------------------------------------------------------------------------------------------
 
 
-def test_the_largest_answer_fits_into_a_packet(context: Context) -> None:
+def test_the_largest_answer_fits_into_a_packet(parts: Parts) -> None:
     owner = "\U0001f600" * 300  # an account name that a directory may hold
     images = [f"{'i' * 29}{index:02}" for index in range(ASKED_MAX)]
     for image in images:
         for index in range(SHOWN_MAX + 1):
-            make(context, f"vm{index}-{image[-2:]}", image, owner=owner)
-    for row in ask(context, ImageUsers(images=images))["images"]:
+            make(parts, f"vm{index}-{image[-2:]}", image, owner=owner)
+    for row in ask(parts, ImageUsers(images=images))["images"]:
         assert (row["count"], len(row["first"])) == (SHOWN_MAX + 1, SHOWN_MAX)
     uids = list(range(2000, 2000 + ASKED_MAX))
     for uid in uids:
         for index in range(SHOWN_MAX + 1):
-            Path(context.layout.vm_state(uid, "\U0001f600" * 60 + str(index))).mkdir(parents=True)
-    assert [row["count"] for row in ask(context, Owned(uids=uids))["owned"]] == [SHOWN_MAX + 1] * ASKED_MAX
+            Path(parts.layout.vm_state(uid, "\U0001f600" * 60 + str(index))).mkdir(parents=True)
+    assert [row["count"] for row in ask(parts, Owned(uids=uids))["owned"]] == [SHOWN_MAX + 1] * ASKED_MAX
 
 
-def test_many_are_asked_about_in_portions(context: Context) -> None:
+def test_many_are_asked_about_in_portions(parts: Parts) -> None:
     images = [f"image-{index}" for index in range(2 * ASKED_MAX + 1)]
-    make(context, "web1", images[-1])
-    with serving(context) as fake:
-        assert usage.user_counts(context.layout, images) == {**dict.fromkeys(images, 0), images[-1]: 1}
-        assert len(usage.vm_counts(context.layout, range(1000, 1000 + ASKED_MAX + 1))) == ASKED_MAX + 1
+    make(parts, "web1", images[-1])
+    with serving(parts) as fake:
+        assert usage.user_counts(parts.layout, images) == {**dict.fromkeys(images, 0), images[-1]: 1}
+        assert len(usage.vm_counts(parts.layout, range(1000, 1000 + ASKED_MAX + 1))) == ASKED_MAX + 1
         assert fake.verbs() == ["image-users"] * 3 + ["owned"] * 2
 
 
 @pytest.mark.parametrize("request_", [ImageUsers(images=["demo"]), Owned(uids=[1000])], ids=["image-users", "owned"])
-def test_D29_only_administrators_are_told(context: Context, request_: Request) -> None:
+def test_D29_only_administrators_are_told(parts: Parts, request_: Request) -> None:
     with pytest.raises(NotAllowed):
-        ask(context, request_, ALICE)
+        ask(parts, request_, ALICE)
 
 
 @pytest.mark.parametrize(

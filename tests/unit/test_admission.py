@@ -11,9 +11,9 @@ from typing import Any, cast
 import pytest
 
 from vmshell.broker.lifecycle import boot_queue
-from vmshell.broker.lifecycle.boot_queue import BUSY_TIME_MAX, SAMPLE, SILENT_CPU, SILENT_TIME_MAX, TICK, Admission
+from vmshell.broker.lifecycle.boot_queue import BUSY_TIME_MAX, SAMPLE, SILENT_CPU, SILENT_TIME_MAX, TICK, BootQueue
 from vmshell.broker.vm.objects import Store
-from vmshell.broker.vm.registry import Vm
+from vmshell.broker.vm.vm import Vm
 from vmshell.messages import QUEUED, RUNNING, STARTING
 from vmshell.model.definition import Definition
 
@@ -34,7 +34,7 @@ class World:
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._numbers = itertools.count(1)
-        self.admission = Admission(cast(Any, self), places, lambda vm: vm.number)
+        self.admission = BootQueue(cast(Any, self), places, lambda vm: vm.number)
 
     def after(self, seconds: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._timers, (self.now + seconds, next(self._order), action))

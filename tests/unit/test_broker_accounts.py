@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import pytest
 
-from vmshell.broker.host import accounts as accounts_module
-from vmshell.broker.host.accounts import Accounts
-from vmshell.broker.host.accounts_helper import Fact, Question, Stamp
 from vmshell.broker.runtime.loop import Loop
+from vmshell.broker.services import accounts as accounts_module
+from vmshell.broker.services.accounts import Accounts
+from vmshell.broker.services.accounts_helper import Fact, Question, Stamp
 from vmshell.layout import Layout
 from vmshell.refusals import AccountsSilent
 

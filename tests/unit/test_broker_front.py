@@ -16,9 +16,9 @@ import pytest
 
 from tests.unit.costs import Bench
 from vmshell import wire
-from vmshell.broker.api.server import Server
+from vmshell.broker.main import make_server
 from vmshell.broker.runtime.loop import Loop
-from vmshell.broker.services.front import FrontLink
+from vmshell.broker.services.front import Front
 from vmshell.layout import Layout
 from vmshell.messages import Arrived
 
@@ -49,7 +49,7 @@ class Link:
         self.errors: list[BaseException] = []
         self.came: list[tuple[int, socket.socket]] = []
         self.loop = Loop(self.errors.append)
-        self.link = FrontLink(self.loop, self.layout, lambda uid, sock: self.came.append((uid, sock)))
+        self.link = Front(self.loop, self.layout, lambda uid, sock: self.came.append((uid, sock)))
 
     def accept(self, listener: socket.socket) -> socket.socket:
         """The broker's connection."""
@@ -136,14 +136,14 @@ def test_a_front_that_was_taken_over_leaves_no_descriptor_in_the_broker(link: Li
 # --- who is admitted --------------------------------------------------------------------------------------------------
 
 
-class Front(Bench):
+class FrontBench(Bench):
     """A broker whose users come from the test."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        people: Any = self.context.accounts
+        people: Any = self.parts.accounts
         people.when_peer_known = lambda uid, done: done()
-        self.server = Server(self.context, None)
+        self.server = make_server(self.parts)
 
     def come(self, uid: int) -> socket.socket:
         """A user's connection: the child's end."""
@@ -158,20 +158,20 @@ class Front(Bench):
         return self.next(sock)
 
     def next(self, sock: socket.socket) -> dict[str, Any]:
-        turn(self.context.loop, lambda: bool(select.select([sock], [], [], 0)[0]))
+        turn(self.parts.loop, lambda: bool(select.select([sock], [], [], 0)[0]))
         packet = wire.recv(sock)
         assert packet is not None
         return packet.body
 
 
 @pytest.fixture
-def broker(short_tmp: Path) -> Iterator[Front]:
-    made = Front(short_tmp)
+def broker(short_tmp: Path) -> Iterator[FrontBench]:
+    made = FrontBench(short_tmp)
     yield made
     made.close()
 
 
-def test_who_has_come_is_who_the_front_says(broker: Front) -> None:
+def test_who_has_come_is_who_the_front_says(broker: FrontBench) -> None:
     with broker.come(1000) as alice, broker.come(2001) as other, broker.come(0) as root:
         assert broker.ask(alice)["ok"]["user"] == "alice"
         assert broker.ask(other)["ok"]["user"] == "u2001"
@@ -179,9 +179,9 @@ def test_who_has_come_is_who_the_front_says(broker: Front) -> None:
         assert broker.server.connected() == 3
 
 
-def test_connections_beyond_the_limit_are_refused_and_room_comes_back(broker: Front) -> None:
+def test_connections_beyond_the_limit_are_refused_and_room_comes_back(broker: FrontBench) -> None:
     """D09."""
-    limit = broker.context.policy.host.connections_max
+    limit = broker.parts.policies.policy.host.connections_max
     held = [broker.come(1000) for _ in range(limit)]
     before = descriptors()
     for _ in range(3):
@@ -193,16 +193,16 @@ def test_connections_beyond_the_limit_are_refused_and_room_comes_back(broker: Fr
         assert "ok" in broker.ask(other)
     assert broker.server.connected() == limit + 1
     held.pop().close()
-    turn(broker.context.loop, lambda: broker.server.connected() == limit - 1)
+    turn(broker.parts.loop, lambda: broker.server.connected() == limit - 1)
     held.append(broker.come(1000))
     assert "ok" in broker.ask(held[-1])
     for sock in held:
         sock.close()
-    turn(broker.context.loop, lambda: broker.server.connected() == 0)
+    turn(broker.parts.loop, lambda: broker.server.connected() == 0)
 
 
-def test_who_is_no_member_is_told_so_and_does_not_stay(broker: Front) -> None:
-    people: Any = broker.context.accounts
+def test_who_is_no_member_is_told_so_and_does_not_stay(broker: FrontBench) -> None:
+    people: Any = broker.parts.accounts
     people.groups_of = lambda user: frozenset()
     with broker.come(1000) as sock:
         assert broker.next(sock)["error"]["code"] == "not-allowed"
@@ -210,7 +210,7 @@ def test_who_is_no_member_is_told_so_and_does_not_stay(broker: Front) -> None:
     assert broker.server.connected() == 0
 
 
-def test_the_broker_takes_no_descriptor_from_a_child(broker: Front) -> None:
+def test_the_broker_takes_no_descriptor_from_a_child(broker: FrontBench) -> None:
     """N2: a child that was taken over may send them; none stays."""
     with broker.come(1000) as sock, open(os.devnull, "rb") as file:
         before = descriptors()

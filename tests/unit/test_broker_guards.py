@@ -14,21 +14,21 @@ from typing import Any, cast
 
 import pytest
 
-from vmshell.broker import context as context_module
-from vmshell.broker.api.server import Call
-from vmshell.broker.context import Context
+from vmshell.broker.composition import Parts
 from vmshell.broker.host import processes as host_module
 from vmshell.broker.host.processes import Host
-from vmshell.broker.lifecycle import launch_plan, stop
-from vmshell.broker.lifecycle.boot_queue import Admission
-from vmshell.broker.lifecycle.runs import Fleet, Live
-from vmshell.broker.lifecycle.stop import Endings
+from vmshell.broker.lifecycle import removal, start, stop
+from vmshell.broker.lifecycle.boot_queue import BootQueue
+from vmshell.broker.lifecycle.runs import Run, Runs
+from vmshell.broker.lifecycle.start import Starter
+from vmshell.broker.lifecycle.stop import Stops
+from vmshell.broker.runtime.call import Call
 from vmshell.broker.runtime.loop import Loop
 from vmshell.broker.services import connection as link_module
-from vmshell.broker.services.relay import RelayLink
-from vmshell.broker.storage import overlays
+from vmshell.broker.services.relay import Relay
 from vmshell.broker.vm.objects import Store
-from vmshell.broker.vm.registry import Registry, Vm
+from vmshell.broker.vm.registry import Registry
+from vmshell.broker.vm.vm import Vm
 from vmshell.errors import VmshellError
 from vmshell.layout import Layout
 from vmshell.messages import FAILED, OFF, QUEUED, RUNNING, STOPPING, Forget, Order
@@ -52,18 +52,18 @@ def loop() -> Iterator[Loop]:
 
 
 @pytest.fixture
-def context(layout: Layout, loop: Loop) -> Context:
+def parts(layout: Layout, loop: Loop) -> Parts:
     """All of a broker, without a client."""
-    made = Context(layout, Policy(), loop, Host(embedded=True))
+    made = Parts(layout, Policy(), loop, Host(embedded=True))
     made.addresses.load()
-    made.facts.known = True
+    made.capabilities.known = True
     made.registry.load()
     return made
 
 
-def defined(context: Context, name: str) -> Vm:
-    vm = context.registry.create(1000, "alice", Definition(name=name))
-    context.registry.finish_creation(vm)
+def defined(parts: Parts, name: str) -> Vm:
+    vm = parts.registry.create(1000, "alice", Definition(name=name))
+    parts.registry.finish_creation(vm)
     return vm
 
 
@@ -131,10 +131,10 @@ class QuietRelay:
 
 
 @pytest.mark.parametrize("left", [0, 1])
-def test_a_console_without_descriptors_left_leaks_none(context: Context, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
-    vm, client, relay = defined(context, "web1"), FakeClient(), QuietRelay()
+def test_a_console_without_descriptors_left_leaks_none(parts: Parts, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
+    vm, client, relay = defined(parts, "web1"), FakeClient(), QuietRelay()
     client.peer = SimpleNamespace(uid=1001, label="alice")
-    context.relay = cast(Any, relay)
+    monkeypatch.setattr(parts.relay, "send", relay.send)
     vm.state = RUNNING
     real, made = os.pipe2, 0
 
@@ -148,12 +148,12 @@ def test_a_console_without_descriptors_left_leaks_none(context: Context, monkeyp
     before = open_fds()
     with monkeypatch.context() as patch:
         patch.setattr(os, "pipe2", scarce)
-        context.machines.console(client.call(), vm, readonly=False, replay=True)
+        parts.consoles.console(client.call(), vm, readonly=False, replay=True)
     assert client.answers() == ["relay-down"] and relay.done == [] and open_fds() == before
     # A relay that refuses, and a viewer that has gone by the time of its answer.
     for error in (NotWatched(vm=1), None):
         call = client.call()
-        context.machines.console(call, vm, readonly=False, replay=True)
+        parts.consoles.console(call, vm, readonly=False, replay=True)
         if error is None:
             call.fail(NotWatched(vm=1))
         relay.done.pop()(error)
@@ -177,22 +177,24 @@ def test_a_start_without_descriptors_left_leaks_none(monkeypatch: pytest.MonkeyP
     assert open_fds() == before
 
 
-@pytest.mark.parametrize("trouble", ["pipe2", "_plan", "launch"])
-def test_a_start_that_fails_leaves_no_descriptor(layout: Layout, monkeypatch: pytest.MonkeyPatch, trouble: str) -> None:
+@pytest.mark.parametrize("trouble", ["pipe2", "build", "launch"])
+def test_a_start_that_fails_leaves_no_descriptor(
+    layout: Layout, loop: Loop, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
     """What opens the jail's barrier is there before the jail, and closes with everything else."""
 
     def fails(*arguments: object, **options: object) -> Any:
         raise RuntimeError(trouble)
 
-    launcher = SimpleNamespace(launch=lambda *arguments: None)
-    context = cast(Any, SimpleNamespace(host=Host(embedded=True), layout=layout, launcher=launcher))
-    monkeypatch.setattr(launch_plan, "_plan", lambda *arguments: {})
-    monkeypatch.setattr({"pipe2": os, "_plan": launch_plan, "launch": launcher}[trouble], trouble, fails)
+    launcher: Any = SimpleNamespace(launch=lambda *arguments: None)
+    plans: Any = SimpleNamespace(build=lambda *arguments, **more: {})
+    starter = Starter(loop=loop, host=Host(embedded=True), layout=layout, launcher=launcher, plans=plans)
+    monkeypatch.setattr({"pipe2": os, "build": plans, "launch": launcher}[trouble], trouble, fails)
     os.makedirs(layout.vm_run(1))
-    live = Live(Vm(1, 1000, "alice", Definition(name="web1"), 0, Store("/nowhere", "web1")))
+    run = Run(Vm(1, 1000, "alice", Definition(name="web1"), 0, Store("/nowhere", "web1")))
     before = open_fds()
     with pytest.raises(RuntimeError, match=trouble):
-        launch_plan.Start(context, live, live.vm.definition, {}, {}, {}, lambda *arguments: None)
+        starter.start(run, cast(Any, None), {}, {}, lambda *arguments: None)
     assert open_fds() == before
 
 
@@ -211,7 +213,7 @@ def test_the_relay_gets_in_by_its_group_and_not_by_its_number(tmp_path: Path, mo
 
 
 def test_requests_that_meet_no_relay_leave_one_timer(layout: Layout, loop: Loop) -> None:
-    link = RelayLink(loop, cast(Any, None), layout, lambda event: None, lambda: None)
+    link = Relay(loop, cast(Any, None), layout, lambda event: None, lambda: None)
     errors: list[VmshellError | None] = []
     for _ in range(50):
         link.send(Order(number=1, what="reset"), errors.append)
@@ -254,32 +256,37 @@ class Sick(Registry):
 
 
 class Bench:
-    """Fleet and endings around one running VM without a process; the relay only counts."""
+    """The run table and stops around one running VM without a process; the relay only counts."""
 
     def __init__(self, layout: Layout, loop: Loop, registry: Registry) -> None:
         self.sent: list[Any] = []
         self.again: list[tuple[Vm, list[Any]]] = []
         self.killed: list[int] = []
-        relay = SimpleNamespace(send=lambda message, done, fds=(): self.sent.append(message))
-        admission = Admission(loop, 1, lambda vm: 0)
-        networks = SimpleNamespace(ended=lambda vm: None)
-        parts = {"registry": registry, "loop": loop, "relay": relay, "admission": admission, "networks": networks}
-        launcher = SimpleNamespace(kill=self.killed.append, terminate=lambda number: None)
-        context: Any = SimpleNamespace(**parts, layout=layout, launcher=launcher)
-        self.fleet = Fleet(context)
-        self.endings = Endings(context, self.fleet, lambda vm, waiting: self.again.append((vm, waiting)))
+        relay: Any = SimpleNamespace(send=lambda message, done, fds=(): self.sent.append(message))
+        launcher: Any = SimpleNamespace(kill=self.killed.append, terminate=lambda number: None)
+        self.runs = Runs(loop=loop, layout=layout, registry=registry, launcher=launcher, relay=relay, log_max=1 << 20)
+        self.stops = Stops(
+            loop=loop,
+            registry=registry,
+            relay=relay,
+            runs=self.runs,
+            queue=BootQueue(loop, 1, lambda vm: 0),
+            network=cast(Any, SimpleNamespace(ended=lambda vm: None)),
+            removal=cast(Any, None),
+            boot_again=lambda vm, waiting: self.again.append((vm, waiting)),
+        )
         self.vm = Vm(1, 1000, "alice", Definition(name="web1", image="demo"), 0, Store("/nowhere", "web1"))
         self.vm.state = RUNNING
-        self.live = self.fleet.add(Live(self.vm))
+        self.run = self.runs.add(Run(self.vm))
 
     def shutdown(self, timeout: int = 3600) -> Waiter:
         waiter = Waiter()
-        self.endings.shutdown(cast(Any, waiter), self.vm, force=False, timeout=timeout)
+        self.stops.shutdown(cast(Any, waiter), self.vm, force=False, timeout=timeout)
         return waiter
 
     def reboot(self) -> Waiter:
         waiter = Waiter()
-        self.endings.reboot(cast(Any, waiter), self.vm)
+        self.stops.reboot(cast(Any, waiter), self.vm)
         return waiter
 
 
@@ -293,12 +300,12 @@ def test_asking_for_a_shutdown_over_and_over_stays_bounded(layout: Layout, loop:
         bench.reboot()
     assert due(loop) == stop.WAITERS_MAX + 1
     before = len(bench.sent)
-    assert bench.live.button is not None
-    assert bench.live.button.action is not None
-    bench.live.button.action()
+    assert bench.run.button is not None
+    assert bench.run.button.action is not None
+    bench.run.button.action()
     assert len(bench.sent) == before + 1
-    bench.endings.kill(cast(Any, Waiter()), bench.vm)  # the plug is there for everyone, always
-    bench.endings._finish(bench.live)
+    bench.stops.kill(cast(Any, Waiter()), bench.vm)  # the plug is there for everyone, always
+    bench.stops._finish(bench.run)
     assert {told for waiter in waiters for told in waiter.told} == {"off"}
     assert due(loop) == 0
 
@@ -306,11 +313,11 @@ def test_asking_for_a_shutdown_over_and_over_stays_bounded(layout: Layout, loop:
 def test_a_shutdown_that_gave_up_does_not_take_a_reboot_with_it(layout: Layout, loop: Loop) -> None:
     bench = Bench(layout, loop, Registry(layout))
     rebooter, impatient = bench.reboot(), bench.shutdown(timeout=1)
-    too_long = bench.live.patience[-1].action
+    too_long = bench.run.patience[-1].action
     assert too_long is not None
     too_long()
     assert impatient.told == ["timed-out"]
-    assert bench.live.asked == "reboot"
+    assert bench.run.asked == "reboot"
     assert rebooter.told == []
 
 
@@ -319,15 +326,15 @@ def test_a_full_disk_keeps_no_plug_in_and_nobody_waiting(layout: Layout, loop: L
     bench = Bench(layout, loop, Sick(layout))
     waiter = Waiter()
     if how == "kill":
-        bench.endings.kill(cast(Any, waiter), bench.vm)
+        bench.stops.kill(cast(Any, waiter), bench.vm)
         assert bench.vm.state == STOPPING and bench.killed == [1]
     else:
         waiter = bench.reboot()
-    bench.endings._finish(bench.live)
+    bench.stops._finish(bench.run)
     assert waiter.told == ([OFF] if how == "kill" else [])  # who waits for a reboot is handed on with it
     assert len(bench.again) == (how == "reboot")
     assert bench.vm.state == OFF
-    assert len(bench.fleet) == 0
+    assert len(bench.runs) == 0
 
 
 def test_a_reboot_begins_a_new_run(layout: Layout, loop: Loop) -> None:
@@ -336,7 +343,7 @@ def test_a_reboot_begins_a_new_run(layout: Layout, loop: Loop) -> None:
     registry.save = lambda vm: None  # type: ignore[method-assign]
     bench = Bench(layout, loop, registry)
     waiter = bench.reboot()
-    bench.endings._finish(bench.live)
+    bench.stops._finish(bench.run)
     ((vm, waiting),) = bench.again
     assert (vm, vm.state) == (bench.vm, OFF)
     assert [call for call, _ in waiting] == [cast(Any, waiter)]
@@ -344,7 +351,7 @@ def test_a_reboot_begins_a_new_run(layout: Layout, loop: Loop) -> None:
 
 
 def test_three_hundred_boots_that_fail_at_once_do_so_one_after_the_other(loop: Loop) -> None:
-    admission = Admission(loop, 1, lambda vm: 0)
+    admission = BootQueue(loop, 1, lambda vm: 0)
     store = Store("/nowhere", "web1")
     vms = [Vm(number, 1000, "alice", Definition(name="web1", image="demo"), 0, store) for number in range(1, 301)]
     failed: list[int] = []
@@ -366,83 +373,83 @@ def test_three_hundred_boots_that_fail_at_once_do_so_one_after_the_other(loop: L
 
 @pytest.mark.parametrize("step", ["image check", "overlay"])
 def test_the_late_failure_of_a_killed_boot_is_nothing_to_the_next_one(
-    context: Context, monkeypatch: pytest.MonkeyPatch, step: str
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     """What it waited for fails when the VM is in its next run: that one goes on, and each caller has one answer."""
     fail: list[Callable[[VmshellError], None]] = []
     if step == "image check":
-        monkeypatch.setattr(context.images, "when_verified", lambda images, done: fail.append(done))
+        monkeypatch.setattr(parts.images, "when_verified", lambda images, done: fail.append(done))
     else:
-        monkeypatch.setattr(overlays, "make", lambda context, vm, definition, done: fail.append(lambda error: done(error, {})))
-    vm, machines = defined(context, "web1"), context.machines
+        monkeypatch.setattr(parts.overlays, "make", lambda resolved, done: fail.append(lambda error: done(error, {})))
+    vm = defined(parts, "web1")
     first, killer, second = FakeClient(), FakeClient(), FakeClient()
-    machines.boot(first.call(), vm, console=False)
-    machines.kill(killer.call(), vm)
+    parts.boots.boot(first.call(), vm, console=False)
+    parts.stops.kill(killer.call(), vm)
     assert (first.answers(), killer.answers(), len(fail)) == (["vm-stopped"], ["off"], 1)
-    machines.boot(second.call(), vm, console=False)
-    turn(context.loop, lambda: len(fail) == 2)
-    run = machines.live(vm)
+    parts.boots.boot(second.call(), vm, console=False)
+    turn(parts.loop, lambda: len(fail) == 2)
+    run = parts.runs.get(vm.number)
     fail[0](StorageFailed(problem="the disk is full"))
-    assert machines.live(vm) is run and vm.state == QUEUED and os.path.exists(context.layout.vm_run(vm.number))
+    assert parts.runs.get(vm.number) is run and vm.state == QUEUED and os.path.exists(parts.layout.vm_run(vm.number))
     assert second.answers() == []
     fail[1](StorageFailed(problem="the disk is full"))
-    assert machines.live(vm) is None and vm.state == FAILED
+    assert parts.runs.get(vm.number) is None and vm.state == FAILED
     assert (first.answers(), killer.answers(), second.answers()) == (["vm-stopped"], ["off"], ["storage"])
 
 
 def test_a_run_that_was_ended_ends_no_other(layout: Layout, loop: Loop) -> None:
     bench = Bench(layout, loop, Registry(layout))
     os.makedirs(layout.vm_run(bench.vm.number))
-    present = bench.fleet.add(Live(bench.vm))
-    bench.endings.end_now(bench.live)
-    assert bench.fleet.get(bench.vm.number) is present and bench.vm.state == RUNNING
+    present = bench.runs.add(Run(bench.vm))
+    bench.stops.end_now(bench.run)
+    assert bench.runs.get(bench.vm.number) is present and bench.vm.state == RUNNING
     assert os.path.exists(layout.vm_run(bench.vm.number))
 
 
 # --- removing ---------------------------------------------------------------------------------------------------------
 
 
-def address(context: Context, number: int) -> int | None:
-    """The address of VM *number*'s first card, by its number in the one segment that there is."""
-    return context.addresses.known_host(0, number, 0)
+def address(parts: Parts, number: int) -> int | None:
+    """The address of VM *number*'s first interface, by its number in the one segment that there is."""
+    return parts.addresses.known_host(0, number, 0)
 
 
-def test_rm_makes_room_on_a_full_disk(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rm_makes_room_on_a_full_disk(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     """To write down that an address is free takes room, too: it comes after the disks, and is tried until it is written."""
 
     def full(number: int) -> None:
         raise StorageFailed(problem="the disk is full")
 
     sent: list[Any] = []
-    monkeypatch.setattr(context.relay, "send", lambda message, done, fds=(): sent.append(message))
-    monkeypatch.setattr(context_module, "DELETE_AGAIN", 0.3)
-    vm = defined(context, "web1")
-    context.addresses.host("users", context.addresses.segment("users", (1000, "alice"), subnet=True), vm.number, 0)
+    monkeypatch.setattr(parts.relay, "send", lambda message, done, fds=(): sent.append(message))
+    monkeypatch.setattr(removal, "DELETE_AGAIN", 0.3)
+    vm = defined(parts, "web1")
+    parts.addresses.host("users", parts.addresses.segment("users", (1000, "alice"), subnet=True), vm.number, 0)
     Path(vm.store.folder, "root").write_bytes(b"a disk")
-    aside = f"{context.layout.vms}/1000/.rm-{vm.number}"
+    aside = f"{parts.layout.vms}/1000/.rm-{vm.number}"
     with monkeypatch.context() as trouble:
-        trouble.setattr(context.addresses, "release", full)
-        context.remove(vm)
-        turn(context.loop, lambda: not os.path.exists(f"{aside}/disks"))
+        trouble.setattr(parts.addresses, "release", full)
+        parts.removal.remove(vm)
+        turn(parts.loop, lambda: not os.path.exists(f"{aside}/disks"))
     assert [(type(message), message.number, message.purge) for message in sent] == [(Forget, vm.number, True)]
-    assert list(context.registry) == [] and address(context, vm.number) is not None
+    assert list(parts.registry) == [] and address(parts, vm.number) is not None
     assert os.path.exists(aside), "a broker after this one would not know whose address it is"
-    turn(context.loop, lambda: not os.path.exists(aside))
-    assert address(context, vm.number) is None
+    turn(parts.loop, lambda: not os.path.exists(aside))
+    assert address(parts, vm.number) is None
 
 
-def test_what_a_killed_broker_has_not_given_back_the_next_one_does(layout: Layout, context: Context, loop: Loop) -> None:
-    gone, stays = defined(context, "web1"), defined(context, "web2")
+def test_what_a_killed_broker_has_not_given_back_the_next_one_does(layout: Layout, parts: Parts, loop: Loop) -> None:
+    gone, stays = defined(parts, "web1"), defined(parts, "web2")
     for vm in (gone, stays):
-        context.addresses.host("users", context.addresses.segment("users", (1000, "alice"), subnet=True), vm.number, 0)
-    context.registry.set_aside(gone)
+        parts.addresses.host("users", parts.addresses.segment("users", (1000, "alice"), subnet=True), vm.number, 0)
+    parts.registry.set_aside(gone)
     os.makedirs(f"{layout.vms}/1000/.rm-{stays.number}")  # what could not be deleted of one that had its number before
     os.makedirs(f"{layout.vms}/1000/.rm-x")
-    second = Context(layout, Policy(), loop, Host(embedded=True))
+    second = Parts(layout, Policy(), loop, Host(embedded=True))
     leftovers = second.registry.load()
     second.addresses.load()
     for folder in leftovers:
-        second.delete_later(folder)
+        second.removal.delete_later(folder)
     assert len(leftovers) == 3 and address(second, gone.number) is None and address(second, stays.number) is not None
     turn(loop, lambda: os.listdir(f"{layout.vms}/1000") == ["web2"])
 
@@ -475,7 +482,7 @@ def test_a_damaged_counter_gives_no_wrong_number(layout: Layout, text: str, numb
 def test_nothing_runs_in_the_jail_before_its_process_is_written_down(tmp_path: Path) -> None:
     """D23: a broker killed in between leaves a jail that waits, also once the broker's own end of the barrier is closed."""
     ran = tmp_path / "ran"
-    with launch_plan._barrier(str(tmp_path / "barrier")) as barrier:
+    with start._barrier(str(tmp_path / "barrier")) as barrier:
         words = ["bwrap", "--ro-bind", "/", "/", "--bind", str(tmp_path), str(tmp_path), "--unshare-pid", "--block-fd", "3"]
         process = Host(embedded=True).spawn([*words, "touch", str(ran)], {3: barrier})
         ours = os.dup(barrier)

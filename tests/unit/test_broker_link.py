@@ -13,8 +13,8 @@ import pytest
 
 from vmshell import wire
 from vmshell.broker.runtime.loop import Loop
-from vmshell.broker.services.connection import Link
-from vmshell.broker.services.tapnet import TapnetLink
+from vmshell.broker.services.connection import Connection
+from vmshell.broker.services.tapnet import Tapnet
 from vmshell.errors import VmshellError
 from vmshell.messages import Health, Unplug
 from vmshell.refusals import TapnetDown
@@ -22,7 +22,7 @@ from vmshell.refusals import TapnetDown
 MANY = 2000  # more than any socket buffer takes
 
 
-class Told(Link):
+class Told(Connection):
     """At every new connection it says MANY things."""
 
     name = "service"
@@ -119,7 +119,7 @@ def test_an_answer_that_raises_keeps_nobody_waiting_and_the_service_is_called_ag
     told: list[VmshellError | None] = []
     connections: list[int] = []
     with wire.listen(f"{short_tmp}/s", 0o600) as listener:
-        link = TapnetLink(loop, f"{short_tmp}/s", lambda: connections.append(1))
+        link = Tapnet(loop, f"{short_tmp}/s", lambda: connections.append(1))
         link.connect()
         for answered in (lambda error, packet: told.append(error), broken, lambda error, packet: told.append(error)):
             link.request(Health(), answered)
@@ -141,7 +141,7 @@ def test_a_service_that_was_told_half_is_told_again(loop: Loop, short_tmp: Path,
             raise ValueError("broken")
 
     with wire.listen(f"{short_tmp}/s", 0o600):
-        link = TapnetLink(loop, f"{short_tmp}/s", tell)
+        link = Tapnet(loop, f"{short_tmp}/s", tell)
         link.request(Health(), lambda error, packet: told.append(error))
         assert [type(error) for error in told] == [TapnetDown] and "ValueError: broken" in capsys.readouterr().err
         turn(loop, lambda: len(connections) == 2)

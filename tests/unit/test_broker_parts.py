@@ -12,17 +12,19 @@ from typing import Any, cast
 
 import pytest
 
+from tests.fakes.parts import PartsWith
 from vmshell import messages
-from vmshell.broker.context import Context
-from vmshell.broker.handlers import network
+from vmshell.broker.composition import Parts
 from vmshell.broker.host.processes import Host
-from vmshell.broker.lifecycle.runs import Live
+from vmshell.broker.lifecycle.runs import Run
 from vmshell.broker.network import passt
+from vmshell.broker.runtime.call import Peer
 from vmshell.broker.runtime.loop import Loop
 from vmshell.broker.storage import image_catalogue, resources
-from vmshell.broker.vm.access import Peer, authorise, visible
+from vmshell.broker.vm.access import authorise, visible
 from vmshell.broker.vm.objects import Object
-from vmshell.broker.vm.registry import Registry, Vm
+from vmshell.broker.vm.registry import Registry
+from vmshell.broker.vm.vm import Vm
 from vmshell.errors import VmshellError
 from vmshell.layout import Layout
 from vmshell.model.definition import Definition, Disk, Nic
@@ -128,13 +130,14 @@ def test_the_library_offers_files_that_all_may_read_and_no_links(tmp_path: Path)
     (tmp_path / "one/closed").touch(0o600)
     (tmp_path / "one/link").symlink_to("/etc/passwd")
     os.mkfifo(tmp_path / "one/fifo")
-    context = SimpleNamespace(policy=SimpleNamespace(library=(str(tmp_path / "one"), str(tmp_path / "two"))))
-    fd = resources.open_library(cast(Any, context), "x.iso")
+    policies: Any = SimpleNamespace(policy=SimpleNamespace(library=(str(tmp_path / "one"), str(tmp_path / "two"))))
+    library = resources.Resources(host=Host(embedded=True), registry=cast(Any, None), policies=policies)
+    fd = library.open_library("x.iso")
     assert os.read(fd, 9) == b"iso"
     os.close(fd)
     for name in ("closed", "link", "fifo", "missing"):
         with pytest.raises(NoSuchObject, match=f"the library has no {name}"):
-            resources.open_library(cast(Any, context), name)
+            library.open_library(name)
 
 
 # --- who may do what --------------------------------------------------------------------------------------------------
@@ -235,26 +238,24 @@ def test_an_image_file_is_opened_without_following_links(tmp_path: Path) -> None
 
 
 @pytest.fixture
-def context(registry: Registry) -> Context:
+def parts(registry: Registry) -> Parts:
     """Of a session, with what *registry* holds."""
     loop = Loop(lambda exc: pytest.fail(str(exc)))
-    made = Context(registry._layout, Policy(), loop, Host(embedded=True))
-    made.registry = registry
-    return made
+    return PartsWith(registry._layout, Policy(), loop, Host(embedded=True), registry=registry)
 
 
-def test_a_guest_that_the_host_cannot_run_is_named_in_the_list(context: Context) -> None:
+def test_a_guest_that_the_host_cannot_run_is_named_in_the_list(parts: Parts) -> None:
     """`internal-error` is QEMU's own name for it: the CPUs stand still, and the list says why until they run again."""
-    define(context.registry, 1000, "alice", "web1")
-    (vm,) = context.registry.of(1000)
-    context.machines._fleet.add(Live(vm))
-    context.registry.set_state(vm, messages.RUNNING)
+    define(parts.registry, 1000, "alice", "web1")
+    (vm,) = parts.registry.of(1000)
+    parts.runs.add(Run(vm))
+    parts.registry.set_state(vm, messages.RUNNING)
     for word in ("paused", "internal-error"):
-        context.machines.heard(messages.Event(number=vm.number, word=word))
+        parts.events.heard(messages.Event(number=vm.number, word=word))
     assert (vm.state, vm.note.split(":")[0]) == ("paused", "internal-error")
-    context.machines.heard(messages.Event(number=vm.number, word="running"))
+    parts.events.heard(messages.Event(number=vm.number, word="running"))
     assert (vm.state, vm.note) == ("running", "")
-    context.machines.heard(messages.Event(number=vm.number + 1, word="paused"))
+    parts.events.heard(messages.Event(number=vm.number + 1, word="paused"))
     assert vm.state == "running"
 
 
@@ -280,43 +281,43 @@ def listener() -> Iterator[socket.socket]:
         yield sock
 
 
-def forwarding(context: Context, port: int) -> Vm:
+def forwarding(parts: Parts, port: int) -> Vm:
     """A VM that runs, with *port* leading to its sshd."""
     nics = (Nic(), Nic(forward=(Forward("udp", port, 22), Forward("tcp", port, 22))))
-    vm = context.registry.create(1000, "alice", Definition("web1", nics=nics))
-    context.registry.finish_creation(vm)
-    context.registry.set_state(vm, messages.RUNNING)
+    vm = parts.registry.create(1000, "alice", Definition("web1", nics=nics))
+    parts.registry.finish_creation(vm)
+    parts.registry.set_state(vm, messages.RUNNING)
     return vm
 
 
-def reached(context: Context, vm: Vm) -> dict[str, object]:
+def reached(parts: Parts, vm: Vm) -> dict[str, object]:
     call = Answer()
-    network.handle_connect(context, cast(Any, call), messages.Connect(vm=vm.name, port=22), vm)
+    parts.handlers[messages.Connect](call, messages.Connect(vm=vm.name, port=22), vm)
     (answer,) = call.replies
     return answer
 
 
 @pytest.mark.parametrize(("program", "cure"), [("/bin/true", "boot it again"), ("/nonexistent", "apt-get install passt, then")])
 def test_nobody_is_sent_to_a_port_that_no_passt_holds(
-    context: Context, listener: socket.socket, monkeypatch: pytest.MonkeyPatch, program: str, cure: str
+    parts: Parts, listener: socket.socket, monkeypatch: pytest.MonkeyPatch, program: str, cure: str
 ) -> None:
     """In a session without passt, and where it has ended, the first who takes the port would be shown the password."""
     monkeypatch.setattr(passt, "PASST", program)
     port = listener.getsockname()[1]
-    vm = forwarding(context, port)
+    vm = forwarding(parts, port)
     with pytest.raises(NotConnected, match=f"no passt leads to it: {cure}"):
-        reached(context, vm)
+        reached(parts, vm)
     listener.listen()
-    assert reached(context, vm) == {"name": "web1", "address": "127.0.0.1", "port": port}
+    assert reached(parts, vm) == {"name": "web1", "address": "127.0.0.1", "port": port}
     listener.close()
     with pytest.raises(NotConnected, match="no passt leads to it"):
-        reached(context, vm)
+        reached(parts, vm)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be somebody else")
 @pytest.mark.parametrize(("session", "other", "leads"), [(0, 12345, False), (0, 65534, True), (12345, 65534, False)])
 def test_nobody_is_sent_to_somebody_elses_port(
-    context: Context, monkeypatch: pytest.MonkeyPatch, session: int, other: int, leads: bool
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, session: int, other: int, leads: bool
 ) -> None:
     """Started by root, passt makes itself nobody's; whoever else has nobody's port is not meant."""
     os.seteuid(other)
@@ -325,21 +326,21 @@ def test_nobody_is_sent_to_somebody_elses_port(
     finally:
         os.seteuid(0)
     with sock:
-        vm = forwarding(context, sock.getsockname()[1])
+        vm = forwarding(parts, sock.getsockname()[1])
         monkeypatch.setattr(os, "geteuid", lambda: session)
         if leads:
-            assert reached(context, vm)["port"] == sock.getsockname()[1]
+            assert reached(parts, vm)["port"] == sock.getsockname()[1]
         else:
             with pytest.raises(NotConnected):
-                reached(context, vm)
+                reached(parts, vm)
 
 
-def test_a_vm_in_the_making_has_no_host_keys_yet(context: Context) -> None:
-    vm = context.registry.create(1000, "alice", Definition("web1"))
+def test_a_vm_in_the_making_has_no_host_keys_yet(parts: Parts) -> None:
+    vm = parts.registry.create(1000, "alice", Definition("web1"))
     request = messages.HostKey(vm="web1", keys=["ssh-ed25519 AAAA"])
     with pytest.raises(VmBusy, match="web1 is creating"):
-        network.handle_host_key(context, cast(Any, Answer()), request, vm)
+        parts.handlers[messages.HostKey](Answer(), request, vm)
     assert vm.host_keys == []
-    context.registry.finish_creation(vm)
-    network.handle_host_key(context, cast(Any, Answer()), request, vm)
+    parts.registry.finish_creation(vm)
+    parts.handlers[messages.HostKey](Answer(), request, vm)
     assert vm.host_keys == request.keys

@@ -10,15 +10,14 @@ from typing import Any, cast
 
 import pytest
 
-from vmshell.broker.api.server import Call
-from vmshell.broker.context import Context
-from vmshell.broker.handlers.storage import handle_done, handle_put
+from tests.fakes.parts import PartsWith
+from vmshell.broker.composition import Parts
 from vmshell.broker.host.processes import Host
+from vmshell.broker.runtime.call import Call, Peer
 from vmshell.broker.runtime.loop import Loop
 from vmshell.broker.services import jobs as jobs_module
 from vmshell.broker.services.jobs import Jobs
 from vmshell.broker.storage import uploads as uploads_module
-from vmshell.broker.vm.access import Peer
 from vmshell.layout import Layout
 from vmshell.messages import Done, Put
 from vmshell.model.policy import Policy
@@ -61,22 +60,22 @@ class Connection:
 
 
 class Bench:
-    def __init__(self, context: Context) -> None:
-        self.context = context
-        self.jobs = IdleJobs()
-        context.jobs = cast(Any, self.jobs)
+    def __init__(self, parts: Parts, jobs: IdleJobs) -> None:
+        self.parts = parts
+        self.jobs = jobs
         self.connections: list[Connection] = []
 
     def put(self, name: str = "x", connection: Connection | None = None, ident: int = 1) -> Connection:
         if connection is None:
             connection = Connection()
             self.connections.append(connection)
-        handle_put(self.context, connection.call(ident), Put(vm="shelf", object=name, format="file"))
+        self.parts.handlers[Put](connection.call(ident), Put(vm="shelf", object=name, format="file"))
         return connection
 
     def done(self, connection: Connection, **said: Any) -> None:
         call = connection.call(2)
-        call.guard(lambda: handle_done(self.context, call, Done(**{"put": 1, "bytes": 5, "sha256": SHA, **said})))
+        said = {"put": 1, "bytes": 5, "sha256": SHA, **said}
+        call.guard(lambda: self.parts.handlers[Done](call, Done(**said)))
 
     def job_ends(self, number: int = 0, **answer: Any) -> None:
         self.jobs.heard[number](0, {"status": 0, "size": 5, "bytes": 5, "sha256": SHA, **answer})
@@ -86,10 +85,10 @@ class Bench:
 
     @property
     def store(self) -> Any:
-        return self.context.registry.shelf(1000, "alice")
+        return self.parts.registry.shelf(1000, "alice")
 
     def turn(self, seconds: float = 0.05) -> None:
-        loop = self.context.loop
+        loop = self.parts.loop
         loop.after(seconds, loop.stop)
         loop.run()
 
@@ -100,9 +99,10 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
         raise exc
 
     layout = Layout(etc=f"{tmp_path}/e", state=f"{tmp_path}/s", run=f"{tmp_path}/r", log=f"{tmp_path}/l", embedded=False)
-    context = Context(layout, Policy(), Loop(raised), Host(embedded=True))
-    context.registry.load()
-    made = Bench(context)
+    jobs = IdleJobs()
+    parts = PartsWith(layout, Policy(), Loop(raised), Host(embedded=True), jobs=jobs)
+    parts.registry.load()
+    made = Bench(parts, jobs)
     yield made
     for connection in made.connections:
         for fd in connection.pipes:
@@ -129,7 +129,7 @@ def test_the_senders_word_first(bench: Bench) -> None:
 def test_a_sender_that_has_said_it_may_leave(bench: Bench) -> None:
     sender = bench.put()
     bench.done(sender)
-    bench.context.uploads.left(cast(Any, sender))
+    bench.parts.uploads.left(cast(Any, sender))
     bench.job_ends()
     assert bench.store.get("x").size == 5
 
@@ -163,7 +163,7 @@ def test_a_stalled_upload_makes_room_for_another(bench: Bench, monkeypatch: pyte
 
 def test_an_upload_that_grows_is_not_stalled(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.put()
-    (upload,) = bench.context.uploads._of.values()
+    (upload,) = bench.parts.uploads._of.values()
     upload._moved -= 100
     os.truncate(bench.file(), 1)
     with pytest.raises(TooManyRequests):
@@ -199,7 +199,7 @@ def test_a_step_that_fails_leaves_nothing(bench: Bench, monkeypatch: pytest.Monk
     def fails(*_: object) -> None:
         raise OSError(24, "Too many open files")
 
-    thing: Any = {"create_file": bench.context.host, "start": bench.jobs}.get(step, os)
+    thing: Any = {"create_file": bench.parts.host, "start": bench.jobs}.get(step, os)
     with monkeypatch.context() as patch:
         patch.setattr(thing, step, fails)
         before = set(os.listdir("/proc/self/fd"))
@@ -207,17 +207,17 @@ def test_a_step_that_fails_leaves_nothing(bench: Bench, monkeypatch: pytest.Monk
             bench.put()
         assert set(os.listdir("/proc/self/fd")) <= before
     assert not bench.file().exists()
-    assert not bench.context.uploads._of and not bench.context.uploads._on
+    assert not bench.parts.uploads._of and not bench.parts.uploads._on
     bench.put()
 
 
 def test_a_reply_that_nobody_takes_leaves_nothing(bench: Bench) -> None:
     class Gone(Connection):
         def send(self, body: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
-            bench.context.uploads.left(cast(Any, self))
+            bench.parts.uploads.left(cast(Any, self))
 
     bench.put(connection=Gone())
-    assert not bench.context.uploads._of and not bench.context.uploads._on
+    assert not bench.parts.uploads._of and not bench.parts.uploads._on
     assert bench.jobs.abandoned == [0] and not bench.file().exists()
 
 
@@ -241,7 +241,7 @@ def jobs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Jobs, 
     monkeypatch.setattr(jobs_module, "ENDING", 0.0)
     monkeypatch.setattr(jobs_module, "AGAIN", 0.0)
     launcher = Launcher()
-    yield Jobs(bench.context.loop, bench.context.host, cast(Any, launcher)), launcher, bench
+    yield Jobs(bench.parts.loop, bench.parts.host, cast(Any, launcher)), launcher, bench
     for fd in launcher.outputs:
         os.close(fd)
 

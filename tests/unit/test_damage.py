@@ -18,17 +18,17 @@ from vmshell.admin.doctor_records import check_records
 from vmshell.admin.findings import FAIL, WARN
 from vmshell.admin.findings import OK as FINE
 from vmshell.admin.verbs import Context as AdminContext
-from vmshell.broker.api import dispatch
-from vmshell.broker.api.server import Call
-from vmshell.broker.context import Context
+from vmshell.broker.composition import Parts
 from vmshell.broker.handlers import storage
 from vmshell.broker.host.processes import Host
 from vmshell.broker.runtime import files
+from vmshell.broker.runtime.call import Call, Peer
 from vmshell.broker.runtime.files import read_text, write_fast, write_text
 from vmshell.broker.runtime.loop import Loop
-from vmshell.broker.vm.access import Peer, authorise
+from vmshell.broker.vm.access import authorise
 from vmshell.broker.vm.objects import DAMAGED, FACTS, OBJECTS_MAX, Object, Store
-from vmshell.broker.vm.registry import Registry, Snapshot, Vm
+from vmshell.broker.vm.registry import Registry
+from vmshell.broker.vm.vm import Snapshot, Vm
 from vmshell.errors import VmshellError
 from vmshell.layout import Layout
 from vmshell.messages import FAILED, OFF, RUNNING
@@ -44,14 +44,14 @@ def layout(tmp_path: Path) -> Layout:
     return Layout(etc=f"{tmp_path}/e", state=f"{tmp_path}/s", run=f"{tmp_path}/r", log=f"{tmp_path}/l", embedded=False)
 
 
-def broker(layout: Layout) -> Context:
+def broker(layout: Layout) -> Parts:
     """All of a broker that has just been started, without a client."""
 
     def raised(exc: BaseException) -> None:
         raise exc
 
-    made = Context(layout, Policy(), Loop(raised), Host(embedded=True))
-    made.facts.known = True
+    made = Parts(layout, Policy(), Loop(raised), Host(embedded=True))
+    made.capabilities.known = True
     made.registry.load()
     made.addresses.load()
     cast(Any, made.jobs).own = lambda words, done: None  # deleting is a job's
@@ -59,7 +59,7 @@ def broker(layout: Layout) -> Context:
 
 
 @pytest.fixture
-def context(layout: Layout) -> Context:
+def parts(layout: Layout) -> Parts:
     made = broker(layout)
     for name in ("web1", "web2"):
         define(made.registry, 1000, "alice", name)
@@ -82,13 +82,13 @@ def only(registry: Registry, name: str) -> Vm:
     return vm
 
 
-def ask(context: Context, peer: Peer, request: messages.Request) -> dict[str, Any]:
+def ask(parts: Parts, peer: Peer, request: messages.Request) -> dict[str, Any]:
     """The answer; raises what was refused."""
     client = FakeClient()
     client.peer = peer
     call = Call(cast(Any, client), 1)
-    vm = authorise(peer, request, context.registry)
-    dispatch.HANDLERS[type(request)](context, call, request, *([vm] if vm else []))
+    vm = authorise(peer, request, parts.registry)
+    parts.handlers[type(request)](call, request, *([vm] if vm else []))
     ((body, _),) = client.sent
     if "error" in body:
         raise from_wire(body["error"])
@@ -112,7 +112,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_vm_with_a_damaged_record_is_listed_counted_and_removed(context: Context, layout: Layout, kind: str) -> None:
+def test_a_vm_with_a_damaged_record_is_listed_counted_and_removed(parts: Parts, layout: Layout, kind: str) -> None:
     text = DAMAGE[kind]
     file(layout, "record.json").write_text(text, "latin-1")
     second = broker(layout)
@@ -135,24 +135,24 @@ def test_a_vm_with_a_damaged_record_is_listed_counted_and_removed(context: Conte
     "request_", [messages.HostKey(vm="web1", keys=["ssh-rsa A"]), messages.Publish(vm="web1", port=1, to="world")]
 )
 def test_what_would_have_to_be_written_into_a_damaged_record_is_refused(
-    context: Context, layout: Layout, request_: messages.Request
+    parts: Parts, layout: Layout, request_: messages.Request
 ) -> None:
     file(layout, "record.json").write_text("{")
     with pytest.raises(VmshellError, match="not understood"):
         ask(broker(layout), ALICE, request_)
 
 
-def test_a_record_that_was_cut_keeps_number_owner_and_age(context: Context, layout: Layout) -> None:
+def test_a_record_that_was_cut_keeps_number_owner_and_age(parts: Parts, layout: Layout) -> None:
     whole = file(layout, "record.json").read_text()
     file(layout, "record.json").write_text(whole[: whole.index('"images"')])
-    was, now = only(context.registry, "web1"), only(broker(layout).registry, "web1")
+    was, now = only(parts.registry, "web1"), only(broker(layout).registry, "web1")
     assert (now.number, now.owner, now.created) == (was.number, was.owner, was.created)
 
 
-def test_a_damaged_vm_that_runs_is_found_by_its_run_directory(context: Context, layout: Layout) -> None:
-    vm = only(context.registry, "web1")
+def test_a_damaged_vm_that_runs_is_found_by_its_run_directory(parts: Parts, layout: Layout) -> None:
+    vm = only(parts.registry, "web1")
     vm.pid, vm.pid_ticks = os.getpid(), 0
-    context.registry.set_state(vm, RUNNING)
+    parts.registry.set_state(vm, RUNNING)
     for name in ("web1", "web2"):
         Path(layout.vm_state(1000, name), "record.json").write_text("")
     second = broker(layout)
@@ -176,7 +176,7 @@ def test_d22_whose_vm_it_was_is_not_guessed_from_who_has_the_uid_now(layout: Lay
     assert broker(layout).registry.of(1000) == []
 
 
-def test_two_records_with_one_number_are_two_vms(context: Context, layout: Layout) -> None:
+def test_two_records_with_one_number_are_two_vms(parts: Parts, layout: Layout) -> None:
     other = Path(layout.vm_state(1000, "web2"), "record.json")
     other.write_text(file(layout, "record.json").read_text())
     registry = broker(layout).registry
@@ -184,7 +184,7 @@ def test_two_records_with_one_number_are_two_vms(context: Context, layout: Layou
     assert len({vm.number for vm in registry}) == 2
 
 
-def test_what_is_no_vms_is_said_to_be_there(context: Context, layout: Layout) -> None:
+def test_what_is_no_vms_is_said_to_be_there(parts: Parts, layout: Layout) -> None:
     os.makedirs(layout.vm_state(1000, "Lost+Found"))
     registry = broker(layout).registry
     assert registry.unreadable() == ["1000/Lost+Found"]
@@ -192,7 +192,7 @@ def test_what_is_no_vms_is_said_to_be_there(context: Context, layout: Layout) ->
 
 
 @pytest.mark.parametrize("damage", [None, "\xff\xfe", "x" * (files.TEXT_MAX + 1)])
-def test_a_vm_without_a_readable_definition_keeps_its_record(context: Context, layout: Layout, damage: str | None) -> None:
+def test_a_vm_without_a_readable_definition_keeps_its_record(parts: Parts, layout: Layout, damage: str | None) -> None:
     file(layout, "vm.toml").unlink()
     if damage is not None:
         file(layout, "vm.toml").write_text(damage, "latin-1")
@@ -217,8 +217,8 @@ def put(store: Store, name: str, size: int) -> None:
 
 
 @pytest.fixture
-def shelf(context: Context) -> Iterator[Store]:
-    store = context.registry.shelf(1000, "alice")
+def shelf(parts: Parts) -> Iterator[Store]:
+    store = parts.registry.shelf(1000, "alice")
     put(store, "one.iso", 3 << 20)
     put(store, "two.iso", 5 << 20)
     yield store
@@ -255,8 +255,8 @@ def test_a_damaged_shelf_is_shown_counted_and_emptied_by_its_owner(shelf: Store,
     assert broker(layout).registry.used(1000).disk == 1
 
 
-def test_a_vm_whose_objects_are_not_known_is_failed_and_removed(context: Context, layout: Layout) -> None:
-    vm = only(context.registry, "web1")
+def test_a_vm_whose_objects_are_not_known_is_failed_and_removed(parts: Parts, layout: Layout) -> None:
+    vm = only(parts.registry, "web1")
     put(vm.store, "root", 2 << 20)
     Path(vm.store.folder, FACTS).write_text("{")
     second = broker(layout)
@@ -293,38 +293,38 @@ def test_a_shelf_has_as_many_objects_as_its_list_can_hold(tmp_path: Path) -> Non
     store.begin("more", Object("raw", 1))
 
 
-def test_snapshots_have_as_much_room_as_a_record_can_hold(context: Context, layout: Layout) -> None:
-    vm = only(context.registry, "web1")
+def test_snapshots_have_as_much_room_as_a_record_can_hold(parts: Parts, layout: Layout) -> None:
+    vm = only(parts.registry, "web1")
     text = "x" * 20_000
     with pytest.raises(CannotSnapshot, match=r"no room beside \d+ snapshots; delete one"):
         for number in range(1000):
-            context.registry.must_have_room(vm, text)
+            parts.registry.must_have_room(vm, text)
             vm.snapshots[f"t{number}"] = Snapshot(f"t{number}", number, 1, 1, text)
     vm.host_keys = [f"ssh-rsa {'A' * 1190}"] * 8
-    context.registry.save(vm)
+    parts.registry.save(vm)
     assert len(only(broker(layout).registry, "web1").snapshots) == len(vm.snapshots) > 30
 
 
-def test_a_long_list_of_objects_is_told_in_a_packet(context: Context) -> None:
-    shelf = context.registry.shelf(1000, "alice")
+def test_a_long_list_of_objects_is_told_in_a_packet(parts: Parts) -> None:
+    shelf = parts.registry.shelf(1000, "alice")
     shelf._objects = {f"{'n' * 60}{index:04}": Object("qcow2", 1 << 40, "b" * 31) for index in range(OBJECTS_MAX)}
-    rows = ask(context, ALICE, messages.Objects(vm="shelf"))
+    rows = ask(parts, ALICE, messages.Objects(vm="shelf"))
     assert rows["more"] is True and storage.ROWS_MAX >= len(rows["objects"]) > 100
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------
 
 
-def doctor(context: Context) -> list[tuple[str, str]]:
+def doctor(parts: Parts) -> list[tuple[str, str]]:
     """What `vmshell-admin doctor` finds where the broker answers so."""
-    answer = ask(context, ROOT, messages.Unreadable())
-    with FakeBroker(context.layout) as fake:
+    answer = ask(parts, ROOT, messages.Unreadable())
+    with FakeBroker(parts.layout) as fake:
         fake.answers["unreadable"] = answer
-        return [(finding.level, finding.text) for finding in check_records(AdminContext(context.layout))]
+        return [(finding.level, finding.text) for finding in check_records(AdminContext(parts.layout))]
 
 
-def test_doctor_says_what_cannot_be_read(context: Context, shelf: Store, layout: Layout) -> None:
-    assert doctor(context) == [(FINE, "all that the broker has written down can be read")]
+def test_doctor_says_what_cannot_be_read(parts: Parts, shelf: Store, layout: Layout) -> None:
+    assert doctor(parts) == [(FINE, "all that the broker has written down can be read")]
     file(layout, "record.json").write_text("")
     Path(shelf.folder, FACTS).write_text("{")
     Path(layout.addresses).write_text("{")
@@ -339,6 +339,6 @@ def test_doctor_without_a_broker_knows_nothing(layout: Layout) -> None:
     assert level == WARN and text.startswith("nobody can say whether all records are whole")
 
 
-def test_d29_only_administrators_are_told_whose_records_are_damaged(context: Context) -> None:
+def test_d29_only_administrators_are_told_whose_records_are_damaged(parts: Parts) -> None:
     with pytest.raises(NotAllowed):
-        ask(context, ALICE, messages.Unreadable())
+        ask(parts, ALICE, messages.Unreadable())

@@ -22,9 +22,9 @@ from tests.unit.costs import ALICE, Bench
 from vmshell import wire
 from vmshell.broker.api.server import Client
 from vmshell.broker.network import attachments, passt
-from vmshell.broker.network.attachments import Cables, _Batch
-from vmshell.broker.network.interfaces import known_cards
-from vmshell.broker.services.connection import Answered, Link
+from vmshell.broker.network.attachments import _Batch
+from vmshell.broker.network.taps import Taps
+from vmshell.broker.services.connection import Answered, Connection
 from vmshell.descriptors import check_stream
 from vmshell.errors import VmshellError
 from vmshell.messages import PIPES, Order, ToTapnet
@@ -96,12 +96,12 @@ def dnsmasq(monkeypatch: pytest.MonkeyPatch) -> None:
 def bench(folder: Path, error: VmshellError | None) -> Bench:
     """A broker whose relay and tapnet answer at once, and whose jobs end at once; no launcher starts anything."""
     made = Bench(folder)
-    context: Any = made.context
-    context.relay.send = lambda message, done, fds=(): done(error)
-    context.jobs.start = lambda kind, words, fds, done: done(int(error is not None), {"size": 5})
-    context.launcher.launch = lambda number, plan, fds, heard, ended: heard(StartFailed(vm=number, problem="no"), None)
-    context.networks._tapnet.request = lambda message, answered: tap(message, answered, error)
-    vm = made.context.registry.get(1000, "run1")
+    parts: Any = made.parts
+    parts.relay.send = lambda message, done, fds=(): done(error)
+    parts.jobs.start = lambda kind, words, fds, done: done(int(error is not None), {"size": 5})
+    parts.launcher.launch = lambda number, plan, fds, heard, ended: heard(StartFailed(vm=number, problem="no"), None)
+    parts.tapnet.request = lambda message, answered: tap(message, answered, error)
+    vm = made.parts.registry.get(1000, "run1")
     assert vm is not None
     vm.booted = replace(vm.definition, display="vnc")
     return made
@@ -207,7 +207,7 @@ def test_copies_for_a_service_that_does_not_read_are_all_there_or_none(monkeypat
             raise OSError(errno.EMFILE, "Too many open files")
         return real(fd)
 
-    link = Link.__new__(Link)
+    link = Connection.__new__(Connection)
     link._unsent = deque([({}, ())])
     link._sock = wire.Socket()
     monkeypatch.setattr(os, "dup", scarce)
@@ -221,25 +221,26 @@ def test_taps_are_closed_if_what_follows_from_them_raises(tmp_path: Path, monkey
     (tmp_path / "b").mkdir()
     broker = Bench(tmp_path / "b")
     before = held()
-    vm = broker.context.registry.get(1000, "web1")
+    vm = broker.parts.registry.get(1000, "web1")
     assert vm is not None
-    ended: list[tuple[VmshellError | None, Cables]] = []
-    broker.context.networks.plug(vm, lambda error, cables: ended.append((error, dict(cables))))
-    monkeypatch.setattr(broker.context.networks.upkeep, "open_ports", lambda: 1 // 0)
-    batch: _Batch = broker.context.networks._coming[vm.number]
+    ended: list[tuple[VmshellError | None, Taps]] = []
+    broker.parts.network.attach(vm, lambda error, taps: ended.append((error, dict(taps))))
+    monkeypatch.setattr(broker.parts.tapnet_sync, "open_ports", lambda: 1 // 0)
+    batch: _Batch = broker.parts.attachments._coming[vm.number]
     for index in sorted(batch.indexes):
         batch.taker(index)(None, wire.Packet({}, [os.open(os.devnull, os.O_RDWR)]))
-    ((error, cables),) = ended
-    assert error is not None and error.code == "internal" and not cables
+    ((error, taps),) = ended
+    assert error is not None and error.code == "internal" and not taps
     assert held() == before
 
 
 def test_passt_that_cannot_be_started_leaves_no_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "b").mkdir()
     broker = Bench(tmp_path / "b")
-    vm = broker.context.registry.get(1000, "web1")
+    vm = broker.parts.registry.get(1000, "web1")
     assert vm is not None
-    cards = [replace(card, network=replace(card.network, kind="user")) for card in known_cards(broker.context, vm)]
+    known = broker.parts.interfaces.known(vm)
+    interfaces = [replace(interface, network=replace(interface.network, kind="user")) for interface in known]
 
     def refused(*arguments: object, **named: object) -> None:
         raise OSError(errno.EAGAIN, "Try again")
@@ -248,8 +249,8 @@ def test_passt_that_cannot_be_started_leaves_no_stream(tmp_path: Path, monkeypat
     before = held()
     for fails in range(1, 6):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(broker.context.host, "spawn", refused)
+            patch.setattr(broker.parts.host, "spawn", refused)
             Failing(patch, fails)
             with pytest.raises(NetworkFailed):
-                passt.start_all(broker.context, cards)
+                passt.Passt(host=broker.parts.host, loop=broker.parts.loop).start_all(interfaces)
         assert held() == before

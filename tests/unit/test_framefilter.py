@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tests.frames import BROADCAST, SYN, arp, behind, dhcp, echo4, ethernet, icmp6, ip4, ip6, neighbour, tagged, tcp, udp, udp6
 from vmshell.broker.host.processes import Host
 from vmshell.broker.network import passt
-from vmshell.broker.network.interfaces import Card
+from vmshell.broker.network.interfaces import Interface
 from vmshell.framefilter.frames import HEAD, passes
 from vmshell.framefilter.main import CHUNK, RUN, SENT_MAX, SPACER, SPACERS, Strainer
 from vmshell.model.catalogues import Network
@@ -350,5 +350,5 @@ def test_name_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str 
         monkeypatch.setattr(passt, name, str(tmp_path / name))
         if text is not None:
             (tmp_path / name).write_text(text)
-    words = passt.command(Card(0, Nic(), Network(kind="user"), GUEST))
+    words = passt.command(Interface(0, Nic(), Network(kind="user"), GUEST))
     assert [word for option, word in zip(words, words[1:], strict=False) if option == "--dns"] == given.split()

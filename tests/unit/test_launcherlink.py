@@ -11,7 +11,7 @@ from typing import Any, cast
 from vmshell import wire
 from vmshell.broker.host.processes import Process
 from vmshell.broker.runtime.loop import Loop
-from vmshell.broker.services.launcher import LauncherLink
+from vmshell.broker.services.launcher import Launcher
 from vmshell.errors import VmshellError
 from vmshell.layout import Layout
 
@@ -20,7 +20,7 @@ def test_what_a_launcher_can_say_no_more_is_waited_for_no_more(short_tmp: Path) 
     """The exit status of a VM: its end took the patience for that status, two seconds, after every restart of the launcher."""
     loop = Loop(lambda error: None)
     layout = Layout(etc="/x", state="/x", run=str(short_tmp), log="/x", embedded=False)
-    link = LauncherLink(loop, cast(Any, None), layout)
+    link = Launcher(loop, cast(Any, None), layout)
     started: list[VmshellError | Process | None] = []
     ended: list[int] = []
     with wire.listen(layout.launcher_socket, 0o600) as listener:

@@ -13,24 +13,25 @@ from typing import Any, cast
 import pytest
 
 from tests.fakes.accounts import People
+from tests.fakes.parts import PartsWith
 from tests.fakes.tapnet import Tapnet
 from tests.unit.test_live import held
 from vmshell import wire
-from vmshell.broker.context import Context
-from vmshell.broker.handlers import network
+from vmshell.broker.composition import Parts
 from vmshell.broker.host.processes import Host
-from vmshell.broker.lifecycle import live_update
 from vmshell.broker.network import attachments as networks_module
 from vmshell.broker.network import passt, tapnet_sync
 from vmshell.broker.network.addresses import WITHOUT_SUBNET, Addresses
-from vmshell.broker.network.dnsmasq import entries
-from vmshell.broker.network.interfaces import Card, cards_of, domain_of, known_cards, port_message, segment_message
-from vmshell.broker.network.openings import Published, Running, Ways, handle_publish
+from vmshell.broker.network.attached import Running
+from vmshell.broker.network.interfaces import Interface
+from vmshell.broker.network.openings import Openings
+from vmshell.broker.network.taps import close
 from vmshell.broker.runtime import log
+from vmshell.broker.runtime.call import Peer
 from vmshell.broker.runtime.loop import Loop
-from vmshell.broker.vm.access import Peer, authorise
+from vmshell.broker.vm.access import authorise
 from vmshell.broker.vm.objects import Store
-from vmshell.broker.vm.registry import Vm
+from vmshell.broker.vm.vm import Published, Vm
 from vmshell.errors import VmshellError
 from vmshell.layout import Layout
 from vmshell.messages import OPENINGS_MAX, RUNNING, Connect, Publish, Rm
@@ -59,7 +60,7 @@ kind = "none"
 
 
 @pytest.fixture
-def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Context]:
+def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Parts]:
     roots = {name: str(tmp_path / name) for name in ("etc", "state", "run", "log")}
     for root in roots.values():
         os.makedirs(root)
@@ -73,26 +74,25 @@ def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Context
     def raises(exc: BaseException) -> None:
         raise exc
 
-    loop = Loop(raises)
-    made = Context(layout, rules, loop, host)
-    made.addresses.load()
-    made.accounts = cast(Any, People(names, {"staff": {"bob", "dave"}}))
     host.systemd = False
-    made.resolving.begin()
+    people = People(names, {"staff": {"bob", "dave"}})
+    made = PartsWith(layout, rules, Loop(raises), host, accounts=people)
+    made.addresses.load()
+    made.dnsmasq.begin()
     yield made
-    made.networks.close()
+    made.tapnet.close()
 
 
-def machine(context: Context, number: int, owner: str, *nics: Nic) -> Vm:
-    uid = context.accounts.uid_of(owner)
+def machine(parts: Parts, number: int, owner: str, *nics: Nic) -> Vm:
+    uid = parts.accounts.uid_of(owner)
     assert uid is not None
     definition = Definition(f"web{number}", nics=nics)
-    return Vm(number, uid, owner, definition, 0, Store(f"{context.layout.state}/none", "x"))
+    return Vm(number, uid, owner, definition, 0, Store(f"{parts.layout.state}/none", "x"))
 
 
-def register(context: Context, *vms: Vm) -> None:
+def register(parts: Parts, *vms: Vm) -> None:
     for vm in vms:
-        context.registry.add(vm)
+        parts.registry.add(vm)
 
 
 # --- addresses --------------------------------------------------------------------------------------------------------
@@ -209,39 +209,39 @@ def test_a_damaged_list_of_addresses_is_no_empty_one(tmp_path: Path, text: str) 
     assert path.read_text() == text
 
 
-# --- cards ------------------------------------------------------------------------------------------------------------
+# --- interfaces ------------------------------------------------------------------------------------------------------------
 
 
-def test_cards_by_kind(context: Context) -> None:
-    vm = machine(context, 7, "alice", Nic(), Nic("lan"), Nic("office"), Nic("off"), Nic("db"))
-    own, lan, office, off, db = cards_of(context, vm, vm.definition, give=True)
+def test_cards_by_kind(parts: Parts) -> None:
+    vm = machine(parts, 7, "alice", Nic(), Nic("lan"), Nic("office"), Nic("off"), Nic("db"))
+    own, lan, office, off, db = parts.interfaces.of(vm, vm.definition, give=True)
     assert own.address4 and lan.address4 and db.address4 and not office.address4 and not off.address4
     assert len({own.segment, lan.segment, office.segment, db.segment}) == 4 and off.segment == -1
     assert (own.mac, lan.mac) == ("06:00:00:00:00:07", "06:01:00:00:00:07")
-    isolated = [port_message(context, vm, card, create=True).isolated for card in (own, lan, office, db)]
+    isolated = [parts.interfaces.port_message(vm, interface, create=True).isolated for interface in (own, lan, office, db)]
     assert isolated == [False, True, False, True]
-    assert segment_message(context, office).bridge == "br0"
-    assert segment_message(context, own).gateway4.startswith("10.77.")
-    carols = machine(context, 8, "carol", Nic("db"))
-    (provider,) = cards_of(context, carols, carols.definition, give=True)
-    assert provider.provides and not port_message(context, carols, provider, create=True).isolated
+    assert parts.interfaces.segment_message(office).bridge == "br0"
+    assert parts.interfaces.segment_message(own).gateway4.startswith("10.77.")
+    carols = machine(parts, 8, "carol", Nic("db"))
+    (provider,) = parts.interfaces.of(carols, carols.definition, give=True)
+    assert provider.provides and not parts.interfaces.port_message(carols, provider, create=True).isolated
     assert provider.segment == db.segment
 
 
-def test_two_users_of_one_private_network_share_no_segment(context: Context) -> None:
-    (alices,) = cards_of(context, machine(context, 1, "alice", Nic()), Definition("a", nics=(Nic(),)), give=True)
-    (bobs,) = cards_of(context, machine(context, 2, "bob", Nic()), Definition("b", nics=(Nic(),)), give=True)
+def test_two_users_of_one_private_network_share_no_segment(parts: Parts) -> None:
+    (alices,) = parts.interfaces.of(machine(parts, 1, "alice", Nic()), Definition("a", nics=(Nic(),)), give=True)
+    (bobs,) = parts.interfaces.of(machine(parts, 2, "bob", Nic()), Definition("b", nics=(Nic(),)), give=True)
     assert alices.segment != bobs.segment
     assert alices.address4.rpartition(".")[0] != bobs.address4.rpartition(".")[0]
 
 
-def test_no_two_have_one_segment_when_a_network_becomes_another(context: Context) -> None:
+def test_no_two_have_one_segment_when_a_network_becomes_another(parts: Parts) -> None:
     """Whoever runs stays where he is, alone with those of his network; and there is again what there was before."""
 
     def segment(number: int, owner: str, network: str, text: str = POLICY) -> int:
-        context.policy = parse(text, "policy.toml")
-        vm = machine(context, number, owner, Nic(network))
-        return cards_of(context, vm, vm.definition, give=True)[0].segment
+        parts.policies.policy = parse(text, "policy.toml")
+        vm = machine(parts, number, owner, Nic(network))
+        return parts.interfaces.of(vm, vm.definition, give=True)[0].segment
 
     shared, bridged = segment(1, "alice", "lan"), segment(2, "alice", "office")
     text = '[networks.lan]\nkind = "bridged"\nbridge = "br1"\n[networks.office]\nkind = "shared"\n'
@@ -254,29 +254,29 @@ def test_no_two_have_one_segment_when_a_network_becomes_another(context: Context
     assert [segment(1, "alice", "lan"), segment(2, "alice", "office"), segment(9, "dave", "lan")] == [shared, bridged, shared]
 
 
-def test_a_network_that_is_gone(context: Context) -> None:
-    vm = machine(context, 1, "alice", Nic("gone"))
+def test_a_network_that_is_gone(parts: Parts) -> None:
+    vm = machine(parts, 1, "alice", Nic("gone"))
     with pytest.raises(NetworkFailed, match="no network gone any more"):
-        cards_of(context, vm, vm.definition, give=True)
+        parts.interfaces.of(vm, vm.definition, give=True)
 
 
 # --- what is open -----------------------------------------------------------------------------------------------------
 
 
-def ways(context: Context, vm: Vm, card: Card, running: Running) -> set[tuple[object, ...]]:
-    found = Ways(context, running).to(vm, card)
+def ways(parts: Parts, vm: Vm, interface: Interface, running: Running) -> set[tuple[object, ...]]:
+    found = parts.openings(running).to(vm, interface)
     return {(way["source"], way["proto"], way["port"], way["host_port"]) for way in found}
 
 
-def test_openings_follow_from_what_is_published(context: Context) -> None:
-    alice = machine(context, 1, "alice", Nic())
-    bob, dave = machine(context, 2, "bob", Nic()), machine(context, 3, "dave", Nic())
-    running = [(vm, cards_of(context, vm, vm.definition, give=True)) for vm in (alice, bob, dave)]
-    bridges = {vm.owner: f"vtb{cards[0].segment:06x}" for vm, cards in running}
-    card = running[0][1][0]
-    assert ways(context, alice, card, running) == set()
+def test_openings_follow_from_what_is_published(parts: Parts) -> None:
+    alice = machine(parts, 1, "alice", Nic())
+    bob, dave = machine(parts, 2, "bob", Nic()), machine(parts, 3, "dave", Nic())
+    running = [(vm, parts.interfaces.of(vm, vm.definition, give=True)) for vm in (alice, bob, dave)]
+    bridges = {vm.owner: f"vtb{interfaces[0].segment:06x}" for vm, interfaces in running}
+    interface = running[0][1][0]
+    assert ways(parts, alice, interface, running) == set()
     alice.published = [Published(80, "tcp", "bob"), Published(53, "udp", "@staff"), Published(22, "tcp", "world", 2222)]
-    assert ways(context, alice, card, running) == {
+    assert ways(parts, alice, interface, running) == {
         (bridges["bob"], "tcp", 80, 0),
         (bridges["bob"], "udp", 53, 0),
         (bridges["dave"], "udp", 53, 0),
@@ -284,75 +284,75 @@ def test_openings_follow_from_what_is_published(context: Context) -> None:
     }
 
 
-def test_what_the_policy_no_longer_grants_is_closed(context: Context) -> None:
-    alice, bob = machine(context, 1, "alice", Nic()), machine(context, 2, "bob", Nic())
-    running = [(vm, cards_of(context, vm, vm.definition, give=True)) for vm in (alice, bob)]
-    card = running[0][1][0]
+def test_what_the_policy_no_longer_grants_is_closed(parts: Parts) -> None:
+    alice, bob = machine(parts, 1, "alice", Nic()), machine(parts, 2, "bob", Nic())
+    running = [(vm, parts.interfaces.of(vm, vm.definition, give=True)) for vm in (alice, bob)]
+    interface = running[0][1][0]
     alice.published = [Published(80, "tcp", "bob"), Published(22, "tcp", "world", 2222)]
-    assert len(ways(context, alice, card, running)) == 2
-    context.policy = parse(POLICY.replace("2000-8999", "3000-3001"), "policy.toml")
-    assert {port for _, _, port, _ in ways(context, alice, card, running)} == {80}
-    context.policy = parse(POLICY.replace("[defaults]", "[defaults]\npublished_max = 1"), "policy.toml")
-    assert {port for _, _, port, _ in ways(context, alice, card, running)} == {80}
-    context.policy = parse(POLICY.replace("[defaults]", "[defaults]\npublished_max = 0"), "policy.toml")
-    assert ways(context, alice, card, running) == set()
+    assert len(ways(parts, alice, interface, running)) == 2
+    parts.policies.policy = parse(POLICY.replace("2000-8999", "3000-3001"), "policy.toml")
+    assert {port for _, _, port, _ in ways(parts, alice, interface, running)} == {80}
+    parts.policies.policy = parse(POLICY.replace("[defaults]", "[defaults]\npublished_max = 1"), "policy.toml")
+    assert {port for _, _, port, _ in ways(parts, alice, interface, running)} == {80}
+    parts.policies.policy = parse(POLICY.replace("[defaults]", "[defaults]\npublished_max = 0"), "policy.toml")
+    assert ways(parts, alice, interface, running) == set()
 
 
-def test_providers_of_a_service_are_let_to_each_other_by_what_they_publish(context: Context) -> None:
-    context.policy = parse(POLICY.replace('["carol"]', '["carol", "dave"]'), "policy.toml")
-    carol, dave = machine(context, 1, "carol", Nic("db")), machine(context, 2, "dave", Nic("db"))
-    running = [(vm, cards_of(context, vm, vm.definition, give=True)) for vm in (carol, dave)]
+def test_providers_of_a_service_are_let_to_each_other_by_what_they_publish(parts: Parts) -> None:
+    parts.policies.policy = parse(POLICY.replace('["carol"]', '["carol", "dave"]'), "policy.toml")
+    carol, dave = machine(parts, 1, "carol", Nic("db")), machine(parts, 2, "dave", Nic("db"))
+    running = [(vm, parts.interfaces.of(vm, vm.definition, give=True)) for vm in (carol, dave)]
     carol.published = [Published(5432, "tcp", "dave")]
-    assert ways(context, carol, running[0][1][0], running) == {("vt000002n0", "tcp", 5432, 0)}
+    assert ways(parts, carol, running[0][1][0], running) == {("vt000002n0", "tcp", 5432, 0)}
 
 
-def test_d22_the_uid_of_an_account_that_is_gone_brings_nothing_along(context: Context) -> None:
+def test_d22_the_uid_of_an_account_that_is_gone_brings_nothing_along(parts: Parts) -> None:
     """carl has bob's uid now: he is in none of bob's segments, and his sockets reach none of bob's VMs."""
-    bob = machine(context, 1, "bob", Nic())
-    (old,) = cards_of(context, bob, bob.definition, give=True)
-    people = cast(Any, context.accounts)
+    bob = machine(parts, 1, "bob", Nic())
+    (old,) = parts.interfaces.of(bob, bob.definition, give=True)
+    people = cast(Any, parts.accounts)
     names = {"alice": 1001, "carl": 1002}
     people.uid_of, people.user_of = names.get, lambda uid: next((name for name in names if names[name] == uid), "")
-    carl = machine(context, 2, "carl", Nic())
-    (new,) = cards_of(context, carl, carl.definition, give=True)
+    carl = machine(parts, 2, "carl", Nic())
+    (new,) = parts.interfaces.of(carl, carl.definition, give=True)
     assert new.segment != old.segment
-    assert port_message(context, bob, old, create=False).owner == 0
-    assert port_message(context, carl, new, create=False).owner == 1002
-    alice = machine(context, 3, "alice", Nic())
+    assert parts.interfaces.port_message(bob, old, create=False).owner == 0
+    assert parts.interfaces.port_message(carl, new, create=False).owner == 1002
+    alice = machine(parts, 3, "alice", Nic())
     alice.published = [Published(80, "tcp", "bob"), Published(81, "tcp", "carl")]
-    running = [(vm, cards_of(context, vm, vm.definition, give=True)) for vm in (alice, bob, carl)]
-    assert {(source, port) for source, _, port, _ in ways(context, alice, running[0][1][0], running)} == {
+    running = [(vm, parts.interfaces.of(vm, vm.definition, give=True)) for vm in (alice, bob, carl)]
+    assert {(source, port) for source, _, port, _ in ways(parts, alice, running[0][1][0], running)} == {
         (bridge_name(new.segment), 81)
     }
 
 
-def made_anew(context: Context) -> tuple[Vm, Vm]:
+def made_anew(parts: Parts) -> tuple[Vm, Vm]:
     """web1 of the bob who is gone, and web1 of the bob who came after him with another uid."""
-    old, new = machine(context, 1, "bob", Nic(), Nic("lan")), machine(context, 2, "bob", Nic(), Nic("lan"))
+    old, new = machine(parts, 1, "bob", Nic(), Nic("lan")), machine(parts, 2, "bob", Nic(), Nic("lan"))
     old.uid, new.definition = 1500, old.definition
-    register(context, old, new)
+    register(parts, old, new)
     return old, new
 
 
-def test_d22_an_account_that_was_made_anew_has_names_of_its_own(context: Context) -> None:
-    old, new = made_anew(context)
-    people = cast(Any, context.accounts)
+def test_d22_an_account_that_was_made_anew_has_names_of_its_own(parts: Parts) -> None:
+    old, new = made_anew(parts)
+    people = cast(Any, parts.accounts)
     now, people.uid_of = people.uid_of, lambda user: 1500
-    hosts = Path(context.layout.names, "hosts")
-    with Tapnet(context.layout.tapnet_socket) as tapnet:
-        plug_in(context, tapnet, old)
+    hosts = Path(parts.layout.names, "hosts")
+    with Tapnet(parts.layout.tapnet_socket) as tapnet:
+        plug_in(parts, tapnet, old)
         assert [line.split()[1] for line in (hosts / "1").read_text().splitlines()] == ["web1.bob.vm", "net1.web1.bob.vm"]
         people.uid_of = lambda user: None
-        assert domain_of(context, "bob", 1500) == "bob.vm", "the directory does not answer"
+        assert parts.interfaces.domain_of("bob", 1500) == "bob.vm", "the directory does not answer"
         people.uid_of = now
-        plug_in(context, tapnet, new)
+        plug_in(parts, tapnet, new)
     assert [line.split()[1] for line in (hosts / "2").read_text().splitlines()] == ["web1.bob.vm", "net1.web1.bob.vm"]
     assert [line.split()[1] for line in (hosts / "1").read_text().splitlines()] == ["web1.u1500.vm", "net1.web1.u1500.vm"]
-    assert "bob.vm" not in Path(context.layout.names, "dhcp-opts", "1").read_text()
+    assert "bob.vm" not in Path(parts.layout.names, "dhcp-opts", "1").read_text()
 
 
-def test_d22_an_administrator_says_which_account_he_means(context: Context) -> None:
-    old, new = made_anew(context)
+def test_d22_an_administrator_says_which_account_he_means(parts: Parts) -> None:
+    old, new = made_anew(parts)
     root, registry = Peer(0, "root", admin=True), cast(Any, [old, new])
     with pytest.raises(BadName, match="several accounts were called bob; say whose by uid, 1500/web1 or 1002/web1"):
         authorise(root, Rm(vm="bob/web1"), registry)
@@ -362,17 +362,17 @@ def test_d22_an_administrator_says_which_account_he_means(context: Context) -> N
         authorise(root, Rm(vm="1001/web1"), registry)
 
 
-def test_on_a_service_network_consumers_are_let_in_one_by_one(context: Context) -> None:
-    carol = machine(context, 1, "carol", Nic("db"))
-    bob, alice = machine(context, 2, "bob", Nic("db")), machine(context, 3, "alice", Nic("db"))
-    running = [(vm, cards_of(context, vm, vm.definition, give=True)) for vm in (carol, bob, alice)]
-    card = running[0][1][0]
+def test_on_a_service_network_consumers_are_let_in_one_by_one(parts: Parts) -> None:
+    carol = machine(parts, 1, "carol", Nic("db"))
+    bob, alice = machine(parts, 2, "bob", Nic("db")), machine(parts, 3, "alice", Nic("db"))
+    running = [(vm, parts.interfaces.of(vm, vm.definition, give=True)) for vm in (carol, bob, alice)]
+    interface = running[0][1][0]
     carol.published = [Published(5432, "tcp", "bob")]
-    assert {source for source, *_ in ways(context, carol, card, running)} == {"vt000002n0"}
+    assert {source for source, *_ in ways(parts, carol, interface, running)} == {"vt000002n0"}
     carol.published = [Published(5432, "tcp", "world", 5432)]
-    assert {source for source, *_ in ways(context, carol, card, running)} == {"vt000002n0", "vt000003n0"}
+    assert {source for source, *_ in ways(parts, carol, interface, running)} == {"vt000002n0", "vt000003n0"}
     bob.published = [Published(80, "tcp", "world", 8080)]
-    assert ways(context, bob, running[1][1][0], running) == set(), "a consumer offers nothing"
+    assert ways(parts, bob, running[1][1][0], running) == set(), "a consumer offers nothing"
 
 
 class Answer:
@@ -389,25 +389,25 @@ class Answer:
         action()
 
 
-def publish(context: Context, vm: Vm, **more: Any) -> list[dict[str, object]]:
+def publish(parts: Parts, vm: Vm, **more: Any) -> list[dict[str, object]]:
     call = Answer()
-    handle_publish(context, cast(Any, call), Publish(vm=vm.name, **more), vm)
+    parts.handlers[Publish](call, Publish(vm=vm.name, **more), vm)
     return call.replies
 
 
 @pytest.fixture
-def alices(context: Context, monkeypatch: pytest.MonkeyPatch) -> Vm:
+def alices(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> Vm:
     """A VM of hers that is off, saved by nobody."""
-    vm = machine(context, 1, "alice", Nic())
-    register(context, vm)
-    monkeypatch.setattr(context.registry, "of", lambda uid: [vm])
-    monkeypatch.setattr(context.registry, "save", lambda vm: None)
+    vm = machine(parts, 1, "alice", Nic())
+    register(parts, vm)
+    monkeypatch.setattr(parts.registry, "of", lambda uid: [vm])
+    monkeypatch.setattr(parts.registry, "save", lambda vm: None)
     monkeypatch.setattr(log, "_buckets", {})
     return vm
 
 
-def test_a_port_that_the_host_listens_on_is_not_led_elsewhere(context: Context, alices: Vm) -> None:
-    host = context.host
+def test_a_port_that_the_host_listens_on_is_not_led_elsewhere(parts: Parts, alices: Vm) -> None:
+    host = parts.host
     for address, proto, taken in (("0.0.0.0", "tcp", True), ("127.0.0.1", "tcp", False), ("0.0.0.0", "udp", True)):
         with socket.socket(type=socket.SOCK_STREAM if proto == "tcp" else socket.SOCK_DGRAM) as sock:
             sock.bind((address, 0))
@@ -418,36 +418,34 @@ def test_a_port_that_the_host_listens_on_is_not_led_elsewhere(context: Context, 
         assert not host.listens(port, proto)
     with socket.create_server(("0.0.0.0", 0)) as sock:
         port = sock.getsockname()[1]
-        context.policy = parse(POLICY.replace("2000-8999", f"{port}-{port}"), "policy.toml")
+        parts.policies.policy = parse(POLICY.replace("2000-8999", f"{port}-{port}"), "policy.toml")
         with pytest.raises(PortTaken, match=str(port)):
-            publish(context, alices, port=80, to="world", host_port=port)
+            publish(parts, alices, port=80, to="world", host_port=port)
         assert alices.published == []
-    assert publish(context, alices, port=80, to="world", host_port=port)[0]["pending"] == ""
+    assert publish(parts, alices, port=80, to="world", host_port=port)[0]["pending"] == ""
 
 
-def test_what_cannot_be_saved_is_not_published(context: Context, alices: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
-    publish(context, alices, port=80, to="bob")
+def test_what_cannot_be_saved_is_not_published(parts: Parts, alices: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(parts, alices, port=80, to="bob")
 
     def full(vm: Vm) -> None:
         raise StorageFailed(problem="the disk is full")
 
     before = list(alices.published)
-    monkeypatch.setattr(context.registry, "save", full)
+    monkeypatch.setattr(parts.registry, "save", full)
     for more in ({"port": 81, "to": "@staff"}, {"port": 80, "to": "bob", "remove": True}):
         with pytest.raises(StorageFailed):
-            publish(context, alices, **more)
+            publish(parts, alices, **more)
     assert alices.published == before
 
 
-def test_nothing_is_published_without_a_line_in_the_journal(
-    context: Context, alices: Vm, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_is_published_without_a_line_in_the_journal(parts: Parts, alices: Vm, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(log.BURST):
-        publish(context, alices, port=80, to="bob")
+        publish(parts, alices, port=80, to="bob")
     with pytest.raises(TooOften, match="publish came more often than 60 times"):
-        publish(context, alices, port=81, to="bob")
+        publish(parts, alices, port=81, to="bob")
     assert {item.port for item in alices.published} == {80}
-    publish(context, alices, port=80, to="bob", remove=True)  # to close is another share
+    publish(parts, alices, port=80, to="bob", remove=True)  # to close is another share
     lines = [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()]
     assert lines.count("publish") == log.BURST and lines[-1] == "unpublish"
 
@@ -455,119 +453,120 @@ def test_nothing_is_published_without_a_line_in_the_journal(
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_dnsmasq_reads(context: Context) -> None:
-    vm = machine(context, 7, "alice", Nic(), Nic("lan"))
-    cards = cards_of(context, vm, vm.definition, give=True)
-    texts = entries(context, vm, cards)
-    assert texts["hosts"] == f"{cards[0].address4} web7.alice.vm\n{cards[1].address4} net1.web7.alice.vm\n"
-    bridge = bridge_name(cards[0].segment)
-    assert texts["dhcp-hosts"].splitlines()[0] == f"06:00:00:00:00:07,tag:{bridge},set:v7c0,{cards[0].address4}"
+def test_what_dnsmasq_reads(parts: Parts) -> None:
+    vm = machine(parts, 7, "alice", Nic(), Nic("lan"))
+    interfaces = parts.interfaces.of(vm, vm.definition, give=True)
+    texts = parts.dnsmasq.entries(vm, interfaces)
+    assert texts["hosts"] == f"{interfaces[0].address4} web7.alice.vm\n{interfaces[1].address4} net1.web7.alice.vm\n"
+    bridge = bridge_name(interfaces[0].segment)
+    assert texts["dhcp-hosts"].splitlines()[0] == f"06:00:00:00:00:07,tag:{bridge},set:v7c0,{interfaces[0].address4}"
     assert "tag:v7c0,option:domain-search,alice.vm\n" in texts["dhcp-opts"] and "tag:v7c1,12,web7\n" in texts["dhcp-opts"]
     assert ",3\n" not in texts["dhcp-opts"], "a router for each"
-    carol = machine(context, 8, "carol", Nic("db"))
-    assert "tag:v8c0,3\n" not in entries(context, carol, cards_of(context, carol, carol.definition, give=True))["dhcp-opts"]
-    context.resolving.write(vm, cards)
-    path = Path(context.layout.names, "hosts", "7")
+    carol = machine(parts, 8, "carol", Nic("db"))
+    carols = parts.interfaces.of(carol, carol.definition, give=True)
+    assert "tag:v8c0,3\n" not in parts.dnsmasq.entries(carol, carols)["dhcp-opts"]
+    parts.dnsmasq.write(vm, interfaces)
+    path = Path(parts.layout.names, "hosts", "7")
     assert path.read_text() == texts["hosts"] and path.stat().st_mode & 0o777 == 0o644
-    context.resolving.forget(vm)
+    parts.dnsmasq.forget(vm)
     assert not path.exists()
 
 
-def test_the_names_of_all_vms_ask_about_each_owner_once(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_names_of_all_vms_ask_about_each_owner_once(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     """The broker writes them before it is ready, and a directory may take its time."""
-    context.policy = parse(POLICY.replace('"carol"', '"@staff"'), "policy.toml")
+    parts.policies.policy = parse(POLICY.replace('"carol"', '"@staff"'), "policy.toml")
     owners = ("alice", "bob", "bob", "alice", "alice")
-    vms = [machine(context, number, owner, Nic(), Nic("db")) for number, owner in enumerate(owners, 1)]
-    register(context, *vms)
+    vms = [machine(parts, number, owner, Nic(), Nic("db")) for number, owner in enumerate(owners, 1)]
+    register(parts, *vms)
     for vm in vms:
-        cards_of(context, vm, vm.definition, give=True)
+        parts.interfaces.of(vm, vm.definition, give=True)
     asked: list[str] = []
-    uid_of = context.accounts.uid_of
+    uid_of = parts.accounts.uid_of
 
     def ask(user: str) -> int | None:
         asked.append(user)
         return uid_of(user)
 
-    monkeypatch.setattr(context.accounts, "uid_of", ask)
-    monkeypatch.setattr(context.accounts, "groups_of", ask)
-    context.resolving.begin()
+    monkeypatch.setattr(parts.accounts, "uid_of", ask)
+    monkeypatch.setattr(parts.accounts, "groups_of", ask)
+    parts.dnsmasq.begin()
     assert sorted(asked) == ["alice", "bob"]
-    assert Path(context.layout.names, "hosts", "2").read_text().split()[1::2] == ["web2.bob.vm", "net1.web2.bob.vm"]
+    assert Path(parts.layout.names, "hosts", "2").read_text().split()[1::2] == ["web2.bob.vm", "net1.web2.bob.vm"]
     asked.clear()
-    context.resolving.write(vms[0], known_cards(context, vms[0]))
+    parts.dnsmasq.write(vms[0], parts.interfaces.known(vms[0]))
     assert asked == ["alice"]
 
 
-def test_the_broker_writes_data_and_no_configuration(context: Context) -> None:
-    assert sorted(os.listdir(context.layout.names)) == ["dhcp-hosts", "dhcp-opts", "hosts"]
-    assert not os.path.exists(context.layout.dnsmasq_conf)
+def test_the_broker_writes_data_and_no_configuration(parts: Parts) -> None:
+    assert sorted(os.listdir(parts.layout.names)) == ["dhcp-hosts", "dhcp-opts", "hosts"]
+    assert not os.path.exists(parts.layout.dnsmasq_conf)
 
 
 # --- tapnet -----------------------------------------------------------------------------------------------------------
 
 
-def plug(context: Context, vm: Vm) -> list[tuple[VmshellError | None, dict[int, int]]]:
+def plug(parts: Parts, vm: Vm) -> list[tuple[VmshellError | None, dict[int, int]]]:
     found: list[tuple[VmshellError | None, dict[int, int]]] = []
-    context.networks.plug(vm, lambda error, cables: found.append((error, cables)))
+    parts.network.attach(vm, lambda error, taps: found.append((error, taps)))
     return found
 
 
-def plug_in(context: Context, tapnet: Tapnet, vm: Vm) -> None:
-    found = plug(context, vm)
-    tapnet.turn(context.loop, lambda: found)
+def plug_in(parts: Parts, tapnet: Tapnet, vm: Vm) -> None:
+    found = plug(parts, vm)
+    tapnet.turn(parts.loop, lambda: found)
     assert found[0][0] is None
-    networks_module.close(found[0][1])
+    close(found[0][1])
 
 
-def leases(context: Context, vm: Vm) -> list[str]:
+def leases(parts: Parts, vm: Vm) -> list[str]:
     """To which MACs of *vm*'s dnsmasq gives which addresses."""
-    path = Path(context.layout.names, "dhcp-hosts", str(vm.number))
+    path = Path(parts.layout.names, "dhcp-hosts", str(vm.number))
     rows = [line.split(",") for line in path.read_text().splitlines()] if path.exists() else []
     return [f"{row[0]} {row[-1]}" for row in rows]
 
 
-def test_e33_a_mac_of_ones_own_choice_has_an_address_while_its_card_is_plugged_in(context: Context) -> None:
+def test_e33_a_mac_of_ones_own_choice_has_an_address_while_its_card_is_plugged_in(parts: Parts) -> None:
     """Whoever else has chosen it takes nobody's address away: not refused, not off, not by what he has only defined."""
     chosen = Nic("lan", mac="06:11:22:33:44:55")
-    alice, bob = machine(context, 1, "alice", chosen), machine(context, 2, "bob", Nic("lan"), chosen)
-    register(context, alice, bob)
-    with Tapnet(context.layout.tapnet_socket) as tapnet:
-        plug_in(context, tapnet, alice)
-        (card,) = context.networks.plugged(alice)
-        with pytest.raises(NetworkFailed, match="another card on this network has the MAC 06:11:22:33:44:55"):
-            plug(context, bob)
-        assert leases(context, alice) == [f"{card.mac} {card.address4}"] and leases(context, bob) == []
-        context.resolving.begin()
-        assert len(leases(context, alice)) == 1 and len(leases(context, bob)) == 1, "that of its other card"
-        context.networks.ended(alice)
-        assert leases(context, alice) == []
-        plug_in(context, tapnet, bob)
-        assert len(leases(context, bob)) == 2
-        context.networks.remove(bob, {1})
-        assert len(leases(context, bob)) == 1
+    alice, bob = machine(parts, 1, "alice", chosen), machine(parts, 2, "bob", Nic("lan"), chosen)
+    register(parts, alice, bob)
+    with Tapnet(parts.layout.tapnet_socket) as tapnet:
+        plug_in(parts, tapnet, alice)
+        (interface,) = parts.attached.of(alice)
+        with pytest.raises(NetworkFailed, match="another interface on this network has the MAC 06:11:22:33:44:55"):
+            plug(parts, bob)
+        assert leases(parts, alice) == [f"{interface.mac} {interface.address4}"] and leases(parts, bob) == []
+        parts.dnsmasq.begin()
+        assert len(leases(parts, alice)) == 1 and len(leases(parts, bob)) == 1, "that of its other card"
+        parts.attachments.ended(alice)
+        assert leases(parts, alice) == []
+        plug_in(parts, tapnet, bob)
+        assert len(leases(parts, bob)) == 2
+        parts.attachments.remove(bob, {1})
+        assert len(leases(parts, bob)) == 1
         tapnet.refuse_nic = 0
-        found = plug(context, alice)
-        tapnet.turn(context.loop, lambda: found)
-        assert found[0][0] is not None and leases(context, alice) == []
+        found = plug(parts, alice)
+        tapnet.turn(parts.loop, lambda: found)
+        assert found[0][0] is not None and leases(parts, alice) == []
 
 
-def test_a_card_that_is_added_leaves_its_vms_others_as_they_run(context: Context) -> None:
-    vm = machine(context, 1, "alice", Nic("lan"))
-    with Tapnet(context.layout.tapnet_socket) as tapnet:
-        plug_in(context, tapnet, vm)
+def test_a_card_that_is_added_leaves_its_vms_others_as_they_run(parts: Parts) -> None:
+    vm = machine(parts, 1, "alice", Nic("lan"))
+    with Tapnet(parts.layout.tapnet_socket) as tapnet:
+        plug_in(parts, tapnet, vm)
         vm.booted, vm.definition = vm.definition, Definition("web1", nics=(Nic("lan", mac="06:11:22:33:44:55"), Nic()))
         found: list[VmshellError | None] = []
 
-        def added(error: VmshellError | None, cables: dict[int, int]) -> None:
-            networks_module.close(cables)
+        def added(error: VmshellError | None, taps: dict[int, int]) -> None:
+            close(taps)
             found.append(error)
 
-        context.networks.add(vm, 1, added)
-        tapnet.turn(context.loop, lambda: found)
+        parts.attachments.add(vm, 1, added)
+        tapnet.turn(parts.loop, lambda: found)
         assert found == [None]
-        cards = context.networks.plugged(vm)
-        assert [card.mac for card in cards] == ["06:00:00:00:00:01", "06:01:00:00:00:01"]
-        assert leases(context, vm) == [f"{card.mac} {card.address4}" for card in cards]
+        interfaces = parts.attached.of(vm)
+        assert [interface.mac for interface in interfaces] == ["06:00:00:00:00:01", "06:01:00:00:00:01"]
+        assert leases(parts, vm) == [f"{interface.mac} {interface.address4}" for interface in interfaces]
 
 
 @pytest.mark.parametrize(
@@ -582,36 +581,37 @@ def test_a_card_that_is_added_leaves_its_vms_others_as_they_run(context: Context
 )
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_a_segment_does_not_become_what_its_network_was(
-    context: Context, first: str, then: str, now: str, told: str, order: tuple[int, int]
+    parts: Parts, first: str, then: str, now: str, told: str, order: tuple[int, int]
 ) -> None:
     """Two VMs run since different policies, and a new broker finds them in any order."""
 
     def says(outside: str) -> None:
-        context.policy = parse(f'[networks.lan]\nkind = "shared"\noutside = "{outside}"\n', "policy.toml")
+        parts.policies.policy = parse(f'[networks.lan]\nkind = "shared"\noutside = "{outside}"\n', "policy.toml")
 
-    vms = [machine(context, 1, "alice", Nic("lan")), machine(context, 2, "bob", Nic("lan"))]
-    with Tapnet(context.layout.tapnet_socket) as tapnet:
+    vms = [machine(parts, 1, "alice", Nic("lan")), machine(parts, 2, "bob", Nic("lan"))]
+    with Tapnet(parts.layout.tapnet_socket) as tapnet:
         for vm, outside in zip(vms, (first, then), strict=True):
             says(outside)
-            plug_in(context, tapnet, vm)
+            plug_in(parts, tapnet, vm)
         says(now)
-        context.networks.close()
-        context.networks = networks_module.Networks(context)
+        rows = [json.loads(json.dumps(vm.attached)) for vm in vms]
+        for vm in vms:
+            parts.attached.keep(vm, [])
         for index in order:
-            context.networks.adopt(vms[index], json.loads(json.dumps(vms[index].cables)))
+            parts.attachments.adopt(vms[index], rows[index])
         tapnet.seen.clear()
-        context.networks.connect()
-        tapnet.turn(context.loop, lambda: "settle" in tapnet.verbs())
+        tapnet.hang_up()
+        tapnet.turn(parts.loop, lambda: tapnet.connections == 2 and "settle" in tapnet.verbs())
         assert [body.get("outside", "none") for body in tapnet.seen if body["verb"] == "segment"] == [told]
 
 
 class Answers:
     """In the place of the connection to tapnet: who asks waits until the test answers, in any order."""
 
-    def __init__(self, context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[tuple[Any, Any]] = []
-        monkeypatch.setattr(context.networks, "_tapnet", self)
-        monkeypatch.setattr(context.networks.upkeep, "_tapnet", self)
+        monkeypatch.setattr(parts.attachments, "_tapnet", self)
+        monkeypatch.setattr(parts.tapnet_sync, "_tapnet", self)
 
     def request(self, message: Any, answered: Any) -> None:
         self.asked.append((message, answered))
@@ -632,214 +632,214 @@ class Answers:
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 3, 0, 1), (0, 2, 3, 1)])
 def test_taps_of_a_run_that_has_ended_are_not_those_of_the_next(
-    context: Context, monkeypatch: pytest.MonkeyPatch, order: tuple[int, ...]
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, order: tuple[int, ...]
 ) -> None:
     """The plug is pulled before tapnet has answered, and the VM is booted again: what comes late is nobody's."""
-    tapnet, vm = Answers(context, monkeypatch), machine(context, 1, "alice", Nic(), Nic("lan", mac="06:11:22:33:44:55"))
+    tapnet, vm = Answers(parts, monkeypatch), machine(parts, 1, "alice", Nic(), Nic("lan", mac="06:11:22:33:44:55"))
     before = held()
-    first = plug(context, vm)
-    context.networks.ended(vm)
-    assert tapnet.verbs() == ["port"] * 2 + ["unplug"] * 2 and len(leases(context, vm)) == 1, "it may be another's again"
-    second = plug(context, vm)
+    first = plug(parts, vm)
+    parts.attachments.ended(vm)
+    assert tapnet.verbs() == ["port"] * 2 + ["unplug"] * 2 and len(leases(parts, vm)) == 1, "it may be another's again"
+    second = plug(parts, vm)
     for number in order:
         tapnet.make(number)
-    ((error, cables),) = first
-    assert error is not None and error.code == "vm-stopped" and cables == {}
-    ((error, cables),) = second
-    assert error is None and sorted(cables) == [0, 1]
-    networks_module.close(cables)
+    ((error, taps),) = first
+    assert error is not None and error.code == "vm-stopped" and taps == {}
+    ((error, taps),) = second
+    assert error is None and sorted(taps) == [0, 1]
+    close(taps)
     assert held() == before
     assert tapnet.verbs() == ["port"] * 2 + ["unplug"] * 2 + ["port"] * 2, "one for each that was asked for, and before the next"
-    assert [card.index for card in context.networks.plugged(vm)] == [0, 1] and len(leases(context, vm)) == 2
-    context.networks.ended(vm)
-    assert tapnet.verbs()[-2:] == ["unplug"] * 2 and context.networks.plugged(vm) == []
+    assert [interface.index for interface in parts.attached.of(vm)] == [0, 1] and len(leases(parts, vm)) == 2
+    parts.attachments.ended(vm)
+    assert tapnet.verbs()[-2:] == ["unplug"] * 2 and parts.attached.of(vm) == []
 
 
-def test_a_card_that_leaves_a_running_vm_leaves_its_name(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(context.registry, "set_state", lambda vm, state: None)
-    monkeypatch.setattr(context.machines, "order", lambda live, what, answered, **more: answered(None))
-    vm = machine(context, 1, "alice", Nic(), Nic("lan"))
-    with Tapnet(context.layout.tapnet_socket) as tapnet:
-        plug_in(context, tapnet, vm)
-        context.machines._fleet.begin(vm, vm.definition)
+def test_a_card_that_leaves_a_running_vm_leaves_its_name(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts.registry, "set_state", lambda vm, state: None)
+    monkeypatch.setattr(parts.runs, "order", lambda run, what, answered, **more: answered(None))
+    vm = machine(parts, 1, "alice", Nic(), Nic("lan"))
+    with Tapnet(parts.layout.tapnet_socket) as tapnet:
+        plug_in(parts, tapnet, vm)
+        parts.runs.begin(vm, vm.definition)
         vm.state, vm.added, vm.definition = RUNNING, {1}, Definition("web1", nics=(Nic(),))
         said: list[tuple[list[str], list[str]]] = []
-        live_update.follow(context, vm, lambda now, problems: said.append((now, problems)))
-        tapnet.turn(context.loop, lambda: "unplug" in tapnet.verbs())
+        parts.live_update.follow(vm, lambda now, problems: said.append((now, problems)))
+        tapnet.turn(parts.loop, lambda: "unplug" in tapnet.verbs())
     assert said == [(["net1"], [])] and vm.booted == vm.definition
-    (card,) = context.networks.plugged(vm)
-    assert Path(context.layout.names, "hosts", "1").read_text() == f"{card.address4} web1.alice.vm\n"
-    assert leases(context, vm) == [f"{card.mac} {card.address4}"]
+    (interface,) = parts.attached.of(vm)
+    assert Path(parts.layout.names, "hosts", "1").read_text() == f"{interface.address4} web1.alice.vm\n"
+    assert leases(parts, vm) == [f"{interface.mac} {interface.address4}"]
 
 
-def test_a_start_without_tapnet_is_refused(context: Context) -> None:
-    ((error, cables),) = plug(context, machine(context, 1, "alice", Nic()))
-    assert error is not None and error.code == "tapnet-down" and not cables
+def test_a_start_without_tapnet_is_refused(parts: Parts) -> None:
+    ((error, taps),) = plug(parts, machine(parts, 1, "alice", Nic()))
+    assert error is not None and error.code == "tapnet-down" and not taps
 
 
-def test_cables_come_from_tapnet_and_all_of_it_is_told_again(context: Context) -> None:
-    with Tapnet(context.layout.tapnet_socket) as tapnet:
-        vm = machine(context, 1, "alice", Nic(), Nic("lan"))
-        found = plug(context, vm)
-        tapnet.turn(context.loop, lambda: found)
-        error, cables = found[0]
-        assert error is None and sorted(cables) == [0, 1]
-        networks_module.close(cables)
+def test_taps_come_from_tapnet_and_all_of_it_is_told_again(parts: Parts) -> None:
+    with Tapnet(parts.layout.tapnet_socket) as tapnet:
+        vm = machine(parts, 1, "alice", Nic(), Nic("lan"))
+        found = plug(parts, vm)
+        tapnet.turn(parts.loop, lambda: found)
+        error, taps = found[0]
+        assert error is None and sorted(taps) == [0, 1]
+        close(taps)
         assert tapnet.verbs()[:1] == ["settings"] and "settle" in tapnet.verbs() and tapnet.verbs().count("port") == 2
         tapnet.hang_up()
-        tapnet.turn(context.loop, lambda: tapnet.verbs()[-1:] == ["settle"] and tapnet.connections == 2)
+        tapnet.turn(parts.loop, lambda: tapnet.verbs()[-1:] == ["settle"] and tapnet.connections == 2)
         second = len(tapnet.verbs()) - tapnet.verbs()[::-1].index("settings")
         again = [body for body in tapnet.seen[second:] if body["verb"] == "port"]
         assert [body.get("create", False) for body in again] == [False, False]
-        context.networks.ended(vm)
-        tapnet.turn(context.loop, lambda: tapnet.verbs().count("unplug") == 2)
+        parts.attachments.ended(vm)
+        tapnet.turn(parts.loop, lambda: tapnet.verbs().count("unplug") == 2)
 
 
-def test_one_bad_card_and_the_start_has_none(context: Context) -> None:
-    with Tapnet(context.layout.tapnet_socket) as tapnet:
+def test_one_bad_card_and_the_start_has_none(parts: Parts) -> None:
+    with Tapnet(parts.layout.tapnet_socket) as tapnet:
         tapnet.refuse_nic = 1
-        found = plug(context, machine(context, 1, "alice", Nic(), Nic("lan")))
-        tapnet.turn(context.loop, lambda: found and "unplug" in tapnet.verbs())
-        error, cables = found[0]
-        assert error is not None and error.code == "network" and not cables
+        found = plug(parts, machine(parts, 1, "alice", Nic(), Nic("lan")))
+        tapnet.turn(parts.loop, lambda: found and "unplug" in tapnet.verbs())
+        error, taps = found[0]
+        assert error is not None and error.code == "network" and not taps
         assert tapnet.verbs().count("unplug") == 2
 
 
-def test_more_openings_than_a_message_holds_hurt_nobody(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_openings_than_a_message_holds_hurt_nobody(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     many = [{"source": "", "proto": "tcp", "port": 80, "host_port": port} for port in range(1, 1000)]
-    monkeypatch.setattr(Ways, "to", lambda ways, vm, card: many)
-    with Tapnet(context.layout.tapnet_socket) as tapnet:
-        found = plug(context, machine(context, 1, "alice", Nic()))
-        tapnet.turn(context.loop, lambda: found and "open" in tapnet.verbs())
+    monkeypatch.setattr(Openings, "to", lambda ways, vm, interface: many)
+    with Tapnet(parts.layout.tapnet_socket) as tapnet:
+        found = plug(parts, machine(parts, 1, "alice", Nic()))
+        tapnet.turn(parts.loop, lambda: found and "open" in tapnet.verbs())
         assert found[0][0] is None
-        networks_module.close(found[0][1])
+        close(found[0][1])
         assert len(tapnet.seen[-1]["openings"]) == OPENINGS_MAX
 
 
-def test_a_tapnet_that_says_nothing_is_not_waited_for(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tapnet_that_says_nothing_is_not_waited_for(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(networks_module, "ANSWER_TIMEOUT", 0.1)
-    with Tapnet(context.layout.tapnet_socket) as tapnet:
+    with Tapnet(parts.layout.tapnet_socket) as tapnet:
         tapnet.silent = True
-        found = plug(context, machine(context, 1, "alice", Nic()))
-        tapnet.turn(context.loop, lambda: found)
-        error, cables = found[0]
-        assert error is not None and error.code == "tapnet-down" and not cables
+        found = plug(parts, machine(parts, 1, "alice", Nic()))
+        tapnet.turn(parts.loop, lambda: found)
+        error, taps = found[0]
+        assert error is not None and error.code == "tapnet-down" and not taps
 
 
-def test_a_vm_keeps_its_cables_over_a_broker_and_a_policy(context: Context) -> None:
-    with Tapnet(context.layout.tapnet_socket) as tapnet:
-        vm = machine(context, 1, "alice", Nic("lan"), Nic())
-        found = plug(context, vm)
-        tapnet.turn(context.loop, lambda: found)
-        networks_module.close(found[0][1])
-        rows = json.loads(json.dumps(vm.cables))
-        before = context.networks.plugged(vm)
-        context.networks.ended(vm)
-        assert vm.cables == [] and context.networks.plugged(vm) == []
-        gone = machine(context, 1, "alice", Nic("gone"), Nic())
-        context.networks.adopt(gone, rows)
-        after = context.networks.plugged(gone)
-        assert [port_message(context, gone, card, create=False).to_body() for card in after] == [
-            port_message(context, vm, card, create=False).to_body() for card in before
+def test_a_vm_keeps_its_taps_over_a_broker_and_a_policy(parts: Parts) -> None:
+    with Tapnet(parts.layout.tapnet_socket) as tapnet:
+        vm = machine(parts, 1, "alice", Nic("lan"), Nic())
+        found = plug(parts, vm)
+        tapnet.turn(parts.loop, lambda: found)
+        close(found[0][1])
+        rows = json.loads(json.dumps(vm.attached))
+        before = parts.attached.of(vm)
+        parts.attachments.ended(vm)
+        assert vm.attached == [] and parts.attached.of(vm) == []
+        gone = machine(parts, 1, "alice", Nic("gone"), Nic())
+        parts.attachments.adopt(gone, rows)
+        after = parts.attached.of(gone)
+        assert [parts.interfaces.port_message(gone, interface, create=False).to_body() for interface in after] == [
+            parts.interfaces.port_message(vm, interface, create=False).to_body() for interface in before
         ]
-        context.networks.adopt(gone, [{"index": "x"}])  # a damaged record costs this VM its cables, and nobody else anything
+        parts.attachments.adopt(gone, [{"index": "x"}])  # a damaged record costs this VM its taps, and nobody else anything
 
 
-def test_what_runs_keeps_names_and_addresses_over_a_definition_and_a_policy(context: Context) -> None:
+def test_what_runs_keeps_names_and_addresses_over_a_definition_and_a_policy(parts: Parts) -> None:
     """A broker that starts again writes for dnsmasq what a VM runs with, not what it will boot with."""
-    with Tapnet(context.layout.tapnet_socket) as tapnet:
-        vm = machine(context, 1, "alice", Nic())
-        found = plug(context, vm)
-        tapnet.turn(context.loop, lambda: found)
-        networks_module.close(found[0][1])
-        (card,) = context.networks.plugged(vm)
+    with Tapnet(parts.layout.tapnet_socket) as tapnet:
+        vm = machine(parts, 1, "alice", Nic())
+        found = plug(parts, vm)
+        tapnet.turn(parts.loop, lambda: found)
+        close(found[0][1])
+        (interface,) = parts.attached.of(vm)
         vm.booted, vm.definition = vm.definition, Definition("web1", nics=(Nic("gone"),))
-        context.policy = parse(POLICY.replace("lan", "other"), "policy.toml")
-        assert [known.address4 for known in known_cards(context, vm)] == [card.address4]
+        parts.policies.policy = parse(POLICY.replace("lan", "other"), "policy.toml")
+        assert [known.address4 for known in parts.interfaces.known(vm)] == [interface.address4]
         vm.booted = Definition("web1", nics=(Nic("gone"), Nic("gone")))
-        assert known_cards(context, vm) == [card]
-        cast(Any, context).registry = [vm]
-        context.resolving.begin()
-        assert card.address4 in Path(context.layout.names, "dhcp-hosts", "1").read_text()
+        assert parts.interfaces.known(vm) == [interface]
+        parts.registry.add(vm)
+        parts.dnsmasq.begin()
+        assert interface.address4 in Path(parts.layout.names, "dhcp-hosts", "1").read_text()
 
 
-def test_a_way_that_tapnet_refuses_to_close_is_closed_later(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_way_that_tapnet_refuses_to_close_is_closed_later(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tapnet_sync, "RETRY", 0.05)
-    with Tapnet(context.layout.tapnet_socket) as tapnet:
-        vm = machine(context, 1, "alice", Nic())
+    with Tapnet(parts.layout.tapnet_socket) as tapnet:
+        vm = machine(parts, 1, "alice", Nic())
         vm.published = [Published(22, "tcp", "world", 2222)]
-        found = plug(context, vm)
-        tapnet.turn(context.loop, lambda: found and "open" in tapnet.verbs())
-        networks_module.close(found[0][1])
+        found = plug(parts, vm)
+        tapnet.turn(parts.loop, lambda: found and "open" in tapnet.verbs())
+        close(found[0][1])
         vm.published, tapnet.refuse_verb = [], "open"
         said: list[VmshellError | None] = []
-        context.networks.upkeep.open_ports(said.append)
-        tapnet.turn(context.loop, lambda: tapnet.verbs().count("open") >= 3)
+        parts.tapnet_sync.open_ports(said.append)
+        tapnet.turn(parts.loop, lambda: tapnet.verbs().count("open") >= 3)
         assert said[0] is not None and said[0].code == "network"
         tapnet.refuse_verb = ""
         count = tapnet.verbs().count("open")
-        tapnet.turn(context.loop, lambda: tapnet.verbs().count("open") > count)
+        tapnet.turn(parts.loop, lambda: tapnet.verbs().count("open") > count)
         assert "openings" not in tapnet.seen[-1]
-        context.networks.upkeep.open_ports(said.append)
+        parts.tapnet_sync.open_ports(said.append)
         assert said[1:] == [None], "there is nothing to tell any more"
 
 
-def test_a06_members_are_confined_whenever_they_join(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a06_members_are_confined_whenever_they_join(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tapnet_sync, "NUMBERS_MAX", 3)
-    context.policy = parse(POLICY + "[host]\nssh_forwarding = true\n", "policy.toml")
-    people = cast(Any, context.accounts)
+    parts.policies.policy = parse(POLICY + "[host]\nssh_forwarding = true\n", "policy.toml")
+    people = cast(Any, parts.accounts)
     members = [0, 998, 1001, 1002, 1003, 1004]  # root and a service are nobody's to confine
     people.members = lambda group: sorted(members)
-    people.groups_of = lambda user: frozenset({context.policy.host.group})
-    with Tapnet(context.layout.tapnet_socket) as tapnet:
+    people.groups_of = lambda user: frozenset({parts.policies.policy.host.group})
+    with Tapnet(parts.layout.tapnet_socket) as tapnet:
 
         def confined() -> list[int]:
             last = len(tapnet.seen) - 1 - tapnet.verbs()[::-1].index("settings")
             return [uid for body in tapnet.seen[last:] for uid in (*body.get("confined", []), *body.get("uids", []))]
 
-        context.networks.connect()
-        tapnet.turn(context.loop, lambda: "settle" in tapnet.verbs())
+        parts.tapnet.connect()
+        tapnet.turn(parts.loop, lambda: "settle" in tapnet.verbs())
         assert confined() == [1001, 1002, 1003, 1004], "more than a message holds"
         members.append(1005)
-        context.networks.refresh()
-        tapnet.turn(context.loop, lambda: tapnet.verbs().count("settings") == 2 and len(confined()) == 5)
-        context.networks.upkeep.meet(4_294_967_290)  # whom the directory does not list
-        tapnet.turn(context.loop, lambda: tapnet.verbs().count("settings") == 3 and len(confined()) == 6)
-        context.networks.upkeep.meet(4_294_967_290)
-        context.networks.upkeep.meet(0)
+        parts.refresh()
+        tapnet.turn(parts.loop, lambda: tapnet.verbs().count("settings") == 2 and len(confined()) == 5)
+        parts.tapnet_sync.meet(4_294_967_290)  # whom the directory does not list
+        tapnet.turn(parts.loop, lambda: tapnet.verbs().count("settings") == 3 and len(confined()) == 6)
+        parts.tapnet_sync.meet(4_294_967_290)
+        parts.tapnet_sync.meet(0)
         people.groups_of = lambda user: frozenset()
-        context.networks.refresh()
-        tapnet.turn(context.loop, lambda: tapnet.verbs().count("settings") == 4 and len(confined()) == 5)
+        parts.refresh()
+        tapnet.turn(parts.loop, lambda: tapnet.verbs().count("settings") == 4 and len(confined()) == 5)
 
 
-def test_n6_connect_says_where_the_guest_is_and_opens_no_socket(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_n6_connect_says_where_the_guest_is_and_opens_no_socket(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     """On an installed host the one file of the broker's with sockets of a network has no part: in no boot, nor in `connect`."""
     replies: list[dict[str, object]] = []
     call = SimpleNamespace(peer=SimpleNamespace(uid=1001), reply=replies.append)
-    with Tapnet(context.layout.tapnet_socket) as tapnet:
-        vm = machine(context, 1, "alice", Nic())
-        for name in ("start_all", "leads", "available"):
-            monkeypatch.setattr(passt, name, None)
-        plug_in(context, tapnet, vm)
+    with Tapnet(parts.layout.tapnet_socket) as tapnet:
+        vm = machine(parts, 1, "alice", Nic())
+        for owner, name in ((passt.Passt, "start_all"), (passt, "leads"), (passt, "available")):
+            monkeypatch.setattr(owner, name, None)
+        plug_in(parts, tapnet, vm)
         vm.state = RUNNING
-        network.handle_connect(context, cast(Any, call), Connect(vm="web1", port=22), vm)
-        assert replies == [{"name": vm.ref, "address": context.networks.plugged(vm)[0].address4, "port": 22}]
+        parts.handlers[Connect](call, Connect(vm="web1", port=22), vm)
+        assert replies == [{"name": vm.ref, "address": parts.attached.of(vm)[0].address4, "port": 22}]
 
 
-def test_a_rate_follows_the_policy_and_is_shown_as_it_is(context: Context) -> None:
-    with Tapnet(context.layout.tapnet_socket) as tapnet:
-        vm = machine(context, 1, "alice", Nic())
-        found = plug(context, vm)
-        tapnet.turn(context.loop, lambda: found)
-        networks_module.close(found[0][1])
-        (card,) = context.networks.plugged(vm)
-        context.policy = parse(POLICY.replace("[defaults]", "[defaults]\nnet_rate = 5000"), "policy.toml")
-        assert context.networks.upkeep.rate(vm, card) == 0
-        context.networks.refresh()
-        tapnet.turn(context.loop, lambda: tapnet.seen[-1].get("rate") == 5000)
-        assert context.networks.upkeep.rate(vm, card) == 5000
+def test_a_rate_follows_the_policy_and_is_shown_as_it_is(parts: Parts) -> None:
+    with Tapnet(parts.layout.tapnet_socket) as tapnet:
+        vm = machine(parts, 1, "alice", Nic())
+        found = plug(parts, vm)
+        tapnet.turn(parts.loop, lambda: found)
+        close(found[0][1])
+        (interface,) = parts.attached.of(vm)
+        parts.policies.policy = parse(POLICY.replace("[defaults]", "[defaults]\nnet_rate = 5000"), "policy.toml")
+        assert parts.tapnet_sync.rate(vm, interface) == 0
+        parts.refresh()
+        tapnet.turn(parts.loop, lambda: tapnet.seen[-1].get("rate") == 5000)
+        assert parts.tapnet_sync.rate(vm, interface) == 5000
         count = len(tapnet.seen)
-        context.networks.refresh()
+        parts.refresh()
         assert len(tapnet.seen) == count, "nothing is told twice"
 
 

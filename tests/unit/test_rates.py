@@ -13,7 +13,7 @@ from tests.unit.costs import ALICE, ROOT, Bench
 from tests.unit.test_costs import plain
 from vmshell.broker.api import dispatch, rates
 from vmshell.broker.api.rates import BOOTS, CHANGES, CONNECTIONS, CONSOLES, FORGET_AT, MINUTE, Rate, Rates
-from vmshell.broker.vm.access import Peer
+from vmshell.broker.runtime.call import Peer
 from vmshell.messages import REQUESTS, Request
 from vmshell.model.limits import LIMIT_KEYS, Limits
 from vmshell.model.policy import parse
@@ -112,9 +112,9 @@ def test_who_asks_no_more_is_forgotten(clock: SimpleNamespace) -> None:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def test_every_verb_has_a_rate_or_says_that_it_needs_none() -> None:
-    """Both tables name every verb once, in one order: what is not in them was forgotten."""
-    assert list(dispatch.RATES) == list(dispatch.HANDLERS)
+def test_every_verb_has_a_rate_or_says_that_it_needs_none(bench: Bench) -> None:
+    """Both tables name every verb once: what is not in them was forgotten."""
+    assert set(dispatch.RATES) == set(bench.parts.handlers)
     assert set(dispatch.RATES) == set(REQUESTS.values())
     tree = ast.parse(Path(dispatch.__file__).read_text(encoding="utf-8"))
     (table,) = (node.value for node in tree.body if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "RATES")
@@ -130,7 +130,7 @@ def test_every_rate_is_a_limit_of_the_policy() -> None:
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     made = Bench(tmp_path)
-    monkeypatch.setattr(made.context, "rates", of("[defaults]\n" + "".join(f"{rate.key} = 1\n" for rate in EVERY)))
+    monkeypatch.setattr(made.server, "_rates", of("[defaults]\n" + "".join(f"{rate.key} = 1\n" for rate in EVERY)))
     yield made
     made.close()
 
@@ -149,6 +149,6 @@ def test_what_has_a_rate_is_refused_when_it_is_used_up(bench: Bench, kind: type[
 @pytest.mark.parametrize("kind", [kind for kind, rate in dispatch.RATES.items() if not rate], ids=lambda kind: kind.verb)
 def test_what_has_none_may_be_asked_at_any_time(bench: Bench, kind: type[Request]) -> None:
     for rate in EVERY:
-        taken(bench.context.rates, ALICE, rate)
+        taken(bench.server._rates, ALICE, rate)
     for _ in range(3):
         assert not any(answer.get("error", {}).get("code") == "too-fast" for answer in bench.ask(plain(kind)))

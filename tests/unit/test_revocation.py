@@ -11,9 +11,9 @@ import pytest
 from tests.fakes.accounts import People
 from vmshell import messages
 from vmshell.broker.api.revocation import Revocation, User
-from vmshell.broker.host.accounts_helper import Question
+from vmshell.broker.runtime.call import label_of
 from vmshell.broker.runtime.loop import Loop
-from vmshell.broker.vm.access import label_of
+from vmshell.broker.services.accounts_helper import Question
 from vmshell.encoding import encode
 from vmshell.errors import VmshellError
 from vmshell.messages import ATTACHED_IN_PART, Attached, Detach
@@ -82,16 +82,17 @@ class Bench:
     def __init__(self) -> None:
         self.host, self.server, self.relay = Host(), Server(), Relay()
         self.vm = SimpleNamespace(viewers=0, state=messages.RUNNING)
-        context = SimpleNamespace(
-            accounts=self.host,
-            relay=self.relay,
-            registry=[self.vm],
-            loop=Loop(lambda exc: None),
-            policy=SimpleNamespace(host=SimpleNamespace(group="vmshell")),
+        loop = Loop(lambda exc: None)
+        self.revocation = Revocation(
+            loop=loop,
+            group="vmshell",
+            accounts=cast(Any, self.host),
+            registry=cast(Any, [self.vm]),
+            relay=cast(Any, self.relay),
+            server=cast(Any, self.server),
         )
-        self.revocation = Revocation(cast(Any, context), cast(Any, self.server))
         self.revocation.begin()
-        context.loop._epoll.close()
+        loop._epoll.close()
 
     def attach(self, *users: User) -> None:
         self.relay.users += users

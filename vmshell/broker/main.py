@@ -21,11 +21,12 @@ from ..model.policy import Policy
 from ..servicemanager import notify
 from .api.revocation import Revocation
 from .api.server import Server
-from .context import Context, read_policy
+from .composition import Parts
 from .host.processes import Host
+from .policies import read_policy
 from .runtime import log
 from .runtime.loop import Loop
-from .services.front import FrontLink
+from .services.front import Front
 
 LINGER = 3.0  # seconds for which a session's broker stays when the last VM and the last shell are gone
 
@@ -61,53 +62,79 @@ def _check_state_version(layout: Layout) -> None:
 
 def _serve(layout: Layout, rules: Policy) -> int:
     loop = Loop(log.unexpected)
-    context = Context(layout, rules, loop, Host(embedded=layout.embedded))
-    leftovers = context.registry.load()
-    context.addresses.load()
+    parts = Parts(layout, rules, loop, Host(embedded=layout.embedded))
+    leftovers = parts.registry.load()
+    parts.addresses.load()
     os.makedirs(layout.run_vms, mode=0o750, exist_ok=True)
-    context.host.share_with_relay(layout.run_vms, 0o750)
-    context.accounts.begin()
+    parts.host.share_with_relay(layout.run_vms, 0o750)
+    parts.accounts.begin()
     # Listen last: a shell that can connect must find a broker that knows its VMs.
-    context.machines.adopt()
+    parts.adoption.adopt()
     for folder in leftovers:
-        context.delete_later(folder)
-    context.launcher.connect()
+        parts.removal.delete_later(folder)
+    parts.launcher.connect()
     if not layout.embedded:
-        context.resolving.begin()
-    context.networks.connect()
-    context.relay.connect()
-    context.facts.find_out()
-    context.machines.autostart()
-    server = Server(context, wire.listen(layout.broker_socket, 0o600) if layout.embedded else None)
-    front = FrontLink(loop, layout, server.admit)
+        parts.dnsmasq.begin()
+        parts.tapnet.connect()
+        parts.accounts.watch()
+    parts.relay.connect()
+    parts.capabilities.find_out()
+    parts.adoption.autostart()
+    server = make_server(parts)
+    front = Front(loop, layout, server.admit)
     if not layout.embedded:
         front.connect()
-        Revocation(context, server).begin()
-    _act_on_signals(context)
+        Revocation(
+            loop=loop,
+            group=parts.policies.host.group,
+            accounts=parts.accounts,
+            registry=parts.registry,
+            relay=parts.relay,
+            server=server,
+        ).begin()
+    _act_on_signals(parts)
     if layout.embedded:
-        loop.after(LINGER, lambda: _linger(context, server, 0))
+        loop.after(LINGER, lambda: _linger(parts, server, 0))
     notify("READY=1")
     log.note("started", mode="session" if layout.embedded else "system", pid=os.getpid())
     loop.run()
     front.close()
-    context.accounts.close()
-    context.networks.close()
-    context.relay.close()
-    context.launcher.close()
-    log.note("stopped", vms=sum(1 for vm in context.registry if context.machines.qemu_pid(vm)))
+    parts.accounts.close()
+    parts.tapnet.close()
+    parts.relay.close()
+    parts.launcher.close()
+    log.note("stopped", vms=sum(1 for vm in parts.registry if parts.runs.qemu_pid(vm)))
     return 0
 
 
-def _linger(context: Context, server: Server, accepted: int) -> None:
+def make_server(parts: Parts) -> Server:
+    """Make what answers connections; a session's also listens."""
+    embedded = parts.layout.embedded
+    return Server(
+        loop=parts.loop,
+        embedded=embedded,
+        policies=parts.policies,
+        accounts=parts.accounts,
+        registry=parts.registry,
+        rates=parts.rates,
+        turns=parts.turns,
+        handlers=parts.handlers,
+        met=(lambda uid: None) if embedded else parts.tapnet_sync.meet,
+        left=parts.uploads.left,
+        listener=wire.listen(parts.layout.broker_socket, 0o600) if embedded else None,
+    )
+
+
+def _linger(parts: Parts, server: Server, accepted: int) -> None:
     """End a session's broker when, since the last look, it has been of no use to anybody."""
-    useful = server.connected() or server.accepted != accepted or context.machines.busy() or context.jobs.running
+    useful = server.connected() or server.accepted != accepted or len(parts.runs) or parts.jobs.running
     if useful:
         seen = server.accepted
-        context.loop.after(LINGER, lambda: _linger(context, server, seen))
+        parts.loop.after(LINGER, lambda: _linger(parts, server, seen))
         return
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(context.layout.broker_socket)
-    context.loop.stop()
+        os.unlink(parts.layout.broker_socket)
+    parts.loop.stop()
 
 
 @contextlib.contextmanager
@@ -128,7 +155,7 @@ def _only_one(layout: Layout):  # type: ignore[no-untyped-def]
         os.close(fd)
 
 
-def _act_on_signals(context: Context) -> None:
+def _act_on_signals(parts: Parts) -> None:
     """SIGTERM and SIGINT end the broker; VMs, relay and consoles go on. SIGHUP reads the policy again, or keeps the old one."""
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -138,11 +165,11 @@ def _act_on_signals(context: Context) -> None:
     def woken() -> None:
         numbers = os.read(reader, 64)
         if numbers.strip(bytes([signal.SIGHUP])):
-            context.loop.stop()
+            parts.loop.stop()
             return
         try:
-            context.reload_policy()
+            parts.policies.reload()
         except VmshellError as exc:
             log.note("policy-refused", problem=exc)
 
-    context.loop.watch(reader, woken)
+    parts.loop.watch(reader, woken)

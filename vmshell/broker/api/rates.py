@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ...model.policy import Effective
 from ...refusals import TooFast
-from ..vm.access import Peer
+from ..runtime.call import Peer
 
 MINUTE = 60.0  # seconds
 FORGET_AT = 64  # users and rates that are remembered before any are forgotten

@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from ...messages import ALIVE, ATTACHED_IN_PART, ATTACHED_MAX, Attached, Detach
 from ...refusals import AccessEnded
-from ..host.accounts_helper import Question
+from ..runtime.call import label_of
 from ..runtime.log import by_user, note
-from ..vm.access import label_of
+from ..services.accounts_helper import Question
 
 if TYPE_CHECKING:
     from ... import wire
     from ...errors import VmshellError
-    from ..context import Context
+    from ..runtime.loop import Loop
+    from ..services.accounts import Accounts
+    from ..services.relay import Relay
+    from ..vm.registry import Registry
     from .server import Server
 
 LOOK = 2.0  # seconds
@@ -28,16 +31,21 @@ User = tuple[int, str]  # uid and name
 
 
 class Revocation:
-    def __init__(self, context: Context, server: Server) -> None:
-        self._context = context
+    """Looks every few seconds who of those here may be here no longer."""
+
+    def __init__(self, *, loop: Loop, group: str, accounts: Accounts, registry: Registry, relay: Relay, server: Server) -> None:
+        self._loop = loop
+        self._group = group
+        self._accounts = accounts
+        self._registry = registry
+        self._relay = relay
         self._server = server
-        self._group = context.policy.host.group
         self._viewers: list[User] = []  # who has consoles, as the relay said last: uid and label
         self._coming: list[User] | None = None  # what it has said of them so far
         self._members: set[User] = set()  # of those who are here: who was found to be one
 
     def begin(self) -> None:
-        self._context.accounts.follow(self._present, self.look)
+        self._accounts.follow(self._present, self.look)
         self._look_again()
 
     def look(self) -> None:
@@ -51,7 +59,7 @@ class Revocation:
             self._ask_relay()
 
     def _look_again(self) -> None:
-        self._context.loop.after(LOOK, self._look_again)
+        self._loop.after(LOOK, self._look_again)
         self.look()
 
     def _present(self) -> Iterator[Question]:
@@ -67,7 +75,7 @@ class Revocation:
 
     def _why_out(self, uid: int, user: str) -> str:
         """Why the account *user* may not be here; empty if it may, or nobody can say."""
-        accounts, question = self._context.accounts, Question("user", user)
+        accounts, question = self._accounts, Question("user", user)
         if uid == 0 or not accounts.knows(question):
             return ""
         if accounts.uid_of(user) != uid:
@@ -82,14 +90,14 @@ class Revocation:
     def _why_detached(self, uid: int, label: str) -> str:
         """The same of a console's user, of whom the relay has only the label."""
         question, user = Question("uid", uid), self._name(uid)
-        if uid == 0 or not self._context.accounts.knows(question):
+        if uid == 0 or not self._accounts.knows(question):
             return ""
         if label_of(user) != label:
-            return f"the account {label} is gone" if self._context.accounts.is_sure(question) else ""
+            return f"the account {label} is gone" if self._accounts.is_sure(question) else ""
         return self._why_out(uid, user)
 
     def _name(self, uid: int) -> str:
-        return self._context.accounts.user_of(uid)
+        return self._accounts.user_of(uid)
 
     # --- what ends ----------------------------------------------------------------------------------------------------
 
@@ -100,11 +108,11 @@ class Revocation:
 
     def _ask_relay(self) -> None:
         """Ask who has consoles, if any are attached; a relay that is away is asked again at the next look."""
-        if not any(vm.viewers and vm.state in ALIVE for vm in self._context.registry):
+        if not any(vm.viewers and vm.state in ALIVE for vm in self._registry):
             self._viewers = []
             return
         self._coming = []
-        self._context.relay.request(Attached(), self._heard)
+        self._relay.request(Attached(), self._heard)
 
     def _heard(self, error: VmshellError | None, packet: wire.Packet) -> None:
         coming, self._coming = self._coming or [], None
@@ -115,7 +123,7 @@ class Revocation:
         coming += part
         if len(part) == ATTACHED_IN_PART and len(coming) < ATTACHED_MAX:
             self._coming = coming
-            self._context.relay.request(Attached(skip=len(coming)), self._heard)
+            self._relay.request(Attached(skip=len(coming)), self._heard)
             return
         self._viewers = coming
         for uid, label in coming:
@@ -130,4 +138,4 @@ class Revocation:
             if problem:
                 note("not-detached", uid=uid, user=label, problem=problem)  # the next look tries it again
 
-        self._context.relay.send(Detach(uid=uid, label=label, code=error.code, reason=error.sentence()), done)
+        self._relay.send(Detach(uid=uid, label=label, code=error.code, reason=error.sentence()), done)

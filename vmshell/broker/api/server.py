@@ -14,72 +14,26 @@ import socket
 from collections.abc import Callable
 
 from ... import wire
-from ...errors import Internal, ProtocolError, StrayDescriptors, VmshellError
+from ...errors import ProtocolError, StrayDescriptors, VmshellError
 from ...fields import request_id
 from ...messages import Request, parse_request
 from ...refusals import AnswerTooLarge, NotAllowed, TooManyRequests, Upgraded
-from ..context import Context
-from ..host.accounts_helper import Question
+from ..handlers.table import Handlers
+from ..policies import Policies
 from ..runtime import log
-from ..vm.access import Peer, authorise
-from .dispatch import HANDLERS, RATES
-from .rates import CONNECTIONS
+from ..runtime.call import Call, Peer
+from ..runtime.loop import Loop
+from ..services.accounts import Accounts
+from ..services.accounts_helper import Question
+from ..vm.access import authorise
+from ..vm.registry import Registry
+from .dispatch import RATES
+from .rates import CONNECTIONS, Rates
+from .turns import Turns
 
 PENDING_MAX = 16  # calls of one connection that wait for something
 CONNECTIONS_IN_ALL = 800
 ACCEPT_AGAIN = 1.0  # seconds
-
-
-class Call:
-    """One request that is being answered. Exactly one of reply/fail gets through; what comes later is ignored."""
-
-    __slots__ = ("_client", "_fds", "connection", "ident", "peer")
-
-    def __init__(self, client: Client, ident: int) -> None:
-        self._client: Client | None = client
-        self._fds: tuple[int, ...] = ()
-        self.connection = client
-        self.ident = ident
-        self.peer = client.peer
-
-    def keep_fds(self, fds: tuple[int, ...]) -> None:
-        """Keep descriptors that the reply will bring (ours to close from now on: at once, if they come after the reply)."""
-        self._close_fds()
-        self._fds = fds
-        if self._client is None:
-            self._close_fds()
-
-    def reply(self, ok: dict[str, object], fds: tuple[int, ...] = ()) -> None:
-        """Answer, with *fds* beside it, which stay open here, or with those that were kept."""
-        self._finish({"id": self.ident, "ok": ok}, fds or self._fds)
-
-    def fail(self, error: VmshellError) -> None:
-        self._finish({"id": self.ident, "error": error.to_wire()})
-
-    def guard(self, action: Callable[[], None]) -> None:
-        """Do what had to wait; whatever it raises is the answer."""
-        try:
-            action()
-        except VmshellError as exc:
-            self.fail(exc)
-        except Exception as exc:
-            self.fail(Internal(reference=log.unexpected(exc)))
-
-    def progress(self, sentence: str) -> None:
-        if self._client is not None:
-            self._client.send({"id": self.ident, "progress": sentence})
-
-    def _finish(self, body: dict[str, object], fds: tuple[int, ...] = ()) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            client.pending -= 1
-            client.send(body, fds)
-        self._close_fds()
-
-    def _close_fds(self) -> None:
-        for fd in self._fds:
-            os.close(fd)
-        self._fds = ()
 
 
 class Client:
@@ -160,21 +114,47 @@ class Client:
 
 
 class Server:
-    """*listener* is a session's own socket; on an installed host the front accepts, and says who has come (`admit`)."""
+    """*listener* is a session's own socket; on an installed host the front accepts, and says who has come (`admit`).
 
-    def __init__(self, context: Context, listener: socket.socket | None) -> None:
-        self._context = context
+    `met` is called with the uid of each who comes, `left` with each connection that has ended.
+    """
+
+    def __init__(
+        self,
+        *,
+        loop: Loop,
+        embedded: bool,
+        policies: Policies,
+        accounts: Accounts,
+        registry: Registry,
+        rates: Rates,
+        turns: Turns,
+        handlers: Handlers,
+        met: Callable[[int], None],
+        left: Callable[[Client], None],
+        listener: socket.socket | None,
+    ) -> None:
+        self._loop = loop
+        self._embedded = embedded
+        self._policies = policies
+        self._accounts = accounts
+        self._registry = registry
+        self._rates = rates
+        self._turns = turns
+        self._handlers = handlers
+        self._met = met
+        self._left = left
         self._listener = listener
         self._clients: dict[int, set[Client]] = {}
         self.accepted = 0  # connections so far
-        self._group = None if context.layout.embedded else context.policy.host.group
+        self._group = None if embedded else policies.host.group
         if listener is not None:
             listener.setblocking(False)
             self._listen()
 
     def _listen(self) -> None:
         assert self._listener is not None
-        self._context.loop.watch(self._listener.fileno(), self._accept)
+        self._loop.watch(self._listener.fileno(), self._accept)
 
     def connected(self) -> int:
         return sum(len(clients) for clients in self._clients.values())
@@ -182,7 +162,7 @@ class Server:
     def answer(self, call: Call, body: dict[str, object]) -> None:
         """Check, authorise, act; raises what the peer is to be told."""
         request = parse_request(body)
-        vm = authorise(call.peer, request, self._context.registry)
+        vm = authorise(call.peer, request, self._registry)
         peer = call.peer
         wanted = [Question("uid", peer.uid), Question("user", peer.user)]
         if vm is not None and vm.owner != peer.user:
@@ -192,21 +172,21 @@ class Server:
             call.guard(lambda: self._act(call, request))
 
         counted = RATES[type(request)] is not None
-        self._context.accounts.when_known(wanted, (lambda: self._context.turns.enter(peer.uid, act)) if counted else act)
+        self._accounts.when_known(wanted, (lambda: self._turns.enter(peer.uid, act)) if counted else act)
 
     def _act(self, call: Call, request: Request) -> None:
         """Do what is asked, if the peer still is who it was when it connected, and with the rights that it has now (D21, D22)."""
-        if self._context.accounts.user_of(call.peer.uid) not in ("", call.peer.user):
+        if self._accounts.user_of(call.peer.uid) not in ("", call.peer.user):
             raise NotAllowed(what="this connection", who="the account that opened it")
         call.peer = self._identify(call.peer.uid)
-        vm = authorise(call.peer, request, self._context.registry)  # again: time may have gone by
+        vm = authorise(call.peer, request, self._registry)  # again: time may have gone by
         if rate := RATES[type(request)]:
-            self._context.rates.take(call.peer, rate)
-        handler = HANDLERS[type(request)]
+            self._rates.take(call.peer, rate)
+        handler = self._handlers[type(request)]
         if vm is None:
-            handler(self._context, call, request)
+            handler(call, request)
         else:
-            handler(self._context, call, request, vm)
+            handler(call, request, vm)
 
     def users(self) -> set[tuple[int, str]]:
         """Who is connected: uid and name; root and who has not been let in yet are not in it."""
@@ -224,8 +204,8 @@ class Server:
         return len(theirs)
 
     def dropped(self, client: Client, fd: int) -> None:
-        self._context.loop.unwatch(fd)
-        self._context.uploads.left(client)
+        self._loop.unwatch(fd)
+        self._left(client)
         clients = self._clients.get(client.peer.uid, set())
         clients.discard(client)
         if not clients:
@@ -238,8 +218,8 @@ class Server:
         except OSError as exc:
             # Out of descriptors, say: the listener stays readable, so look away for a moment instead of spinning.
             log.note("accept-failed", problem=exc)
-            self._context.loop.unwatch(self._listener.fileno())
-            self._context.loop.after(ACCEPT_AGAIN, self._listen)
+            self._loop.unwatch(self._listener.fileno())
+            self._loop.after(ACCEPT_AGAIN, self._listen)
             return
         self.admit(wire.peer_uid(sock), sock)
 
@@ -248,14 +228,14 @@ class Server:
         self.accepted += 1
         sock.setblocking(False)
         client = Client(self, sock, Peer(uid, "", admin=False))
-        count, limit = len(self._clients.get(uid, ())), self._context.policy.host.connections_max
+        count, limit = len(self._clients.get(uid, ())), self._policies.host.connections_max
         full = count >= limit or (self.connected() >= CONNECTIONS_IN_ALL and uid != 0)
         # It counts from now on, and is listened to when it is known who it is.
         self._clients.setdefault(uid, set()).add(client)
         if full:
             client.refuse(TooManyRequests(count=count, what="connections", limit=limit))
         else:
-            self._context.accounts.when_peer_known(uid, lambda: self._admit(client))
+            self._accounts.when_peer_known(uid, lambda: self._admit(client))
 
     def _admit(self, client: Client) -> None:
         """Listen to *client*, or say why not."""
@@ -263,16 +243,16 @@ class Server:
             return
         try:
             client.peer = self._identify(client.peer.uid)
-            self._context.rates.take(client.peer, CONNECTIONS)
-            self._context.networks.upkeep.meet(client.peer.uid)
+            self._rates.take(client.peer, CONNECTIONS)
+            self._met(client.peer.uid)
         except VmshellError as exc:
             client.refuse(exc)
         else:
-            self._context.loop.watch(client.fileno(), client.readable)
+            self._loop.watch(client.fileno(), client.readable)
 
     def _identify(self, uid: int) -> Peer:
         """Who *uid* is and whether it may be here at all, by what the host's accounts say of it (D21); else raises why not."""
-        accounts, embedded = self._context.accounts, self._context.layout.embedded
+        accounts, embedded = self._accounts, self._embedded
         user = accounts.user_of(uid)
         if uid == 0 and not embedded:
             return Peer(uid, user or "root", admin=True)  # also while nobody says who is who

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from ...messages import QUEUED, STARTING
 from ..host.processes import cpu_demand, cpu_seconds
 from ..runtime.loop import Loop
-from ..vm.registry import Vm
+from ..vm.vm import Vm
 
 TICK = 0.25  # seconds between two looks
 SAMPLE = 0.5  # seconds over which a guest's idleness is judged
@@ -41,7 +41,7 @@ class _Boot:
         self.wanted = 0.0  # with the time in which there was no CPU for it
 
 
-class Admission:
+class BootQueue:
     """Turns go round by user: the next one is that of the user with the fewest boots in progress; of several, in rotation.
 
     One user may have all places as long as nobody else waits. Another, of whom nothing boots, need not wait until that one's are

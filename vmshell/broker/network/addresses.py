@@ -1,11 +1,11 @@
-"""Which segment every network has and which address every card: given once, kept for good, on disk before it is used.
+"""Which segment every network has and which address every interface: given once, kept for good, on disk before it is used.
 
 A segment is one broadcast domain with a subnet of its own: one for each user of a private network, one for every other network.
 A user is uid and name: whoever gets the uid of an account that is gone does not get its segment (D22).
 
-On disk each change is a line: `["segment", KEY, NUMBER]`, `["card", SEGMENT, "VM/NIC", HOST]`, and `["release", VM]`, which takes
-the VM's cards away and with a segment's last card the segment. Where a line cannot be read, what the others say still holds, but
-nothing is given out any more: it could be somebody's already.
+On disk each change is a line: `["segment", KEY, NUMBER]`, `["card", SEGMENT, "VM/NIC", HOST]`, and `["release", VM]`, which
+takes the VM's interfaces away and with a segment's last interface the segment. Where a line cannot be read, what the others say
+still holds, but nothing is given out any more: it could be somebody's already.
 Runs in: the broker.
 """
 
@@ -33,8 +33,8 @@ SENSELESS = (TypeError, ValueError, KeyError, AttributeError)
 WITHOUT_SUBNET = 1 << 23  # segments from here on stand for bridges whose addresses are somebody else's
 
 
-class _Cards:
-    """The cards of one segment: by `number/nic`, their addresses' numbers there."""
+class _Hosts:
+    """The interfaces of one segment: by `number/nic`, their addresses' numbers there."""
 
     def __init__(self) -> None:
         self.hosts: dict[str, int] = {}
@@ -60,13 +60,13 @@ class Addresses:
     def _clear(self) -> None:
         self._segments: dict[str, int] = {}
         self._keys: dict[int, set[str]] = {}  # of each segment
-        self._cards: dict[int, _Cards] = {}  # by segment
-        self._of: dict[int, set[tuple[int, str]]] = {}  # by VM's number, its cards with their segments
+        self._hosts: dict[int, _Hosts] = {}  # by segment
+        self._of: dict[int, set[tuple[int, str]]] = {}  # by VM's number, its interfaces with their segments
         self._private: dict[Owner, list[int]] = {}
         self._free: dict[bool, list[int]] = {True: [], False: []}  # heaps of what was given back; by whether it has a subnet
         self._in_heap: set[int] = set()
         self._unused: dict[bool, int] = {True: 0, False: WITHOUT_SUBNET}  # from here on none was ever given
-        self._count = 0  # of segments and cards
+        self._count = 0  # of segments and interfaces
 
     def load(self) -> None:
         """Read what was given out. What is damaged is said in `damaged`; it is for the administrator to mend."""
@@ -106,7 +106,11 @@ class Addresses:
 
     def _apply(self, what: object, *rest: Any) -> None:
         """Believe a line; raises one of SENSELESS if it makes no sense."""
-        kinds: dict[object, Callable[..., None]] = {"segment": self._add_segment, "card": self._add_card, "release": self._drop}
+        kinds: dict[object, Callable[..., None]] = {
+            "segment": self._add_segment,
+            "card": self._add_interface,
+            "release": self._drop,
+        }
         kinds[what](*rest)
 
     # --- segments -----------------------------------------------------------------------------------------------------
@@ -146,7 +150,7 @@ class Addresses:
         return number if number < end else None
 
     def _is_taken(self, segment: int) -> bool:
-        return segment in self._keys or segment in self._cards
+        return segment in self._keys or segment in self._hosts
 
     def _add_segment(self, key: str, number: int) -> None:
         _must_be(number, 0, NUMBER_MAX)
@@ -177,56 +181,56 @@ class Addresses:
             self._in_heap.add(number)
             heapq.heappush(self._free[number < WITHOUT_SUBNET], number)
 
-    # --- cards --------------------------------------------------------------------------------------------------------
+    # --- interfaces ---------------------------------------------------------------------------------------------------
 
     def host(self, network: str, segment: int, number: int, nic: int) -> int:
-        """The number of the card's address in its segment, given now if it has none; raises NoAddress or StorageFailed."""
-        card = f"{number}/{nic}"
+        """The number of the interface's address in its segment, given now if it has none; raises NoAddress or StorageFailed."""
+        interface = f"{number}/{nic}"
         if self.known_host(segment, number, nic) is None:
             self._must_be_whole()
-            host = self._cards.get(segment, _Cards()).next(FIRST_HOST + self.plan.hosts)
+            host = self._hosts.get(segment, _Hosts()).next(FIRST_HOST + self.plan.hosts)
             if host is None:
                 raise NoAddress(network=network, size=f"{self.plan.hosts} addresses")
-            self._log.add(["card", segment, card, host])
-            self._add_card(segment, card, host)
+            self._log.add(["card", segment, interface, host])
+            self._add_interface(segment, interface, host)
             self._tidy()
-        return self._cards[segment].hosts[card]
+        return self._hosts[segment].hosts[interface]
 
     def known_host(self, segment: int, number: int, nic: int) -> int | None:
-        host = self._cards[segment].hosts.get(f"{number}/{nic}") if segment in self._cards else None
+        host = self._hosts[segment].hosts.get(f"{number}/{nic}") if segment in self._hosts else None
         return host if host is not None and host < FIRST_HOST + self.plan.hosts else None
 
     def release(self, number: int) -> None:
-        """Give back what VM *number* has; segments without cards go, too."""
+        """Give back what VM *number* has; segments without interfaces go, too."""
         if number in self._of:
             self._must_be_whole()
             self._log.add(["release", number])
             self._drop(number)
             self._tidy()
 
-    def _add_card(self, segment: int, card: str, host: int) -> None:
+    def _add_interface(self, segment: int, interface: str, host: int) -> None:
         _must_be(segment, 0, NUMBER_MAX)
         _must_be(host, FIRST_HOST, 1 << 32)
-        number = int(card.partition("/")[0])
-        cards = self._cards.setdefault(segment, _Cards())
-        before = cards.hosts.get(card)
-        if host in cards.taken and host != before:
+        number = int(interface.partition("/")[0])
+        interfaces = self._hosts.setdefault(segment, _Hosts())
+        before = interfaces.hosts.get(interface)
+        if host in interfaces.taken and host != before:
             raise ValueError("an address is given out twice")
         if before is not None:  # outside of a pool that has become another
-            cards.taken.discard(before)
+            interfaces.taken.discard(before)
             self._count -= 1
-        cards.hosts[card] = cards.last = host
-        cards.taken.add(host)
-        self._of.setdefault(number, set()).add((segment, card))
+        interfaces.hosts[interface] = interfaces.last = host
+        interfaces.taken.add(host)
+        self._of.setdefault(number, set()).add((segment, interface))
         self._count += 1
 
     def _drop(self, number: int) -> None:
-        for segment, card in self._of.pop(number, set()):
-            cards = self._cards[segment]
-            cards.taken.discard(cards.hosts.pop(card))
+        for segment, interface in self._of.pop(number, set()):
+            interfaces = self._hosts[segment]
+            interfaces.taken.discard(interfaces.hosts.pop(interface))
             self._count -= 1
-            if not cards.hosts:
-                del self._cards[segment]
+            if not interfaces.hosts:
+                del self._hosts[segment]
                 for key in list(self._keys.get(segment, ())):
                     self._forget_segment(key)
                 self._give_back(segment)
@@ -246,9 +250,9 @@ class Addresses:
     def _everything(self) -> Iterator[Line]:
         for key, number in self._segments.items():
             yield ["segment", key, number]
-        for segment, cards in self._cards.items():
-            for card, host in cards.hosts.items():
-                yield ["card", segment, card, host]
+        for segment, interfaces in self._hosts.items():
+            for interface, host in interfaces.hosts.items():
+                yield ["card", segment, interface, host]
 
 
 def write_old_file(path: str) -> None:
@@ -258,8 +262,8 @@ def write_old_file(path: str) -> None:
     addresses._take(lines)
     if addresses.damaged:
         raise StorageFailed(problem=f"the addresses beside {path} cannot be read ({addresses.damaged})")
-    cards = {segment: cards.hosts for segment, cards in addresses._cards.items()}
-    write_text(path, json.dumps({"version": VERSION, "segments": addresses._segments, "cards": cards}, indent=1) + "\n")
+    interfaces = {segment: interfaces.hosts for segment, interfaces in addresses._hosts.items()}
+    write_text(path, json.dumps({"version": VERSION, "segments": addresses._segments, "cards": interfaces}, indent=1) + "\n")
 
 
 def _old_lines(path: str) -> list[Line]:
@@ -269,7 +273,9 @@ def _old_lines(path: str) -> list[Line]:
     if saved["version"] != VERSION:
         raise ValueError("it is of another version")
     lines: list[Line] = [["segment", str(key), int(number)] for key, number in saved["segments"].items()]
-    lines += [["card", int(key), str(card), int(host)] for key, row in saved["cards"].items() for card, host in row.items()]
+    lines += [
+        ["card", int(key), str(interface), int(host)] for key, row in saved["cards"].items() for interface, host in row.items()
+    ]
     return lines
 
 

@@ -1,4 +1,4 @@
-"""A VM's network cards as tapnet, dnsmasq and people need them: on which segment, with which addresses, by which name.
+"""A VM's network interfaces as tapnet, dnsmasq and people need them: on which segment, with which addresses, by which name.
 
 Runs in: the broker.
 """
@@ -21,16 +21,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ...model.definition import Definition
-    from ..context import Context
-    from ..vm.registry import Vm
+    from ..policies import Policies
+    from ..services.accounts import Accounts
+    from ..vm.vm import Vm
+    from .addresses import Addresses
 
 WITH_TAP = ("private", "shared", "service", "bridged")  # kinds of networks that tapnet makes
 ADDRESSED = ("private", "shared", "service")
 
 
 @dataclass(frozen=True)
-class Card:
-    """One network card. *segment* is -1 where tapnet has no part in it; addresses are empty where they are not ours."""
+class Interface:
+    """One network interface. *segment* is -1 where tapnet has no part in it; addresses are empty where they are not ours."""
 
     index: int
     nic: Nic
@@ -43,6 +45,7 @@ class Card:
 
     @property
     def name(self) -> str:
+        """Its name in definitions."""
         return f"net{self.index}"
 
 
@@ -50,117 +53,142 @@ class Card:
 KEPT = ("kind", "outside", "isolated", "bridge", "parent", "vlan")
 
 
-def saved(card: Card) -> dict[str, object]:
-    """A card that is plugged in, for a broker that comes after us."""
-    network = {name: getattr(card.network, name) for name in KEPT}
-    nic = {"network": card.nic.network, "model": card.nic.model, "mac": card.nic.mac}
-    own = {name: getattr(card, name) for name in ("index", "mac", "segment", "address4", "address6", "provides")}
+def saved(interface: Interface) -> dict[str, object]:
+    """Return an attached interface as it is written down for a broker that comes after us."""
+    network = {name: getattr(interface.network, name) for name in KEPT}
+    nic = {"network": interface.nic.network, "model": interface.nic.model, "mac": interface.nic.mac}
+    own = {name: getattr(interface, name) for name in ("index", "mac", "segment", "address4", "address6", "provides")}
     return {**own, "nic": nic, "on": network}
 
 
-def restored(row: dict[str, Any]) -> Card:
-    """What `saved` has written; raises KeyError or TypeError if it has not."""
+def restored(row: dict[str, Any]) -> Interface:
+    """Return what `saved` has written; raises KeyError or TypeError if it has not."""
     own = {name: row[name] for name in ("index", "mac", "segment", "address4", "address6", "provides")}
-    return Card(nic=Nic(**row["nic"]), network=Network(**row["on"]), **own)
+    return Interface(nic=Nic(**row["nic"]), network=Network(**row["on"]), **own)
 
 
-def cards_of(context: Context, vm: Vm, definition: Definition, *, give: bool) -> list[Card]:
-    """Every card of *definition*. With *give* what has no segment and no address yet gets one; may raise NoAddress."""
-    nics = [device for device in definition.devices().values() if isinstance(device, Nic)]
-    return [_card(context, vm, index, nic, give=give) for index, nic in enumerate(nics)]
+class Interfaces:
+    """The interfaces of VMs, by what the policy, the address table and the host's accounts say of them now.
 
-
-def known_cards(context: Context, vm: Vm) -> list[Card]:
-    """The cards that *vm* runs with, or would boot with, as far as they are known: a network may be gone from the policy.
-
-    What is plugged in is as it was when it was, whatever the policy and the definition say by now.
+    `attached` gives those that a VM runs with.
     """
-    plugged = {card.index: card for card in context.networks.plugged(vm)}
-    found = []
-    for index, nic in enumerate((vm.booted or vm.definition).nics):
-        with contextlib.suppress(VmshellError):
-            found.append(plugged.get(index) or _card(context, vm, index, nic, give=False))
-    return found
 
+    def __init__(
+        self, *, policies: Policies, addresses: Addresses, accounts: Accounts, attached: Callable[[Vm], list[Interface]]
+    ) -> None:
+        self._policies = policies
+        self._addresses = addresses
+        self._accounts = accounts
+        self._attached = attached
 
-def _card(context: Context, vm: Vm, index: int, nic: Nic, *, give: bool) -> Card:
-    network = context.policy.catalogues.networks.get(nic.network)
-    if network is None:
-        raise NetworkFailed(problem=f"this host has no network {nic.network} any more; `networks` lists those it has")
-    mac = nic.mac or mac_address(vm.number, index)
-    if network.kind not in WITH_TAP:
-        return Card(index, nic, network, mac)
-    if give and mac.startswith("06:") and mac[6:8] == "00" and mac != mac_address(vm.number, index):
-        # All of these follow from numbers: another VM has it, or will have it (E33).
-        raise BadValue(field=f"net{index}.mac", value=mac, rule="another VM's; one of your own has 01 to ff as its third octet")
-    addresses, plan = context.addresses, context.addresses.plan
-    owner = (vm.uid, vm.owner) if network.kind == "private" else None
-    subnet = network.kind in ADDRESSED
-    # A network may become another in the policy: who runs on one bridge of the host's is never moved to a second one.
-    place = nic.network if subnet else f"#{network.bridge}#{network.parent}#{network.vlan}"
-    segment = addresses.segment(place, owner, subnet=subnet) if give else addresses.known(place, owner, subnet=subnet)
-    if segment is None or not subnet:
-        return Card(index, nic, network, mac, -1 if segment is None else segment)
-    host = addresses.host(nic.network, segment, vm.number, index) if give else addresses.known_host(segment, vm.number, index)
-    if host is None:
-        return Card(index, nic, network, mac, segment)
-    # Of importance to what is plugged in only: nobody is asked about groups for the names of VMs that are off.
-    provides = give and network.kind == "service" and names_user(network.providers, vm.owner, context.accounts.groups_of)
-    return Card(index, nic, network, mac, segment, plan.address4(segment, host), plan.address6(segment, host), provides)
+    def of(self, vm: Vm, definition: Definition, *, give: bool) -> list[Interface]:
+        """Return every interface of *definition*. With *give* what has no segment and no address yet gets one.
+
+        May raise NoAddress, NetworkFailed or BadValue.
+        """
+        nics = [device for device in definition.devices().values() if isinstance(device, Nic)]
+        return [self._one(vm, index, nic, give=give) for index, nic in enumerate(nics)]
+
+    def known(self, vm: Vm) -> list[Interface]:
+        """Return those that *vm* runs with, or would boot with, as far as they are known: a network may be gone from the policy.
+
+        What is attached is as it was when it was attached, whatever the policy and the definition say by now.
+        """
+        attached = {interface.index: interface for interface in self._attached(vm)}
+        found = []
+        for index, nic in enumerate((vm.booted or vm.definition).nics):
+            with contextlib.suppress(VmshellError):
+                found.append(attached.get(index) or self._one(vm, index, nic, give=False))
+        return found
+
+    def address(self, vm: Vm) -> str:
+        """Return the address of *vm*'s first interface that has one, or an empty string."""
+        return next((interface.address4 for interface in self.known(vm) if interface.address4), "")
+
+    def _one(self, vm: Vm, index: int, nic: Nic, *, give: bool) -> Interface:
+        network = self._policies.catalogues.networks.get(nic.network)
+        if network is None:
+            raise NetworkFailed(problem=f"this host has no network {nic.network} any more; `networks` lists those it has")
+        mac = nic.mac or mac_address(vm.number, index)
+        if network.kind not in WITH_TAP:
+            return Interface(index, nic, network, mac)
+        if give and mac.startswith("06:") and mac[6:8] == "00" and mac != mac_address(vm.number, index):
+            # All of these follow from numbers: another VM has it, or will have it (E33).
+            rule = "another VM's; one of your own has 01 to ff as its third octet"
+            raise BadValue(field=f"net{index}.mac", value=mac, rule=rule)
+        addresses, plan = self._addresses, self._addresses.plan
+        owner = (vm.uid, vm.owner) if network.kind == "private" else None
+        subnet = network.kind in ADDRESSED
+        # A network may become another in the policy: who runs on one bridge of the host's is never moved to a second one.
+        place = nic.network if subnet else f"#{network.bridge}#{network.parent}#{network.vlan}"
+        segment = addresses.segment(place, owner, subnet=subnet) if give else addresses.known(place, owner, subnet=subnet)
+        if segment is None or not subnet:
+            return Interface(index, nic, network, mac, -1 if segment is None else segment)
+        host = addresses.host(nic.network, segment, vm.number, index) if give else addresses.known_host(segment, vm.number, index)
+        if host is None:
+            return Interface(index, nic, network, mac, segment)
+        # Of importance to what is attached only: nobody is asked about groups for the names of VMs that are off.
+        provides = give and network.kind == "service" and names_user(network.providers, vm.owner, self._accounts.groups_of)
+        return Interface(index, nic, network, mac, segment, plan.address4(segment, host), plan.address6(segment, host), provides)
+
+    def segment_message(self, interface: Interface) -> Segment:
+        """Return what tapnet is told of the interface's segment."""
+        network, plan = interface.network, self._addresses.plan
+        if network.kind == "bridged":
+            return Segment(
+                segment=interface.segment, kind="bridged", bridge=network.bridge, parent=network.parent, vlan=network.vlan
+            )
+        return Segment(
+            segment=interface.segment,
+            kind=network.kind,
+            gateway4=plan.gateway4(interface.segment),
+            gateway6=plan.gateway6(interface.segment),
+            outside=network.outside,
+        )
+
+    def port_message(self, vm: Vm, interface: Interface, *, create: bool) -> Port:
+        """Return what tapnet is told of the interface itself."""
+        consumer = interface.network.kind == "service" and not interface.provides
+        return Port(
+            number=vm.number,
+            nic=interface.index,
+            segment=interface.segment,
+            mac=interface.mac,
+            address4=interface.address4,
+            address6=interface.address6,
+            isolated=consumer or interface.network.isolated,
+            rate=self._policies.effective(vm.owner).limits.net_rate,
+            # Whoever has the uid of an account that is gone has none of its VMs (D22).
+            owner=vm.uid if self._accounts.user_of(vm.uid) == vm.owner else 0,
+            create=create,
+        )
+
+    def domain_of(self, owner: str, uid: int) -> str:
+        """Return `alice.vm`; where the account was made anew, the VMs of the old one are in `u1001.vm` (D22)."""
+        known = owner if self._accounts.uid_of(owner) in (None, uid) else ""
+        return f"{label(known, uid)}.{self._policies.host.dns_domain}"
 
 
 def names_user(people: tuple[str, ...], user: str, groups_of: Callable[[str], frozenset[str]]) -> bool:
-    """Is *user*, or a group of *user*'s, among *people* (accounts and `@group`s)?"""
+    """Say whether *user*, or a group of *user*'s, is among *people* (accounts and `@group`s)."""
     if user in people:
         return True
     groups = [name[1:] for name in people if name.startswith("@")]
     return bool(groups) and not groups_of(user).isdisjoint(groups)
 
 
-def segment_message(context: Context, card: Card) -> Segment:
-    network, plan = card.network, context.addresses.plan
-    if network.kind == "bridged":
-        return Segment(segment=card.segment, kind="bridged", bridge=network.bridge, parent=network.parent, vlan=network.vlan)
-    return Segment(
-        segment=card.segment,
-        kind=network.kind,
-        gateway4=plan.gateway4(card.segment),
-        gateway6=plan.gateway6(card.segment),
-        outside=network.outside,
-    )
+def tap_of(vm: Vm, interface: Interface) -> str:
+    """Return the name of the interface's tap, or an empty string if tapnet has no part in it."""
+    return tap_name(vm.number, interface.index) if interface.segment >= 0 else ""
 
 
-def port_message(context: Context, vm: Vm, card: Card, *, create: bool) -> Port:
-    consumer = card.network.kind == "service" and not card.provides
-    return Port(
-        number=vm.number,
-        nic=card.index,
-        segment=card.segment,
-        mac=card.mac,
-        address4=card.address4,
-        address6=card.address6,
-        isolated=consumer or card.network.isolated,
-        rate=context.effective(vm.owner).limits.net_rate,
-        # Whoever has the uid of an account that is gone has none of its VMs (D22).
-        owner=vm.uid if context.accounts.user_of(vm.uid) == vm.owner else 0,
-        create=create,
-    )
+def dns_name(domain: str, vm: Vm, interfaces: list[Interface], interface: Interface) -> str:
+    """Return `web1.alice.vm` for a VM's first interface with an address, `net1.web1.alice.vm` for its others.
 
-
-def tap_of(vm: Vm, card: Card) -> str:
-    return tap_name(vm.number, card.index) if card.segment >= 0 else ""
-
-
-def dns_name(domain: str, vm: Vm, cards: list[Card], card: Card) -> str:
-    """`web1.alice.vm` for a VM's first card with an address, `net1.web1.alice.vm` for its others; *domain*: see `domain_of`."""
-    if not card.address4:
+    *domain* is what `Interfaces.domain_of` says.
+    """
+    if not interface.address4:
         return ""
-    first = next(other for other in cards if other.address4)
+    first = next(other for other in interfaces if other.address4)
     name = f"{vm.name}.{domain}"
-    return name if card is first else f"{card.name}.{name}"
-
-
-def domain_of(context: Context, owner: str, uid: int) -> str:
-    """`alice.vm`; where the account was made anew, the VMs of the old one are in `u1001.vm` (D22). Asks about the account."""
-    known = owner if context.accounts.uid_of(owner) in (None, uid) else ""
-    return f"{label(known, uid)}.{context.policy.host.dns_domain}"
+    return name if interface is first else f"{interface.name}.{name}"

@@ -1,4 +1,4 @@
-"""What tapnet is told beyond cables: who may reach what, whose sockets are confined, how fast a card is.
+"""What tapnet is told beyond taps: who may reach what, whose sockets are confined, how fast an interface is.
 
 It follows from policy, grants and groups, is worked out anew whenever one of them may have changed, and what is another than was
 told last is told.
@@ -16,29 +16,45 @@ from ...messages import NUMBERS_MAX, OPENINGS_MAX, Confine, Open, Settings
 from ...model.limitkinds import FIRST_CONFINED
 from ...refusals import TapnetDown
 from ..runtime.log import note
-from .interfaces import ADDRESSED, port_message
-from .openings import Ways
+from .interfaces import ADDRESSED
 
 if TYPE_CHECKING:
     from ...messages import Port, ToTapnet
-    from ..context import Context
-    from ..runtime.loop import Timer
-    from ..services.tapnet import TapnetLink
-    from ..vm.registry import Vm
-    from .interfaces import Card
+    from ..policies import Policies
+    from ..runtime.loop import Loop, Timer
+    from ..services.accounts import Accounts
+    from ..services.tapnet import Tapnet
+    from ..vm.vm import Vm
+    from .attached import Attached, Running
+    from .interfaces import Interface, Interfaces
+    from .openings import Openings
 
-Key = tuple[int, int]  # a card: the VM's number and its own
+Key = tuple[int, int]  # an interface: the VM's number and its own
 Done = Callable[[VmshellError | None], None]
 RETRY = 5.0  # seconds after tapnet refused to open or close a way
 
 
-class Upkeep:
-    """*plugged* is who runs with which cards, by the VM's number; it is the caller's and changes."""
+class TapnetSync:
+    """`look` gives what the grants open, given who runs; made anew each time."""
 
-    def __init__(self, context: Context, tapnet: TapnetLink, plugged: dict[int, tuple[Vm, list[Card]]]) -> None:
-        self._context = context
+    def __init__(
+        self,
+        *,
+        loop: Loop,
+        tapnet: Tapnet,
+        policies: Policies,
+        accounts: Accounts,
+        interfaces: Interfaces,
+        attached: Attached,
+        look: Callable[[Running], Openings],
+    ) -> None:
+        self._loop = loop
         self._tapnet = tapnet
-        self._plugged = plugged
+        self._policies = policies
+        self._accounts = accounts
+        self._interfaces = interfaces
+        self._attached = attached
+        self._look = look
         self._settings: list[dict[str, object]] = []
         self._ports: dict[Key, dict[str, object]] = {}
         self._opened: dict[Key, list[dict[str, object]] | None] = {}  # None: it was refused
@@ -58,7 +74,7 @@ class Upkeep:
         self._ports[port.number, port.nic] = _facts(port)
 
     def forget(self, key: Key) -> None:
-        """The card is no longer plugged in."""
+        """The interface is no longer attached."""
         self._opened.pop(key, None)
         self._ports.pop(key, None)
 
@@ -66,21 +82,21 @@ class Upkeep:
 
     def open_ports(self, done: Done | None = None) -> None:
         """Tell tapnet who may reach what, as it follows from what is published and who runs; then `done`, with its refusal."""
-        running = list(self._plugged.values())
-        ways = Ways(self._context, running)
+        running = list(self._attached)
+        openings = self._look(running)
         changed = []
-        for vm, cards in running:
-            for card in cards:
-                if card.network.kind in ADDRESSED:
-                    found = ways.to(vm, card)
-                    if found != self._opened.get((vm.number, card.index), []):
-                        changed.append((vm, card, found))
+        for vm, interfaces in running:
+            for interface in interfaces:
+                if interface.network.kind in ADDRESSED:
+                    found = openings.to(vm, interface)
+                    if found != self._opened.get((vm.number, interface.index), []):
+                        changed.append((vm, interface, found))
         waiting = _Answers(len(changed), done)
-        for vm, card, found in changed:
-            self._open(vm, card, found, waiting)
+        for vm, interface, found in changed:
+            self._open(vm, interface, found, waiting)
 
-    def _open(self, vm: Vm, card: Card, found: list[dict[str, object]], waiting: _Answers) -> None:
-        key = vm.number, card.index
+    def _open(self, vm: Vm, interface: Interface, found: list[dict[str, object]], waiting: _Answers) -> None:
+        key = vm.number, interface.index
         self._opened[key] = found
         if len(found) > OPENINGS_MAX:
             # A group is large: who is behind the last place waits, and everybody else goes on.
@@ -93,39 +109,38 @@ class Upkeep:
                 if not isinstance(error, TapnetDown):  # a new tapnet is told everything
                     if self._retry:
                         self._retry.cancel()  # one is for all that was refused
-                    self._retry = self._context.loop.after(RETRY, self.open_ports)
+                    self._retry = self._loop.after(RETRY, self.open_ports)
             waiting.one(error)
 
-        self._tapnet.request(Open(number=vm.number, nic=card.index, openings=found[:OPENINGS_MAX]), answered)
+        self._tapnet.request(Open(number=vm.number, nic=interface.index, openings=found[:OPENINGS_MAX]), answered)
 
     def waits(self, vm: Vm) -> str:
         """That not all ways to *vm* have room, in words; empty if they have."""
-        for card in self._plugged.get(vm.number, (vm, []))[1]:
-            found = self._opened.get((vm.number, card.index))
+        for interface in self._attached.of(vm):
+            found = self._opened.get((vm.number, interface.index))
             if found and len(found) > OPENINGS_MAX:
-                ways = f"{OPENINGS_MAX} of {len(found)} ways to {card.name}"
+                ways = f"{OPENINGS_MAX} of {len(found)} ways to {interface.name}"
                 return f"{ways} are open, single users' before groups'; the rest waits"
         return ""
 
-    def rate(self, vm: Vm, card: Card) -> int:
-        """What holds for a card that is plugged in, in kbit/s each way; 0 is no limit."""
-        told = self._ports.get((vm.number, card.index))
-        return int(str(told.get("rate", 0))) if told else self._context.effective(vm.owner).limits.net_rate
+    def rate(self, vm: Vm, interface: Interface) -> int:
+        """What holds for an interface that is attached, in kbit/s each way; 0 is no limit."""
+        told = self._ports.get((vm.number, interface.index))
+        return int(str(told.get("rate", 0))) if told else self._policies.effective(vm.owner).limits.net_rate
 
     # --- policy, groups and accounts ----------------------------------------------------------------------------------
 
     def refresh(self, done: Done | None = None) -> None:
         """Policy, groups or accounts may have changed: tell tapnet what is different now."""
         self._tell_settings()
-        for vm, cards in self._plugged.values():
-            for card in cards:
-                self._tell_port(vm, card)
+        for vm, interfaces in self._attached:
+            for interface in interfaces:
+                self._tell_port(vm, interface)
         self.open_ports(done)
 
     def meet(self, uid: int) -> None:
         """*uid* is a member who is here. Who was none when the list was made, or was not in it, gets into it now (A06)."""
-        apart = self._context.policy.host.ssh_forwarding and not self._context.layout.embedded
-        if uid and apart and uid not in self._confined:
+        if uid and self._policies.host.ssh_forwarding and uid not in self._confined:
             self.met.add(uid)
             self._tell_settings()
 
@@ -134,7 +149,7 @@ class Upkeep:
         return len(self._confined)
 
     def _tell_settings(self) -> None:
-        host, known = self._context.policy.host, self._context.accounts
+        host, known = self._policies.host, self._accounts
         # A directory may not list everybody whom it knows.
         self.met = {uid for uid in self.met if host.group in known.groups_of(known.user_of(uid))}
         confined = {*known.members(host.group), *self.met} if host.ssh_forwarding else set()
@@ -150,11 +165,11 @@ class Upkeep:
             for message in messages:
                 self._ask(message)
 
-    def _tell_port(self, vm: Vm, card: Card) -> None:
-        port = port_message(self._context, vm, card, create=False)
-        if self._ports.get((vm.number, card.index)) != _facts(port):
+    def _tell_port(self, vm: Vm, interface: Interface) -> None:
+        port = self._interfaces.port_message(vm, interface, create=False)
+        if self._ports.get((vm.number, interface.index)) != _facts(port):
             self.asked(port)
-            self._ask(port, lambda: self._ports.pop((vm.number, card.index), None))
+            self._ask(port, lambda: self._ports.pop((vm.number, interface.index), None))
 
     def _ask(self, message: ToTapnet, refused: Callable[[], object] | None = None) -> None:
         def answered(error: VmshellError | None, packet: wire.Packet) -> None:

@@ -93,3 +93,8 @@ class storage:
             note("storage", problem=str(exc))
             full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
             raise StorageFailed(problem="the disk is full" if full else exc.strerror or "the disk refused") from exc
+
+
+def boot_id() -> str:
+    """This boot of the host, so that no pid of an earlier one is believed."""
+    return read_text("/proc/sys/kernel/random/boot_id").strip()

@@ -27,7 +27,7 @@ _AGAIN_FIRST, _AGAIN_MOST = 0.1, 5.0  # seconds between tries to connect, double
 _UNSENT_MAX = 20_000  # messages for a service that does not read; then it counts as lost
 
 
-class Link:
+class Connection:
     """`name` stands in the journal, `down` is what those hear who wait when the connection is lost."""
 
     name = ""

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 from ... import wire
 from ...messages import Arrived
 from ...refusals import FrontDown
-from .connection import Link
+from .connection import Connection
 
 if TYPE_CHECKING:
     from ...layout import Layout
     from ..runtime.loop import Loop
 
 
-class FrontLink(Link):
+class Front(Connection):
     """*arrived* gets each user's uid and connection. While this is away, clients wait in the socket's queue."""
 
     name = "front"

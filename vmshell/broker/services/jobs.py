@@ -22,7 +22,7 @@ from ...spawn import FIRST_FD
 from ..host.processes import Host
 from ..runtime.log import note
 from ..runtime.loop import Loop
-from .launcher import LauncherLink
+from .launcher import Launcher
 
 OUTPUT_MAX = 1 << 16
 AGAIN = 0.2  # seconds between two tries, while there is no launcher
@@ -34,7 +34,7 @@ Done = Callable[[int, dict[str, Any]], None]  # its status, 0 if it is done; eve
 class Jobs:
     """At most as many at a time as there are uids for them; the others wait their turn."""
 
-    def __init__(self, loop: Loop, host: Host, launcher: LauncherLink) -> None:
+    def __init__(self, loop: Loop, host: Host, launcher: Launcher) -> None:
         self._loop = loop
         self._host = host
         self._launcher = launcher
@@ -81,7 +81,7 @@ class Jobs:
 class _Job:
     """One job on its way: asked for, started, heard out."""
 
-    def __init__(self, loop: Loop, launcher: LauncherLink, kind: str, words: list[str], fds: list[int], done: Done) -> None:
+    def __init__(self, loop: Loop, launcher: Launcher, kind: str, words: list[str], fds: list[int], done: Done) -> None:
         self._loop = loop
         self._launcher = launcher
         self._kind = kind

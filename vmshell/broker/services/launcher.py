@@ -17,7 +17,7 @@ from ...refusals import LauncherDown
 from ...spawn import FIRST_FD, python
 from ..host.processes import Process
 from ..runtime.log import note
-from .connection import Link, start_service
+from .connection import Connection, start_service
 
 if TYPE_CHECKING:
     from ...layout import Layout
@@ -28,7 +28,7 @@ STARTER = "launcher/__main__.py"
 Started = Callable[[VmshellError | None, Process | None], None]
 
 
-class LauncherLink(Link):
+class Launcher(Connection):
     """What it starts is not our child: its end shows on its pidfd, its exit status is the launcher's to say."""
 
     name = "launcher"

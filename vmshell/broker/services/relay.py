@@ -15,7 +15,7 @@ from ...errors import VmshellError
 from ...messages import Event, ToRelay
 from ...refusals import RelayDown
 from ...spawn import python
-from .connection import Link, start_service
+from .connection import Connection, start_service
 
 if TYPE_CHECKING:
     from ...layout import Layout
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Done = Callable[[VmshellError | None], None]
 
 
-class RelayLink(Link):
+class Relay(Connection):
     """`on_event` gets each word; `on_connect` is called for every new connection, to tell the relay which VMs there are."""
 
     name = "relay"

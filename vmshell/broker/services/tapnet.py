@@ -6,10 +6,10 @@ Runs in: the broker.
 from __future__ import annotations
 
 from ...refusals import TapnetDown
-from .connection import Link
+from .connection import Connection
 
 
-class TapnetLink(Link):
+class Tapnet(Connection):
     """Every new connection begins with all that there is to be: `on_connect` says it."""
 
     name = "tapnet"

@@ -14,45 +14,51 @@ from ...launcher_messages import STORAGE
 from ...refusals import StorageFailed
 from ...spawn import FIRST_FD
 from ..runtime.files import storage
-from . import resources
 
 if TYPE_CHECKING:
-    from ...model.definition import Definition
-    from ..context import Context
-    from ..vm.registry import Vm
+    from ..host.processes import Host
+    from ..services.jobs import Jobs
+    from .resolve import Resolved
 
 Made = dict[int, int]  # descriptors by the disk's place in the definition
 
 
-def make(context: Context, vm: Vm, definition: Definition, done: Callable[[VmshellError | None, Made], None]) -> None:
-    """Make an overlay for each disk with `snapshot`; `done(error, made)` is called once. The descriptors close after it."""
-    wanted = [(index, disk.path) for index, disk in enumerate(definition.disks) if disk.snapshot]
-    made: Made = {}
+class Overlays:
+    """Empty overlays, made by jobs one after the other."""
 
-    def finish(error: VmshellError | None) -> None:
-        try:
-            done(error, made)
-        finally:
-            for fd in made.values():
-                os.close(fd)
+    def __init__(self, *, host: Host, jobs: Jobs) -> None:
+        self._host = host
+        self._jobs = jobs
 
-    def step(status: int = 0, answer: object = None) -> None:
-        if status:
-            finish(StorageFailed(problem="the disk is full" if status == 2 else "the scratch disk cannot be written"))
-        elif not wanted:
-            finish(None)
-        else:
+    def make(self, resolved: Resolved, done: Callable[[VmshellError | None, Made], None]) -> None:
+        """Make an overlay for each disk with `snapshot`; `done(error, made)` is called once. The descriptors close after it."""
+        wanted = [(index, disk.path) for index, disk in enumerate(resolved.definition.disks) if disk.snapshot]
+        made: Made = {}
+
+        def finish(error: VmshellError | None) -> None:
             try:
-                begin(*wanted.pop(0))
-            except VmshellError as exc:
-                finish(exc)
+                done(error, made)
+            finally:
+                for fd in made.values():
+                    os.close(fd)
 
-    def begin(index: int, path: str) -> None:
-        size = resources.facts_of(context, vm, path).size
-        beside = f"{vm.store.folder}/.scratch"
-        with storage():
-            made[index] = context.host.create_file(beside)
-            os.unlink(beside)
-            context.jobs.start(STORAGE, ["create", str(size)], {FIRST_FD: made[index]}, step)
+        def step(status: int = 0, answer: object = None) -> None:
+            if status:
+                finish(StorageFailed(problem="the disk is full" if status == 2 else "the scratch disk cannot be written"))
+            elif not wanted:
+                finish(None)
+            else:
+                try:
+                    begin(*wanted.pop(0))
+                except VmshellError as exc:
+                    finish(exc)
 
-    step()
+        def begin(index: int, path: str) -> None:
+            size = resolved.object(path).size
+            beside = f"{resolved.vm.store.folder}/.scratch"
+            with storage():
+                made[index] = self._host.create_file(beside)
+                os.unlink(beside)
+                self._jobs.start(STORAGE, ["create", str(size)], {FIRST_FD: made[index]}, step)
+
+        step()

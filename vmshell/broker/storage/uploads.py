@@ -25,10 +25,14 @@ from ..vm.objects import Object, Store, mebibytes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..api.server import Call, Client
-    from ..context import Context
-    from ..runtime.loop import Timer
-    from ..vm.registry import Vm
+    from ...model.policy import Effective
+    from ..host.processes import Host
+    from ..policies import Policies
+    from ..runtime.call import Call, Connection
+    from ..runtime.loop import Loop, Timer
+    from ..services.jobs import Jobs
+    from ..vm.registry import Registry
+    from ..vm.vm import Vm
 
 UPLOADS_MAX = 1  # of one user: an upload may take all the room that is left, so two would take it twice
 STALLED = 30.0  # seconds without a byte, after which another upload may take its place
@@ -40,10 +44,14 @@ READ_ONLY = ("file", "rom")
 class Uploads:
     """One under way for each user, and for each connection the last one that it began."""
 
-    def __init__(self, context: Context) -> None:
-        self._context = context
+    def __init__(self, *, loop: Loop, host: Host, jobs: Jobs, registry: Registry, policies: Policies) -> None:
+        self._loop = loop
+        self._host = host
+        self._jobs = jobs
+        self._registry = registry
+        self._policies = policies
         self._of: dict[int, Upload] = {}
-        self._on: dict[Client, Upload] = {}
+        self._on: dict[Connection, Upload] = {}
 
     def begin(self, call: Call, request: Put, vm: Vm | None, store: Store) -> None:
         """Reply with the writing end of a pipe whose other end a new job reads. Raises VmshellError."""
@@ -54,7 +62,19 @@ class Uploads:
                 if not upload.stalled():
                     raise TooManyRequests(count=UPLOADS_MAX + 1, what="uploads", limit=UPLOADS_MAX)
                 upload.fail(UploadRefused(object=upload.ref, problem="nothing came any more, and another upload took its place"))
-        upload = Upload(self._context, call, request, vm, store, lambda: self._of.pop(uid, None))
+        effective = self._policies.effective(call.peer.user if vm is None else vm.owner)
+        upload = Upload(
+            call,
+            request,
+            vm,
+            store,
+            effective=effective,
+            loop=self._loop,
+            host=self._host,
+            jobs=self._jobs,
+            registry=self._registry,
+            ended=lambda: self._of.pop(uid, None),
+        )
         upload.begin(call)
         self._of[uid] = self._on[call.connection] = upload
         call.reply({"name": request.vm, "object": request.object})
@@ -66,7 +86,7 @@ class Uploads:
             raise UploadRefused(object="it", problem=f"no upload was begun here as request {request.put}")
         upload.said(call, request)
 
-    def left(self, connection: Client) -> None:
+    def left(self, connection: Connection) -> None:
         """The connection has ended."""
         upload = self._on.pop(connection, None)
         if upload is not None:
@@ -83,18 +103,32 @@ class Upload:
     """One file on its way; `over` once it is an object or has failed, when *ended* is called."""
 
     def __init__(
-        self, context: Context, call: Call, request: Put, vm: Vm | None, store: Store, ended: Callable[[], object]
+        self,
+        call: Call,
+        request: Put,
+        vm: Vm | None,
+        store: Store,
+        *,
+        effective: Effective,
+        loop: Loop,
+        host: Host,
+        jobs: Jobs,
+        registry: Registry,
+        ended: Callable[[], object],
     ) -> None:
         self.ident = call.ident
         self.ref = f"{request.vm}.{request.object}"
         self.vm = vm
         self.over = False
-        self._context = context
+        self._loop = loop
+        self._host = host
+        self._jobs = jobs
+        self._registry = registry
         self._request = request
         self._store = store
         self._ended = ended
         self._uid = call.peer.uid if vm is None else vm.uid
-        self._effective = context.effective(call.peer.user if vm is None else vm.owner)
+        self._effective = effective
         self._said: tuple[Call, Done] | None = None
         self._came: dict[str, Any] | None = None  # what the job says
         self._why: VmshellError | None = None  # it failed
@@ -105,7 +139,7 @@ class Upload:
 
     def begin(self, call: Call) -> None:
         """Start the job; *call* keeps the end of its pipe that is to be written. Raises VmshellError."""
-        limits, used = self._effective.limits, self._context.registry.used(self._uid)
+        limits, used = self._effective.limits, self._registry.used(self._uid)
         room = min(limits.user_disk - used.disk, limits.disk_size_max)
         if room <= 0:
             fits(self.ref, self._effective, Usage(disk=1), used)
@@ -159,7 +193,7 @@ class Upload:
     def _start(self, path: str, room: int) -> int:
         """Start the job that reads; returns the end of the pipe that is to be written. Raises OSError."""
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        file = self._context.host.create_file(path)
+        file = self._host.create_file(path)
         try:
             if self._request.format in READ_ONLY:
                 # QEMU opens these anew under its own uid; the folder above lets nobody else come near.
@@ -168,7 +202,7 @@ class Upload:
             try:
                 words = ["put", self._request.format, str(room * MIB)]
                 fds = {FIRST_FD: file, FIRST_FD + 1: out}
-                self._abandon_job = self._context.jobs.start(STORAGE, words, fds, self._heard)
+                self._abandon_job = self._jobs.start(STORAGE, words, fds, self._heard)
             except BaseException:
                 os.close(into)
                 raise
@@ -219,14 +253,14 @@ class Upload:
     def _fits(self, size: int) -> None:
         """Count *size* bytes; raises OverLimit if there is no room for them (any more)."""
         self._store.count(self._request.object, 0)
-        used = self._context.registry.used(self._uid)
+        used = self._registry.used(self._uid)
         self._store.count(self._request.object, size)
         fits(self.ref, self._effective, Usage(disk=mebibytes(size)), used)
 
     def _wait(self, seconds: float, action: Callable[[], None]) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._context.loop.after(seconds, action)
+        self._timer = self._loop.after(seconds, action)
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -249,7 +283,7 @@ class Upload:
     def _made(self, size: object) -> Object:
         if type(size) is not int or size <= 0:
             raise UploadRefused(object=self.ref, problem="it has no size")
-        if self.vm is not None and self._context.registry.get(self.vm.uid, self.vm.name) is not self.vm:
+        if self.vm is not None and self._registry.get(self.vm.uid, self.vm.name) is not self.vm:
             raise UploadRefused(object=self.ref, problem="its VM was deleted meanwhile")
         made = Object(self._request.format, size)
         self._fits(size)

@@ -6,30 +6,11 @@ Runs in: the broker. Pure: looks at the registry, touches nothing.
 
 from __future__ import annotations
 
-from ...messages import LABEL_MAX, SHELF, List, Request, StoreRequest, VmRequest
+from ...messages import SHELF, List, Request, StoreRequest, VmRequest
 from ...refusals import BadName, NoSuchVm, NotAllowed
-from .registry import Registry, Vm
-
-
-class Peer:
-    """Who is at the other end of a connection, as the kernel says it."""
-
-    __slots__ = ("admin", "uid", "user")
-
-    def __init__(self, uid: int, user: str, *, admin: bool) -> None:
-        self.uid = uid
-        self.user = user
-        self.admin = admin
-
-    @property
-    def label(self) -> str:
-        """How other viewers of a console see this peer."""
-        return label_of(self.user)
-
-
-def label_of(user: str) -> str:
-    """As much of the name *user* as the relay keeps whole: in whatever letters, LABEL_MAX bytes."""
-    return user.encode()[:LABEL_MAX].decode("utf-8", "ignore")
+from ..runtime.call import Peer
+from .registry import Registry
+from .vm import Vm
 
 
 def authorise(peer: Peer, request: Request, registry: Registry) -> Vm | None:

@@ -23,8 +23,8 @@ from .accounts_helper import PATIENCE, SLOW, AccountsLink, Fact, Question, Stamp
 
 if TYPE_CHECKING:
     from ...layout import Layout
+    from ..host.processes import Host
     from ..runtime.loop import Loop, Timer
-    from .processes import Host
 
 FRESH = 2.0  # seconds
 LOOK = 2.0  # seconds between two looks at the files of accounts

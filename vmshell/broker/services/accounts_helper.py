@@ -17,14 +17,14 @@ from ...messages import TO_ACCOUNTS, Found, Part
 from ...refusals import AccountsSilent
 from ...spawn import python
 from ..runtime.log import note
-from ..services.connection import Link
+from .connection import Connection
 
 if TYPE_CHECKING:
     from ...errors import VmshellError
     from ...layout import Layout
     from ...messages import ToAccounts
+    from ..host.processes import Host, Process
     from ..runtime.loop import Loop, Timer
-    from .processes import Host, Process
 
 PATIENCE = 5.0  # seconds for an answer; then the helper is killed
 SLOW = 1.0  # seconds after which who is remembered is waited for no longer
@@ -75,7 +75,7 @@ def stamp_of_files() -> Stamp:
     return tuple(found)
 
 
-class AccountsLink(Link):
+class AccountsLink(Connection):
     """`on_answer(question, fact, stamp)` gets what came of each question: None if there was no answer in time.
 
     *stamp* is that of the files before they were read. `on_slow` is called when an answer does not come soon.

@@ -13,15 +13,15 @@ from collections.abc import Callable
 from ...launcher_messages import PROBE
 from ...layout import Layout
 from ...model.policy import HostPolicy
+from ..runtime.files import boot_id
 from ..runtime.log import note
-from ..services.jobs import Jobs
-from ..vm.registry import boot_id
+from .jobs import Jobs
 
 LOOK_AGAIN = 1.0  # seconds for which bad news is believed
 QEMU = "/usr/bin/qemu-system-x86_64"
 
 
-class Facts:
+class Capabilities:
     """`problem` is empty or the one sentence why no VM can run here; `reason` says why `accel` is what it is."""
 
     def __init__(self, jobs: Jobs, layout: Layout, policy: HostPolicy) -> None:
