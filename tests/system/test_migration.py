@@ -199,7 +199,7 @@ def test_nothing_ends(old_host: Host, counter: Counter, writer: Writer, prompt: 
 
 def test_who_was_logged_in_keeps_his_code(old_host: Host, prompt: pexpect.spawn) -> None:
     """The old code lies where it was while a session of before has it, in which all goes on but a console or `put`."""
-    old_host.sh("test -e /usr/local/lib/vmshell/vmshell/shell/cli/late_imports.py")
+    old_host.sh("test -e /usr/local/lib/vmshell/vmshell/shell/later.py")
     for command, told in (("list", "running"), ("console disk", UPGRADED), ("list", "running")):
         prompt.sendline(command)
         prompt.expect_exact(told)
