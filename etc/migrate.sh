@@ -80,7 +80,7 @@ old_addresses() {
     [ -e "$STATE/net/addresses.log" ] || return 0
     setpriv --reuid "$BROKER" --regid "$BROKER" --clear-groups --inh-caps=-all --bounding-set=-all --no-new-privs \
         /usr/bin/python3 -IS -c 'import sys; sys.path.insert(0, sys.argv[1])
-from vmshell.broker.addresses import write_old_file
+from vmshell.broker.network.addresses import write_old_file
 write_old_file(sys.argv[2])' "$CODE" "$STATE/net/addresses.json"
 }
 

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.system, pytest.mark.root, pytest.mark.slow]
 SCRIPT = f"""
 import contextlib, json, os, sys, time
 sys.path.insert(0, {CHECKOUT!r})
-from vmshell.broker import serial
+from vmshell.broker.lifecycle import serial_port
 from vmshell.launch import jail, seccomp
 from vmshell.launch.plan import DiskPlan, LaunchPlan
 from vmshell.probe import guest
@@ -31,7 +31,7 @@ def memfd(content, size):
     return fd
 
 def run(change):
-    for name in serial.NAMES:
+    for name in serial_port.NAMES:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
     plan = LaunchPlan(
@@ -41,8 +41,8 @@ def run(change):
     )
     reader, errors = os.pipe()
     with contextlib.ExitStack() as stack:
-        ends = serial.make(".", stack)
-        ours = serial.open_both(".", stack)[1]
+        ends = serial_port.make(".", stack)
+        ours = serial_port.open_both(".", stack)[1]
         os.set_blocking(ours, False)
         fds = [*ends, errors, memfd(guest.SECTOR, guest.DISK_SIZE), memfd(seccomp.program(), 0)]
         pid = spawn([change.get(word, word) for word in jail.command(plan)], dict(enumerate(fds)))
