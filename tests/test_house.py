@@ -6,6 +6,7 @@ import ast
 import configparser
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -192,6 +193,17 @@ def test_modules_say_where_they_run() -> None:
         if path.stem not in ("__init__", "__main__") and not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     ]
     assert not missing
+
+
+def test_files_that_are_named_are_there() -> None:
+    """What was moved is called by its new name also where only people read it: in docstrings and comments."""
+    wrong = []
+    for path in sources():
+        roots = (TREE, *[above for above in path.parents if above.is_relative_to(TREE)])
+        for name in re.findall(r"`([\w./]+\.py)`", path.read_text(encoding="utf-8")):
+            if not any((root / name).is_file() for root in roots):
+                wrong.append(f"{path.relative_to(TREE)}: {name}")
+    assert not wrong, "\n".join(wrong)
 
 
 def code_lines(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""The broker: start-up checks, sockets, then the loop. See `server.py` for what it does all day.
+"""The broker: start-up checks, sockets, then the loop. See `api/server.py` for what it does all day.
 
     python3 -IS …/vmshell/__main__.py broker LAYOUT
 

@@ -3,7 +3,7 @@
 passt connects the guest's streams and sends its datagrams by sockets of the host's, and an older one (Debian 12's) whatever the
 address is: one that means "this machine" leads to what listens on the host's loopback (B20). The host's other addresses are not
 kept from the guest: there it finds what every program of the host finds that does not ask by the loopback.
-Runs in: the sieve. Touches nothing.
+Runs in: the frame filter. Touches nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`sieve`: stand between a session's QEMU (descriptor 3) and its passt (4), and keep from passt what it must not get.
+"""`framefilter`: stand between a session's QEMU (descriptor 3) and its passt (4), and keep from passt what it must not get.
 
 Both speak the same stream: a frame behind its length, 4 bytes, the highest first. What comes from passt is copied as it is; of
 what comes from QEMU, that is from the guest, only the frames that `frames.passes`. It ends as soon as one of the two does, and

@@ -1,7 +1,7 @@
 """How often a user may ask for what others pay for: so many a minute of each kind, at once or one after the other.
 
 A VM that is made or removed, a boot, a console and a connection cost jobs, files, processes and the packet filter, whose work
-everybody waits for. What only looks costs its asker's own turn on the loop. Which request counts as what: `verbs.RATES`.
+everybody waits for. What only looks costs its asker's own turn on the loop. Which request counts as what: `dispatch.RATES`.
 Runs in: the broker.
 """
 

@@ -1,8 +1,8 @@
 """Who may no longer be here: an account that left the group, or is gone, loses its connections and consoles. Its VMs run on.
 
-Who has a connection or a console is asked about anew every few seconds (see `accounts.py`), once per user. That nobody answers
-revokes nothing (G19): only an account of which all databases say what it is now, or that was found to be a member since we were
-started, can lose what it has. Root loses nothing, nor does anybody in session mode.
+Who has a connection or a console is asked about anew every few seconds (see `services/accounts.py`), once per user. That nobody
+answers revokes nothing (G19): only an account of which all databases say what it is now, or that was found to be a member since
+we were started, can lose what it has. Root loses nothing, nor does anybody in session mode.
 Runs in: the broker, on an installed host.
 """
 

@@ -101,7 +101,7 @@ class StorageHandlers:
         self._disks.make(store, {request.object: made}, done)
 
     def _put(self, call: Call, request: Put, vm: Vm | None = None) -> None:
-        """Begin an upload; see `uploads.py`."""
+        """Begin an upload; see `storage/uploads.py`."""
         if vm is not None:
             must_be_known(vm, "put")
             if vm.store.folder != f"{self._layout.vm_state(vm.uid, vm.name)}/disks":

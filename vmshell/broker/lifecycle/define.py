@@ -89,7 +89,7 @@ class Define:
         return f"{stem[: NAME_MAX - 6]}{number}"
 
     def redefine(self, call: Call, vm: Vm, definition: Definition) -> None:
-        """Give *vm* another definition: make what is missing, write it, change run what can be changed run, and reply.
+        """Give *vm* another definition: make what is missing, write it, change live what can be changed live, and reply.
 
         One change at a time until it is answered: the next one is about a VM that has followed this one.
         """

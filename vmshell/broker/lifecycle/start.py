@@ -99,11 +99,10 @@ class Starter:
 
 
 class _Start:
-    """One start on its way: everything is opened, the launcher is asked, and whatever it answers, all is closed again.
+    """One start asks the launcher, and closes all that was opened for it whatever the launcher answers.
 
-    `answered(run, error, started)` is called once. A launcher
-    that went away before it answered is asked again: what it may have started waits at a barrier that nobody opens. In a
-    session it is ended at once, on a host by the next launch of the same number.
+    `answered(run, error, started)` is called once. A launcher that went away before it answered is asked again: what it may have
+    started waits at a barrier that nobody opens. In a session it is ended at once, on a host by the next launch of that number.
     """
 
     def __init__(

@@ -86,7 +86,8 @@ class Validation:
         resolved = self.resolve(vm, definition, makes)
         refuse(self.verdicts(resolved, makes, running=False), vm.ref)
         for name, disk in definition.devices().items():
-            if isinstance(disk, Disk) and disk.path and (made := resolved.find(disk.path)):
+            # What is still to be made is looked at when it is there, by the boot.
+            if isinstance(disk, Disk) and disk.path not in makes and (made := resolved.find(disk.path)):
                 check_disk(disk, name, made)
 
     def missing(self, vm: Vm, definition: Definition) -> list[str]:

@@ -1,6 +1,6 @@
 """The broker's connection to the launcher, which alone may start something under another uid than ours, or end it.
 
-In session mode the launcher is our own child, and its VMs are signalled by pidfd (see `fleet.py`).
+In session mode the launcher is our own child, and its VMs are signalled by pidfd (see `lifecycle/runs.py`).
 Runs in: the broker.
 """
 

@@ -1,6 +1,6 @@
 """The one table of verbs: names, arguments, options and help. It feeds the parser, `help`, completion and the man page.
 
-Runs in: the shell. Pure data; what a verb does stands in `machines.py`.
+Runs in: the shell. Pure data; what a verb does stands in `commands/`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The devices of a libvirt domain: disks, network cards, screen, lines.
 
-Runs in: the shell, for `libvirt.py`. Pure functions.
+Runs in: the shell, for `domain.py`. Pure functions.
 """
 
 from __future__ import annotations

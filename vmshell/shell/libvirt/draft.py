@@ -1,6 +1,6 @@
 """What a libvirt domain has become so far: the tables, what to say about it, and the objects it needs.
 
-Runs in: the shell, for `libvirt.py`. Pure functions.
+Runs in: the shell, for `domain.py`. Pure functions.
 """
 
 from __future__ import annotations

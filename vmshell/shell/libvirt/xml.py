@@ -1,7 +1,7 @@
 """The XML document of a libvirt domain: read without trust, and with a mark on everything that somebody asked for.
 
 It comes from elsewhere, so it may be hostile: no document type, no entities, a bounded size and depth.
-Runs in: the shell, for `libvirt.py`. Pure functions.
+Runs in: the shell, for `domain.py`. Pure functions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each option of QEMU becomes: the handlers behind `wrapper.py`, and how their findings come together.
+"""What each option of QEMU becomes: the handlers behind `translate.py`, and how their findings come together.
 
 Runs in: the shell, for the verb `kvm` alone. Pure functions.
 """

@@ -1,7 +1,7 @@
 """What becomes of QEMU's options: each with its class, the reason in a few words, and what there is instead.
 
 Three sources have a class: the page of 2007 that drew the line first (56 forms, `page`), QEMU 7.2 and what later versions added
-(`today`), and for some options the form that is given (`FORMS`). `wrapper.py` reads it; a test holds it against the page's list
+(`today`), and for some options the form that is given (`FORMS`). `translate.py` reads it; a test holds it against the page's list
 and against the `-help` of the QEMU that is installed.
 
 allowed: a person's to say.  denied: it would reach the host, or other people.  unused: always the same here, or without a point.

@@ -1,7 +1,7 @@
 """Session mode: start this person's own broker when it does not answer.
 
-The only process that the shell starts besides `ssh.py`'s: our own broker, by its fixed path, with a clean environment and
-signals.
+The only process that the shell starts besides `commands/ssh.py`'s: our own broker, by its fixed path, with a clean environment
+and signals.
 Runs in: the shell in session mode. Touches the run directory of the layout.
 """
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class VerbCompleter(Completer):
-    """Offers what `completion.py` finds, and nothing else: no file names, no words of the history (A21)."""
+    """Offers what `cli/completion.py` finds, and nothing else: no file names, no words of the history (A21)."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
