@@ -14,6 +14,8 @@ from ..model.catalogues import Catalogues
 from ..model.policy import Effective, HostPolicy, Policy
 from .runtime.log import note
 
+KNOWN_MAX = 4096  # users for whom it is remembered what holds for them
+
 
 def read_policy(layout: Layout) -> Policy:
     """Read the policy file; raises BadPolicy."""
@@ -34,6 +36,8 @@ class Policies:
         self._layout = layout
         self._groups_of = groups_of
         self._changed = changed
+        self._known: dict[tuple[str, frozenset[str]], Effective] = {}  # by user and groups, of the policy *_known_of*
+        self._known_of = policy
         self.policy = policy
 
     @property
@@ -48,7 +52,12 @@ class Policies:
 
     def effective(self, user: str) -> Effective:
         """Return what holds for *user* now; the account's groups only matter if the policy names any."""
-        return self.policy.effective(user, self._groups_of(user) if self.policy.has_groups else ())
+        if self._known_of is not self.policy or len(self._known) >= KNOWN_MAX:
+            self._known, self._known_of = {}, self.policy
+        groups = frozenset(self._groups_of(user)) if self.policy.has_groups else frozenset()
+        if (user, groups) not in self._known:
+            self._known[user, groups] = self.policy.effective(user, groups)
+        return self._known[user, groups]
 
     def reload(self) -> list[str]:
         """Take the policy file as it is now, or raise BadPolicy and keep the old one; returns what waits for a restart.
